@@ -1,0 +1,116 @@
+"""The training arguments: everything `GRPOConfig` knows, and the recipe of the token weights."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from tokenweights._errors import invalid
+from tokenweights.recipes import Recipe, recipe
+from trl import GRPOConfig
+
+# Losses that are homogeneous in the advantage at token-level ratios: for w >= 0 the loss of w * A
+# is w times the loss of A, so weighting advantages is weighting token losses.
+LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "vespo", "luspo")
+# Losses that divide by a token count, which a factor on the advantages can exchange.
+TOKEN_MEAN_LOSS_TYPES = ("dapo", "bnpo", "cispo", "vespo")
+
+
+@dataclass
+class TokenWeightsGRPOConfig(GRPOConfig):
+    """Arguments of `TokenWeightsGRPOTrainer`: those of `trl.GRPOConfig`, and three more.
+
+    A recipe that is misspelt, or that the chosen loss cannot honour, is refused here, before
+    a model or a dataset is loaded.
+
+    Args:
+        recipe: Name of a recipe, or a dict of recipe fields with `name` first; on the command line
+            the dict is written as JSON.
+        token_records: JSONL file to which token records are appended; None writes none.
+        token_records_steps: Optimizer steps between two recorded rollout batches, >= 1.
+
+    Raises:
+        TokenWeightsError: If the recipe is unknown or does not fit the other arguments.
+
+    Example:
+        >>> arguments = TokenWeightsGRPOConfig("out", recipe="low2high", use_cpu=True, bf16=False)
+        >>> arguments.token_recipe.denominator
+        'all_tokens'
+    """
+
+    recipe: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Recipe of the token weights: a name such as `low2high`, or a JSON dict."},
+    )
+    token_records: str | None = field(
+        default=None,
+        metadata={"help": "JSONL file to which token records are appended. None writes none."},
+    )
+    token_records_steps: int = field(
+        default=100,
+        metadata={"help": "Optimizer steps between two recorded rollout batches."},
+    )
+
+    def __post_init__(self) -> None:
+        self.recipe = _parsed(self.recipe)
+        token_recipe = self.token_recipe
+        super().__post_init__()
+        _check(self, token_recipe)
+
+    @property
+    def token_recipe(self) -> Recipe:
+        """The recipe that `recipe` names."""
+        return recipe(self.recipe)
+
+
+def _parsed(text: dict[str, Any] | str | None) -> dict[str, Any] | str:
+    hint = 'Write `--recipe low2high` or `--recipe \'{"name": "low2high", "warmup_steps": 50}\'`.'
+    if not text:
+        raise invalid("TokenWeightsGRPOConfig", "recipe", "a recipe name or a dict", text, hint)
+    if isinstance(text, str) and text.lstrip().startswith("{"):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise invalid(
+                "TokenWeightsGRPOConfig", "recipe", "a name or valid JSON", text, hint
+            ) from error
+    return text
+
+
+def _check(arguments: TokenWeightsGRPOConfig, token_recipe: Recipe) -> None:
+    def refuse(argument: str, condition: str, hint: str) -> None:
+        got = repr(getattr(arguments, argument))
+        raise invalid("TokenWeightsGRPOConfig", argument, condition, got, hint)
+
+    if arguments.token_records_steps < 1:
+        refuse("token_records_steps", ">= 1", "It is a number of optimizer steps.")
+    if arguments.token_records and token_recipe.signal != "attention_entropy":
+        refuse("token_records", "None", "A record holds attention entropies; the recipe has none.")
+    if token_recipe.signal == "loss_magnitude":
+        refuse(
+            "recipe",
+            "with a signal other than loss_magnitude",
+            "At rollout time the ratio is 1, so |loss| is |advantage|, the same for every token of "
+            "a response: there is nothing to rank. Use `predictive_low20` or `predictive_high20`.",
+        )
+    if arguments.importance_sampling_level != "token":
+        refuse(
+            "importance_sampling_level",
+            "'token'",
+            "A sequence-level ratio sums the gradients of a response before it multiplies them by "
+            "the advantages, so only the mean weight of a response would act.",
+        )
+    if arguments.loss_type not in LOSS_TYPES:
+        refuse("loss_type", f"one of {', '.join(LOSS_TYPES)}", "No other loss has been checked.")
+    if token_recipe.denominator != "all_tokens":
+        reason = f"The recipe divides by {token_recipe.denominator}; use all_tokens, or change this."
+        if arguments.loss_type not in TOKEN_MEAN_LOSS_TYPES:
+            refuse("loss_type", f"one of {', '.join(TOKEN_MEAN_LOSS_TYPES)}", reason)
+        if arguments.top_entropy_quantile < 1.0:
+            refuse("top_entropy_quantile", "1.0, a second mask changes the count", reason)
+    parallelism = arguments.parallelism_config
+    if token_recipe.signal == "attention_entropy" and getattr(parallelism, "tp_enabled", False):
+        refuse(
+            "parallelism_config",
+            "without tensor parallelism",
+            "Each rank sees only its own heads there, and the head average needs all of them.",
+        )

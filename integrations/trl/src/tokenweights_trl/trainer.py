@@ -1,0 +1,279 @@
+"""`GRPOTrainer` with token weights: scores once per rollout batch, weights, weighted advantages."""
+
+import inspect
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tokenweights._errors import invalid
+from tokenweights.capture import capture_attention
+from tokenweights.diagnostics import token_weight_metrics
+from torch import Tensor
+from trl import GRPOTrainer
+
+from tokenweights_trl.config import TokenWeightsGRPOConfig
+from tokenweights_trl.scores import forward_scores, generation_scores
+
+logger = logging.getLogger(__name__)
+
+# The private methods of TRL that are overridden here, with the parameters relied upon.
+CONTRACT = {
+    "_generate_and_score_completions": ["inputs"],
+    "_generate_single_turn": ["prompt_ids"],
+    "_get_per_token_logps_and_entropies": [
+        *("model", "input_ids", "attention_mask", "logits_to_keep"),
+        *("batch_size", "compute_entropy", "compute_aux_loss"),
+    ],
+    "_compute_loss": ["model", "inputs"],
+}
+
+SOURCES = {
+    "none": "the recipe needs no scores",
+    "old_log_prob_pass": "scores come from TRL's own pass for the old log-probabilities",
+    "generation": "scores come from the generation itself",
+    "scoring_pass": "scores cost one more forward pass per rollout batch. It is not needed where "
+    "TRL makes a pass for the old log-probabilities (steps_per_generation > "
+    "gradient_accumulation_steps), nor for the attention entropy of the deciding row where "
+    "transformers generates over a dynamic cache",
+}
+
+# Typed as a trainer, so that every attribute the mixin uses is checked against TRL.
+_Base = GRPOTrainer if TYPE_CHECKING else object
+
+
+class TokenWeightsMixin(_Base):
+    """Token weights for `GRPOTrainer` or a subclass of it; name it first among the bases.
+
+    Once per rollout batch, before TRL shuffles and splits it, the scores of the rollout-time policy
+    become weights, and advantages of shape `batch` become weighted ones of shape `batch token`,
+    which TRL carries through every micro-batch and iteration. Extrema and counts span all ranks.
+    The schedule's step is `state.global_step` at rollout time. Evaluation stays TRL's own.
+
+    Attributes:
+        recipe: The recipe.
+        probe_layers: Layers the attention entropy is read from; empty for other signals.
+        score_source: Where the last rollout batch's scores came from: a key of `SOURCES`, or None
+            before the first.
+
+    Raises:
+        TokenWeightsError: If `args` is no `TokenWeightsGRPOConfig`, the model has no attention
+            layer that can be read, or the installed TRL is not one this adapter fits.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        name, version = type(self).__name__, "tokenweights-trl is made for trl>=1.16,<1.17."
+        if not isinstance(self.args, TokenWeightsGRPOConfig):
+            got, hint = type(self.args).__name__, "Pass `TokenWeightsGRPOConfig(recipe=...)`."
+            raise invalid(name, "args", "a TokenWeightsGRPOConfig", got, hint)
+        for method, parameters in CONTRACT.items():
+            found = _parameters(getattr(super(), method, None))
+            if not set(parameters) <= set(found):
+                raise invalid(name, "trl", f"with {method}({', '.join(parameters)})", found, version)
+        if self.args.use_liger_kernel and hasattr(self, "compute_liger_loss"):
+            raise invalid(name, "use_liger_kernel", "False, as it bypasses the loss", True, version)
+        self.recipe = self.args.token_recipe
+        self.score_source: str | None = None
+        self._source = "none"
+        self._heard: tuple[Tensor | None, list[Tensor]] | None = None
+        self._generation_is_readable = True
+        self._next_record_step = 0
+        model = self.accelerator.unwrap_model(self.model)
+        self.probe_layers = self.recipe.probe_layers(model.config.get_text_config().num_hidden_layers)
+        if self.probe_layers:
+            with capture_attention(model, self.probe_layers):  # refuses what it cannot tap
+                pass
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if not self.model.training:
+            return super()._generate_and_score_completions(inputs)
+        self._source, self._heard = self._planned_source(), None
+        output = super()._generate_and_score_completions(inputs)
+        scores = self._scores(output)
+        if self._source != self.score_source and self.accelerator.is_main_process:
+            level = logging.WARNING if self._source == "scoring_pass" else logging.INFO
+            logger.log(level, "Token weights: %s.", SOURCES[self._source])
+        self.score_source, self._source, self._heard = self._source, "none", None
+        return self._weighted(output, scores)
+
+    def _planned_source(self) -> str:
+        if self.recipe.signal == "none":
+            return "none"
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        if self.args.gradient_accumulation_steps % generate_every != 0 or (
+            self.use_vllm and self.vllm_importance_sampling_correction
+        ):
+            return "old_log_prob_pass"
+        elsewhere = self.use_vllm or self.use_transformers_continuous_batching or self.rollout_func
+        deciding = bool(self.probe_layers) and self.recipe.alignment == "deciding"
+        if deciding and self._generation_is_readable and not (elsewhere or self.tools or self._is_vlm):
+            return "generation"
+        return "scoring_pass"
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        if self._source != "generation":
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        lengths = torch.tensor([len(ids) for ids in prompt_ids], device=self.accelerator.device)
+        multiple = self.pad_to_multiple_of or 1
+        with generation_scores(
+            self.accelerator.unwrap_model(self.model),
+            lengths,
+            recipe=self.recipe,
+            layers=self.probe_layers,
+            prompt_width=-(-int(lengths.max()) // multiple) * multiple,
+        ) as scores:
+            completions = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        self._heard = (None, scores)
+        return completions
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        forward = super()._get_per_token_logps_and_entropies
+        arguments = (model, input_ids, attention_mask, logits_to_keep, *args)
+        listening = self._source in ("old_log_prob_pass", "scoring_pass") and self._heard is None
+        if not listening or model is not self.model:
+            return forward(*arguments, **kwargs)
+        if not self.probe_layers:
+            outputs = forward(*arguments, **{**kwargs, "compute_entropy": True})
+            scores = [outputs[1]]
+        else:
+            with forward_scores(
+                self.accelerator.unwrap_model(model),
+                attention_mask.bool(),
+                recipe=self.recipe,
+                layers=self.probe_layers,
+                response_length=logits_to_keep,
+            ) as scores:
+                outputs = forward(*arguments, **kwargs)
+        self._heard = (outputs[0], scores)
+        return outputs
+
+    def _scores(self, output: dict[str, Any]) -> Tensor | None:
+        if self._source == "none":
+            return None
+        log_probs, scores = self._heard or (None, [])
+        if self._source == "generation":
+            missing = output["completion_ids"].shape[1] - (scores[0].shape[1] if scores else 0)
+            # All ranks must agree: a scoring pass of a sharded model is collective.
+            most = self.accelerator.gather(torch.tensor([missing], device=self.accelerator.device)).max()
+            self._generation_is_readable = int(most) < (self.pad_to_multiple_of or 1)
+            scores = [torch.nn.functional.pad(layer, (0, missing)) for layer in scores]
+        # With an adapter the reference pass runs the policy's modules: it must not be taken for it.
+        other_pass = log_probs is None or output.get("old_per_token_logps") is not log_probs
+        unheard = not self._generation_is_readable if self._source == "generation" else other_pass
+        if unheard:
+            self._source, self._heard = "scoring_pass", None
+            scores = self._scores_of_one_more_pass(output)
+        return self.recipe.merged_layers(scores, _response_mask(output))
+
+    def _scores_of_one_more_pass(self, output: dict[str, Any]) -> list[Tensor]:
+        vision = _parameters(super()._get_per_token_logps_and_entropies)
+        vision = vision[len(CONTRACT["_get_per_token_logps_and_entropies"]) :]
+        with torch.no_grad():
+            self._get_per_token_logps_and_entropies(
+                self.model,
+                torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
+                torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
+                output["completion_ids"].shape[1],
+                batch_size=self.args.per_device_train_batch_size,
+                **{name: output[name] for name in vision if name in output},
+            )
+        assert self._heard is not None
+        return self._heard[1]
+
+    def _weighted(self, output: dict[str, Any], scores: Tensor | None) -> dict[str, Any]:
+        step, mask = self.state.global_step, _response_mask(output)
+        group = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
+        sample_ids = self._sample_ids(len(mask), mask.device)
+        weights = self.recipe.token_weights(
+            scores,
+            mask,
+            step=step,
+            sample_ids=sample_ids,
+            token_groups=output["completion_ids"],
+            group=group,
+        )
+        metrics = token_weight_metrics(scores, weights, mask, group=group)
+        if metrics and self.recipe.rule == "endpoints":
+            endpoints = self.recipe.endpoints(step)
+            metrics |= {"endpoint_low": endpoints.low, "endpoint_high": endpoints.high}
+        if self.args.token_records and metrics and self.accelerator.is_main_process:
+            self._append_records(output, scores, weights, sample_ids)
+        for name, value in metrics.items():
+            self._metrics["train"][f"token_weights/{name}"].append(value)
+        advantages = output["advantages"]
+        advantages = (advantages if advantages.dim() == 2 else advantages[:, None]) * weights
+        output = {**output, "advantages": advantages}
+        if self.recipe.denominator != "all_tokens" and self.args.loss_type == "bnpo":
+            output["token_weights"] = weights
+        else:
+            output["advantages"] = advantages * self.recipe.denominator_scale(weights, mask, group=group)
+        return output
+
+    def _sample_ids(self, rows: int, device: torch.device) -> Tensor:
+        """Row numbers in the run, the same whatever the number of ranks and micro-batches."""
+        accumulation, per_rollout = self.args.gradient_accumulation_steps, self.args.steps_per_generation
+        rollout = self.state.global_step * max(1, accumulation // per_rollout)
+        rollout += self._step % accumulation // per_rollout
+        first = (rollout * self.accelerator.num_processes + self.accelerator.process_index) * rows
+        return torch.arange(first, first + rows, device=device)
+
+    def _append_records(
+        self, output: dict[str, Any], scores: Tensor, weights: Tensor, sample_ids: Tensor
+    ) -> None:
+        """Token records of the first prompt's responses, every `token_records_steps` steps."""
+        from tokenweights.report.records import TokenRecord, append_token_records
+
+        step = self.state.global_step
+        if step < self._next_record_step:
+            return
+        self._next_record_step = step + self.args.token_records_steps
+        records, decode = [], self._tokenizer.decode
+        for row in range(min(self.num_generations, len(scores))):
+            valid = output["completion_mask"][row].bool()
+            ids = output["completion_ids"][row, valid].tolist()
+            advantages = output["advantages"][row].expand(weights.shape[1])
+            records.append(
+                TokenRecord(
+                    step=step,
+                    sample_id=int(sample_ids[row]),
+                    prompt=decode(output["prompt_ids"][row, output["prompt_mask"][row].bool()]),
+                    tokens=tuple(decode([token]) for token in ids),
+                    token_ids=tuple(ids),
+                    attention_entropy=tuple(scores[row, valid].tolist()),
+                    weights=tuple(weights[row, valid].tolist()),
+                    advantages=tuple(advantages[valid].tolist()),
+                    layer=self.probe_layers if len(self.probe_layers) > 1 else self.probe_layers[0],
+                    entropy_kind=self.recipe.entropy_kind,
+                    alignment=self.recipe.alignment,
+                )
+            )
+        append_token_records(self.args.token_records, records)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        if "token_weights" in inputs:
+            # TRL divides by the tokens of this micro-batch on this rank, and so does the exchange.
+            # Later iterations use the buffered dict again: it stays as it is.
+            scale = self.recipe.denominator_scale(inputs["token_weights"], _response_mask(inputs))
+            inputs = {**inputs, "advantages": inputs["advantages"] * scale}
+        return super()._compute_loss(model, inputs)
+
+
+class TokenWeightsGRPOTrainer(TokenWeightsMixin, GRPOTrainer):
+    """`trl.GRPOTrainer` with the token weights of `args.recipe`; see `TokenWeightsMixin`."""
+
+
+def _response_mask(batch: dict[str, Any]) -> Tensor:
+    """The tokens TRL counts: those of the response, less what tools wrote."""
+    return (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()
+
+
+def _parameters(method: Any) -> list[str]:
+    return list(inspect.signature(method).parameters) if method is not None else []

@@ -1,0 +1,165 @@
+"""The weighted gradient equals one written down again from the paper's formulas.
+
+The recomputation shares no code with the library: full logits, eager attention matrices, its own
+entropy, weights (Eq. 26-28), advantages and clipped loss.
+"""
+
+import copy
+import math
+
+import pytest
+import tiny
+import torch
+from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer
+from transformers import TrainerCallback
+
+PROBE = 2  # the middle layer of four
+WARMUP = 8
+LOW2HIGH = {"name": "low2high", "warmup_steps": WARMUP, "temperature": 0.5}
+ANCHOR20 = {"name": "anchor20", "denominator": "selected_tokens"}
+OWN_ROW = {**LOW2HIGH, "alignment": "own"}
+
+
+class Recorder(TokenWeightsGRPOTrainer):
+    """Keeps the policy and the step of each rollout."""
+
+    def _generate_and_score_completions(self, inputs):
+        self.rollout = (copy.deepcopy(self.model.state_dict()), self.state.global_step)
+        return super()._generate_and_score_completions(inputs)
+
+
+class Gradients(TrainerCallback):
+    """Keeps, at each optimizer step, the gradient and all that it was made from."""
+
+    def __init__(self):
+        self.steps = []
+        self.trainer = None
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        trainer, accumulation = self.trainer, args.gradient_accumulation_steps
+        first = trainer._step - accumulation
+        window = [(first + i) % args.steps_per_generation for i in range(accumulation)]
+        self.steps.append(
+            {
+                "gradient": torch.cat([p.grad.flatten() for p in model.parameters()]),
+                "policy": copy.deepcopy(model.state_dict()),
+                "rollout": trainer.rollout,
+                "batches": [dict(batch) for batch in trainer._buffered_inputs],
+                "window": window,
+                "source": trainer.score_source,
+            }
+        )
+
+
+def log_probs_and_entropy(model, batch, alignment):
+    """Log-probabilities of the response and normalized attention entropies of the probe layer."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    real = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    outputs = model(input_ids=ids, attention_mask=real, output_attentions=True, use_cache=False)
+    width = batch["completion_ids"].shape[1]
+    log_probs = outputs.logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[:, -width:, 0]
+    attention = outputs.attentions[PROBE].detach().double().mean(1)
+    entropy = -torch.xlogy(attention, attention).sum(-1)
+    visible = real.cumsum(-1)
+    entropy = torch.where(visible > 1, entropy / visible.clamp(min=2).log(), 0.0)
+    shift = 1 if alignment == "deciding" else 0
+    start = ids.shape[1] - width - shift
+    return log_probs, entropy[:, start : start + width]
+
+
+def group_advantages(rows):
+    """Rewards minus the mean of their prompt's group, over its standard deviation."""
+    rewards = torch.tensor(
+        tiny.reward(
+            [ids[: int(n)].tolist() for ids, n in zip(rows["completion_ids"], rows["length"])]
+        )
+    )
+    advantages = torch.empty_like(rewards)
+    for prompt in rows["prompt_ids"].unique(dim=0):
+        group = (rows["prompt_ids"] == prompt).all(1)
+        advantages[group] = (rewards[group] - rewards[group].mean()) / (
+            rewards[group].std() + 1e-4
+        )
+    return advantages
+
+
+def soft_weights(entropy, mask, step, temperature):
+    """Eq. 26-30 as printed: a softmax over the batch, rescaled, between the endpoints."""
+    exponential = torch.where(mask, (entropy / temperature).exp(), 0.0)
+    share = exponential / exponential.sum()
+    smallest, largest = share[mask].min(), share[mask].max()
+    rescaled = (share - smallest) / (largest - smallest)
+    progress = min(step / WARMUP, 1.0)
+    return torch.where(mask, (1 - rescaled) * (1 - progress) + rescaled * progress, 0.0)
+
+
+def anchor_weights(entropy, mask):
+    """One for the ceil(T / 5) tokens of lowest entropy in each response, earlier ones first."""
+    weights = torch.zeros_like(entropy)
+    for row, (values, length) in enumerate(zip(entropy, mask.sum(1).tolist(), strict=True)):
+        order = sorted(range(length), key=lambda token: (values[token].item(), token))
+        weights[row, order[: math.ceil(length / 5)]] = 1.0
+    return weights
+
+
+def expected_gradient(recorded, recipe, accumulation):
+    eager = tiny.policy(attn_implementation="eager")
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+    rows = {name: torch.cat([batch[name] for batch in recorded["batches"]]) for name in names}
+    mask = rows["completion_mask"].bool()
+    rows["length"] = mask.sum(1)
+    policy, step = recorded["rollout"]
+    eager.load_state_dict(policy)
+    with torch.no_grad():
+        old, entropy = log_probs_and_entropy(eager, rows, recipe.get("alignment", "deciding"))
+    if recipe["name"] == "anchor20":
+        weights = anchor_weights(entropy, mask)
+        count = weights.sum()
+    else:
+        weights = soft_weights(entropy, mask, step, recipe["temperature"])
+        count = mask.sum()
+    eager.load_state_dict(recorded["policy"])
+    new, _ = log_probs_and_entropy(eager, rows, "deciding")
+    ratio = (new - old).exp()
+    # The weight multiplies the loss here, and the advantage in the adapter.
+    advantages = group_advantages(rows)[:, None]
+    clipped = ratio.clamp(0.8, 1.2) * advantages
+    token_loss = -weights * torch.minimum(ratio * advantages, clipped) * mask
+    per_batch = len(mask) // len(recorded["batches"])
+    in_window = [row // per_batch in recorded["window"] for row in range(len(mask))]
+    windows = len(recorded["batches"]) / accumulation
+    loss = token_loss[torch.tensor(in_window)].sum() / (count / windows)
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in eager.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "steps_per_generation", "source"),
+    [
+        (LOW2HIGH, 2, "generation"),
+        (LOW2HIGH, 4, "old_log_prob_pass"),
+        (ANCHOR20, 2, "generation"),
+        (ANCHOR20, 4, "old_log_prob_pass"),
+        (OWN_ROW, 2, "scoring_pass"),
+    ],
+)
+def test_the_gradient_is_the_one_of_the_formulas(tmp_path, recipe, steps_per_generation, source):
+    gradients = Gradients()
+    trainer = tiny.trainer(
+        Recorder,
+        TokenWeightsGRPOConfig,
+        tmp_path,
+        recipe=recipe,
+        steps_per_generation=steps_per_generation,
+        max_grad_norm=0.0,
+        max_steps=4,
+    )
+    gradients.trainer = trainer
+    trainer.add_callback(gradients)
+    trainer.train()
+    assert len(gradients.steps) == 4
+    for recorded in gradients.steps:
+        assert recorded["source"] == source
+        expected = expected_gradient(recorded, recipe, accumulation=2)
+        assert expected.norm() > 1e-2
+        assert (recorded["gradient"] - expected).norm() <= 1e-5 * expected.norm()

@@ -1,0 +1,174 @@
+"""Metrics, token records and denominators are what the weights of the rollout batch say."""
+
+import math
+
+import pytest
+import tiny
+import torch
+from tokenweights.report.records import read_token_records
+from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer
+from tokenweights_trl.trainer import SOURCES
+
+ENTROPY = {"entropy_mean", "entropy_std"}
+SCORED = {"weight_mean", "effective_sample_size", "anchor_share", "explorer_share"} | {
+    f"{group}{name}" for group in ("", "anchor_", "explorer_") for name in ENTROPY
+}
+
+
+class Recorder(TokenWeightsGRPOTrainer):
+    def _weighted(self, output, scores):
+        self.plain, self.scores = output, scores
+        self.weighted = super()._weighted(output, scores)
+        return self.weighted
+
+
+def trained(folder, **changes):
+    trainer = tiny.trainer(Recorder, TokenWeightsGRPOConfig, folder, **changes)
+    trainer.train()
+    return trainer
+
+
+def logged(trainer) -> list[dict[str, float]]:
+    return [
+        {
+            name.removeprefix("token_weights/"): float(value)
+            for name, value in entry.items()
+            if name.startswith("token_weights/")
+        }
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+
+
+def test_metrics_describe_the_weights(tmp_path):
+    trainer = trained(tmp_path, recipe={"name": "low2high", "warmup_steps": 4}, max_steps=2)
+    first, last = logged(trainer)
+    assert first.keys() == last.keys() == SCORED | {"endpoint_low", "endpoint_high"}
+    assert (last["endpoint_low"], last["endpoint_high"]) == (0.75, 0.25)
+    # The group's advantages are never 0 here, so the weights can be read back from the products.
+    mask = trainer.plain["completion_mask"].bool()
+    weights = trainer.weighted["advantages"] / trainer.plain["advantages"][:, None]
+    weights = weights.double().where(mask, 0.0)
+    anchors, explorers = [], []
+    for row, length in enumerate(mask.sum(1).tolist()):
+        order = trainer.scores[row, :length].sort(stable=True).indices.tolist()
+        count = math.ceil(length / 5)
+        anchors += [weights[row, token].item() for token in order[:count]]
+        explorers += [weights[row, token].item() for token in order[-count:]]
+    total = weights.sum().item()
+    expected = {
+        "weight_mean": total / mask.sum().item(),
+        "effective_sample_size": total**2 / weights.square().sum().item() / mask.sum().item(),
+        "anchor_share": sum(anchors) / total,
+        "explorer_share": sum(explorers) / total,
+        "entropy_mean": trainer.scores[mask].double().mean().item(),
+        "entropy_std": trainer.scores[mask].double().std(correction=0).item(),
+    }
+    assert {name: last[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_anchor20_puts_all_weight_on_anchors(tmp_path):
+    trainer = trained(tmp_path, recipe="anchor20")
+    for metrics in logged(trainer):
+        assert metrics["anchor_share"] == 1.0
+        assert 0.0 <= metrics["explorer_share"] < 1.0  # not 0: a short response's tokens are both
+        assert "endpoint_low" not in metrics
+
+
+def test_a_batch_without_tokens_logs_no_metrics_and_moves_nothing(tmp_path):
+    """No response ends within the limit, so all are masked."""
+    trainer = trained(
+        tmp_path,
+        recipe="low2high",
+        mask_truncated_completions=True,
+        generation_kwargs={"suppress_tokens": [1]},
+        max_completion_length=4,
+    )
+    assert all(metrics == {} for metrics in logged(trainer))
+    assert (trainer.weighted["advantages"] == 0).all()
+    before = torch.cat([p.flatten() for p in tiny.policy().parameters()])
+    assert torch.equal(torch.cat([p.flatten() for p in trainer.model.parameters()]), before)
+
+
+def test_bnpo_divides_by_the_selected_tokens_of_the_micro_batch(tmp_path):
+    class Losses(TokenWeightsGRPOTrainer):
+        seen = ()
+
+        def _compute_loss(self, model, inputs):
+            before = {name: value.clone() for name, value in inputs.items()}
+            loss = super()._compute_loss(model, inputs)
+            assert all(torch.equal(inputs[name], value) for name, value in before.items())
+            self.seen += ((before, loss.item()),)
+            return loss
+
+    trainer = tiny.trainer(
+        Losses,
+        TokenWeightsGRPOConfig,
+        tmp_path,
+        recipe="anchor20",
+        loss_type="bnpo",
+        num_iterations=2,
+        max_steps=2,
+    )
+    trainer.train()
+    assert len(trainer.seen) == 4
+    for inputs, loss in trainer.seen[:2]:  # before the first update the ratio is 1
+        weights = inputs["token_weights"]
+        expected = -inputs["advantages"].sum() / weights.sum() / 2
+        assert weights.sum() < inputs["completion_mask"].sum()
+        assert loss == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
+
+
+def test_random_subsets_change_from_rollout_to_rollout(tmp_path):
+    class Subsets(TokenWeightsGRPOTrainer):
+        seen = ()
+
+        def _weighted(self, output, scores):
+            weighted = super()._weighted(output, scores)
+            self.seen += ((weighted["advantages"] != 0)[:, :5],)
+            return weighted
+
+    trainer = tiny.trainer(
+        Subsets, TokenWeightsGRPOConfig, tmp_path, recipe="random20", steps_per_generation=1
+    )
+    trainer.train()
+    assert trainer.score_source == "none"
+    assert len(trainer.seen) == 4  # two rollouts in each of two optimizer steps
+    places = {tuple(map(tuple, subset.tolist())) for subset in trainer.seen}
+    assert len(places) == 4
+
+
+def test_token_records_hold_what_decided_the_weights(tmp_path):
+    path = tmp_path / "tokens.jsonl"
+    trainer = trained(
+        tmp_path,
+        recipe="low2high",
+        token_records=str(path),
+        token_records_steps=2,
+        max_steps=3,
+    )
+    records = list(read_token_records(path))
+    assert [record.step for record in records] == [0] * 4 + [2] * 4
+    last = records[-4:]
+    for row, record in enumerate(last):
+        length = int(trainer.plain["completion_mask"][row].sum())
+        ids = trainer.plain["completion_ids"][row, :length].tolist()
+        assert record.token_ids == tuple(ids)
+        assert record.prompt in tiny.PROMPTS
+        assert "".join(record.tokens[:-1]) in trainer.processing_class.decode(ids)
+        assert record.attention_entropy == tuple(trainer.scores[row, :length].tolist())
+        product = torch.tensor(record.weights) * torch.tensor(record.advantages)
+        torch.testing.assert_close(product, trainer.weighted["advantages"][row, :length])
+        assert (record.layer, record.alignment) == (2, "deciding")
+    assert len({record.sample_id for record in records}) == len(records)
+
+
+def test_the_source_is_logged_once(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="tokenweights_trl"):
+        trained(tmp_path, recipe="low2high", max_steps=2)
+        trained(tmp_path, recipe={"name": "low2high", "alignment": "own"}, max_steps=2)
+    lines = [r for r in caplog.records if r.name.startswith("tokenweights_trl")]
+    assert [(r.levelname, SOURCES["generation"] in r.message) for r in lines[:1]] == [("INFO", True)]
+    assert [(r.levelname, SOURCES["scoring_pass"] in r.message) for r in lines[1:]] == [
+        ("WARNING", True)
+    ]

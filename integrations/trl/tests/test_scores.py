@@ -1,0 +1,123 @@
+"""Scores: the same from the generation, from a forward pass, and from eager attention matrices."""
+
+import pytest
+import tiny
+import torch
+from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer
+
+
+class Recorder(TokenWeightsGRPOTrainer):
+    def _weighted(self, output, scores):
+        self.seen = (output, scores)
+        return super()._weighted(output, scores)
+
+
+def rollout(folder, model=None, **changes):
+    """One rollout batch of eight different prompts, and its scores."""
+    trainer = tiny.trainer(
+        Recorder, TokenWeightsGRPOConfig, folder, model=model, **{"recipe": "low2high", **changes}
+    )
+    trainer.model.train()
+    torch.manual_seed(3)
+    output = trainer._generate_and_score_completions([{"prompt": p} for p in tiny.PROMPTS])
+    return trainer, output, trainer.seen[1]
+
+
+def eager_entropy(model, output, layers, alignment="deciding"):
+    eager = tiny.policy(attn_implementation="eager")
+    eager.load_state_dict(model.state_dict())
+    ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
+    real = torch.cat([output["prompt_mask"], output["completion_mask"]], 1)
+    with torch.no_grad():
+        outputs = eager(ids, attention_mask=real, output_attentions=True)
+    total = 0.0
+    for layer in layers:
+        attention = outputs.attentions[layer].double().mean(1)
+        total = total - torch.xlogy(attention, attention).sum(-1) / real.cumsum(-1).log()
+    width = output["completion_ids"].shape[1]
+    end = ids.shape[1] - (alignment == "deciding")
+    return total[:, end - width : end] / len(layers)
+
+
+@pytest.mark.parametrize("changes", [{}, {"pad_to_multiple_of": 8}], ids=["tight", "padded"])
+@pytest.mark.parametrize("layers", [None, (1, 3)], ids=["middle layer", "two layers"])
+def test_all_sources_agree(tmp_path, layers, changes):
+    recipe = {"name": "low2high"} | ({"layers": layers} if layers else {})
+    sources = {
+        "generation": {"steps_per_generation": 2},
+        "old_log_prob_pass": {"steps_per_generation": 4},
+        "scoring_pass": {"steps_per_generation": 2},
+    }
+    rollouts = {}
+    for source, steps in sources.items():
+        if source == "scoring_pass":
+            steps = steps | {"generation_kwargs": {"cache_implementation": "static"}}
+        trainer, output, scores = rollout(tmp_path, recipe=recipe, **steps, **changes)
+        assert trainer.score_source == source
+        rollouts[source] = output, scores
+        mask = output["completion_mask"].bool()
+        expected = eager_entropy(trainer.model, output, layers or (2,))
+        assert scores.shape == mask.shape
+        assert (scores - expected)[mask].abs().max() <= 1e-5
+        # The case is hard enough: prompts of several lengths, responses that end early.
+        assert len(output["prompt_mask"].sum(1).unique()) > 2
+        assert len(mask.sum(1).unique()) > 2
+    first = rollouts["generation"][0]["completion_ids"]
+    assert all(torch.equal(output["completion_ids"], first) for output, _ in rollouts.values())
+
+
+def test_own_rows_come_from_a_scoring_pass(tmp_path):
+    recipe = {"name": "low2high", "alignment": "own"}
+    trainer, output, scores = rollout(tmp_path, recipe=recipe)
+    assert trainer.score_source == "scoring_pass"
+    mask = output["completion_mask"].bool()
+    expected = eager_entropy(trainer.model, output, (2,), alignment="own")
+    assert (scores - expected)[mask].abs().max() <= 1e-5
+
+
+def test_a_sliding_window_that_drops_keys_needs_a_scoring_pass(tmp_path):
+    """Both layers slide, so the cache holds fewer keys than the row had."""
+    window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
+    trainer, _, scores = rollout(tmp_path, model=tiny.policy(**window))
+    assert trainer.score_source == "scoring_pass"
+    assert scores.isfinite().all()
+
+
+@pytest.mark.parametrize("steps_per_generation", [2, 4])
+def test_predictive_entropy_is_that_of_the_sampling_distribution(tmp_path, steps_per_generation):
+    trainer, output, scores = rollout(
+        tmp_path,
+        recipe="predictive_low20",
+        temperature=0.7,
+        steps_per_generation=steps_per_generation,
+    )
+    source = "scoring_pass" if steps_per_generation == 2 else "old_log_prob_pass"
+    assert trainer.score_source == source
+    ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
+    real = torch.cat([output["prompt_mask"], output["completion_mask"]], 1)
+    with torch.no_grad():
+        logits = trainer.model(ids, attention_mask=real).logits / 0.7
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    expected = expected[:, -1 - scores.shape[1] : -1]
+    mask = output["completion_mask"].bool()
+    assert (scores - expected)[mask].abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("steps_per_generation", [2, 4])
+def test_the_reference_pass_is_not_mistaken_for_the_policy(tmp_path, steps_per_generation):
+    """With an adapter the reference runs on the policy's own modules, adapter switched off."""
+    peft = pytest.importorskip("peft")
+    tiny.policy().save_pretrained(tmp_path / "model")
+    adapter = peft.LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny.policy(), adapter)
+    trainer, output, scores = rollout(
+        tmp_path,
+        model=model,
+        beta=0.1,
+        steps_per_generation=steps_per_generation,
+        recipe={"name": "low2high"},
+    )
+    mask = output["completion_mask"].bool()
+    assert not torch.equal(output["ref_per_token_logps"], output.get("old_per_token_logps"))
+    merged = trainer.model.merge_and_unload()
+    assert (scores - eager_entropy(merged, output, (2,)))[mask].abs().max() <= 1e-5

@@ -1,0 +1,31 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from strategies import scored_masks
+
+import tokenweights as tw
+from tokenweights import TokenWeightsError
+
+
+@given(scored_masks())
+def test_dynamics_agree_with_numpy(case):
+    scores, mask = case
+    high = mask & (scores > 0.5)
+    dynamics = tw.group_dynamics(scores, [mask, high])
+    for place, members in enumerate((mask, high)):
+        values = scores[members].numpy()
+        assert dynamics.count[place] == values.size
+        if values.size:
+            assert dynamics.mean[place].item() == pytest.approx(values.mean())
+            assert dynamics.std[place].item() == pytest.approx(np.std(values), abs=1e-7)
+        else:
+            assert math.isnan(dynamics.mean[place]) and math.isnan(dynamics.std[place])
+
+
+def test_nan_inside_a_group_is_refused():
+    scores = torch.tensor([[0.0, math.nan]])
+    with pytest.raises(TokenWeightsError, match="finite"):
+        tw.group_dynamics(scores, [torch.ones(1, 2, dtype=torch.bool)])

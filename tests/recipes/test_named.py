@@ -1,0 +1,40 @@
+import pytest
+
+import tokenweights as tw
+from tokenweights import Recipe, TokenWeightsError
+
+PAPER = {
+    "full", "random20", "anchor20", "explorer20", "low2high", "high2low", "static_anchor",
+    "static_explorer", "front20", "back20", "predictive_low20", "predictive_high20", "loss_low20",
+    "loss_high20", "type_matched20", "position_matched20",
+}  # fmt: skip
+
+
+def test_every_run_of_the_paper_has_a_name():
+    assert set(tw.recipe_names()) == PAPER
+    for name in PAPER:
+        assert tw.recipe(name).name == name
+
+
+def test_a_named_recipe_with_changes():
+    made = tw.recipe({"name": "anchor20", "fraction": 0.4})
+    assert (made.rule, made.fraction, made.denominator) == ("bottom", 0.4, "selected_tokens")
+    assert tw.recipe(made) is made
+    assert tw.recipe(made.to_dict()) == made
+    assert tw.recipe({"rule": "endpoints"}) == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("low2hihg", "Did you mean 'low2high'"),
+        ({"name": "ancor20"}, "Did you mean 'anchor20'"),
+        ({"name": "low2high", "warmup": 5}, "Did you mean 'warmup_steps'"),
+        ({"warmup_steps": 5}, "`name`"),
+        ("", "Choose one of"),
+    ],
+)
+def test_unknown_names_and_keys_are_refused_with_the_nearest_one(name, words):
+    with pytest.raises(TokenWeightsError) as error:
+        tw.recipe(name)
+    assert words in str(error.value)

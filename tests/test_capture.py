@@ -1,0 +1,218 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import tokenweights as tw
+from tokenweights import TokenWeightsError
+
+SMALL = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+SLIDING = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+FAMILIES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "qwen3_moe": EXPERTS,
+    "mistral": {"sliding_window": 5},
+    "gemma2": {"sliding_window": 5, "layer_types": SLIDING, "attn_logit_softcapping": 2.0},
+    "gemma3_text": {"sliding_window": 5, "layer_types": SLIDING},
+    "phi3": {"bos_token_id": 1, "eos_token_id": 2},
+    "glm4": {},
+    "olmo3": {"sliding_window": 5, "layer_types": SLIDING},
+    "gpt_oss": {
+        "sliding_window": 5,
+        "layer_types": SLIDING,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "deepseek_v3": {
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_key_value_heads": 4,
+        "first_k_dense_replace": 2,
+    },
+}
+
+
+def tiny(family: str, attention: str = "eager", **options) -> nn.Module:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SMALL, **FAMILIES[family], **options})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    # Fresh models attend almost uniformly; larger projections make the distributions peaked.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and ("q_" in name or "k_" in name or "qkv" in name):
+                parameter.normal_(0, 0.7)
+            if name.endswith("sinks"):
+                parameter.normal_(0, 1)
+    return model.eval()
+
+
+def batch():
+    ids = torch.randint(3, 32, (3, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(3, 12, dtype=torch.bool)
+    mask[0, :4] = False  # left padding
+    mask[1, :1] = False
+    return ids.masked_fill(~mask, 0), mask
+
+
+def eager_entropy(weights: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Normalised entropy from the model's own attention matrix, in float64."""
+    average = weights.double().mean(1)
+    average = average / average.sum(-1, keepdim=True)
+    visible = (weights > 0).any(1).sum(-1).clamp(min=2)
+    entropy = -torch.where(average > 0, average * average.log(), 0.0).sum(-1)
+    return torch.where(mask, entropy / visible.log(), 0.0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_entropy_agrees_with_the_models_own_eager_attention(family, layer):
+    model, (ids, mask) = tiny(family), batch()
+    with torch.no_grad(), tw.capture_attention(model, [layer]) as capture:
+        output = model(ids, attention_mask=mask.long(), output_attentions=True)
+    (captured,) = capture.calls[layer]
+    entropy = captured.entropy(key_mask=mask)
+    expected = eager_entropy(output.attentions[layer], mask)
+    torch.testing.assert_close(entropy.double(), expected, atol=1e-5, rtol=1e-5)
+    assert expected[mask].std() > 0.02, "the test needs distributions that differ"
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "deepseek_v3"])
+def test_the_model_computes_the_same_with_and_without_the_tap(family):
+    ids, mask = batch()
+    for attention in ("eager", "sdpa"):
+        model = tiny(family, attention)
+        plain = model(ids, attention_mask=mask.long()).logits
+        with tw.capture_attention(model, [0, -1]) as capture:
+            tapped = model(ids, attention_mask=mask.long()).logits
+        assert torch.equal(plain, tapped)
+        assert list(capture.calls) == [0, 3]
+        assert torch.equal(plain, model(ids, attention_mask=mask.long()).logits)
+
+
+def test_backends_capture_the_same_and_the_registry_is_left_as_it_was():
+    ids, mask = batch()
+    entropies = []
+    for attention in ("eager", "sdpa"):
+        model = tiny("qwen3", attention)
+        interface = __import__(
+            "transformers.models.qwen3.modeling_qwen3", fromlist=["x"]
+        ).ALL_ATTENTION_FUNCTIONS
+        before = dict(interface._local_mapping)
+        with pytest.raises(RuntimeError), tw.capture_attention(model, [2]) as capture:
+            model(ids, attention_mask=mask.long())
+            raise RuntimeError
+        assert interface._local_mapping == before
+        entropies.append(capture.calls[2][0].entropy(key_mask=mask))
+    torch.testing.assert_close(*entropies)
+
+
+def test_rows_and_reduce_keep_only_what_was_asked():
+    model, (ids, mask) = tiny("qwen3"), batch()
+    with tw.capture_attention(model, [1]) as capture:
+        model(ids, attention_mask=mask.long())
+    full = capture.calls[1][0].entropy(key_mask=mask)
+    with tw.capture_attention(model, [1], rows=5) as capture:
+        model(ids, attention_mask=mask.long())
+    captured = capture.calls[1][0]
+    assert captured.query.shape[2] == 5 and not captured.query.requires_grad
+    torch.testing.assert_close(captured.entropy(key_mask=mask), full[:, -5:])
+    with tw.capture_attention(
+        model, [1], reduce=lambda seen: seen.entropy(key_mask=mask)
+    ) as capture:
+        model(ids, attention_mask=mask.long())
+    torch.testing.assert_close(capture.calls[1], [full])
+
+
+def test_nested_captures_both_see_every_call():
+    model, (ids, _) = tiny("qwen3"), batch()
+    with tw.capture_attention(model, [0]) as outer, tw.capture_attention(model, [0, 1]) as inner:
+        model(ids)
+    assert len(outer.calls[0]) == len(inner.calls[0]) == len(inner.calls[1]) == 1
+
+
+def test_another_model_is_not_captured():
+    probed, other, (ids, _) = tiny("qwen3"), tiny("qwen3"), batch()
+    with tw.capture_attention(probed, [0]) as capture:
+        other(ids)
+    assert capture.calls == {0: []}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_recomputes_outside_the_capture(reentrant):
+    model, (ids, mask) = tiny("qwen3").train(), batch()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with tw.capture_attention(model, [1]) as capture:
+        logits = model(ids, attention_mask=mask.long(), use_cache=False).logits
+    logits.logsumexp(-1).sum().backward()
+    assert len(capture.calls[1]) == 1
+
+
+def test_middle_layer():
+    assert tw.middle_layer(36) == 20
+    with pytest.raises(TokenWeightsError):
+        tw.middle_layer(0)
+
+
+def test_unknown_layers_and_models_are_refused():
+    model = tiny("qwen3")
+    for layer in (4, -5):
+        with (
+            pytest.raises(TokenWeightsError, match=r"layers 0\.\.3, got"),
+            tw.capture_attention(model, [layer]),
+        ):
+            pass
+    with (
+        pytest.raises(TokenWeightsError, match="Linear"),
+        tw.capture_attention(nn.Linear(1, 1), []),
+    ):
+        pass
+    with pytest.raises(TokenWeightsError, match="rows"), tw.capture_attention(model, [0], rows=0):
+        pass
+
+
+def test_attention_that_query_and_key_do_not_determine_is_refused():
+    ids, _ = batch()
+    model = tiny("qwen3")
+    model.config.layer_types[0] = "chunked_attention"
+    with (
+        pytest.raises(TokenWeightsError, match="chunked_attention"),
+        tw.capture_attention(model, [0]),
+    ):
+        model(ids)
+    model = tiny("qwen3")
+    model.model.layers[0].self_attn.is_causal = False
+    with pytest.raises(TokenWeightsError, match="not causal"), tw.capture_attention(model, [0]):
+        model(ids)
+
+
+def test_non_finite_attention_is_refused_where_it_is_read():
+    model, (ids, mask) = tiny("qwen3"), batch()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.fill_(math.nan)
+    with tw.capture_attention(model, [0]) as capture:
+        model(ids, attention_mask=mask.long())
+    with pytest.raises(TokenWeightsError, match="finite"):
+        capture.calls[0][0].entropy(key_mask=mask)

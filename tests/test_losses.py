@@ -1,0 +1,149 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import scored_masks
+
+import tokenweights as tw
+from tokenweights import TokenWeightsError
+
+DENOMINATORS = ["all_tokens", "selected_tokens", "weight_sum"]
+
+
+def weights_of(scores):
+    """Some zero, some not; NaN where the scores are."""
+    return torch.where(scores > 0.3, scores, scores * 0)
+
+
+def test_equations_3_7_17_24_25_by_hand():
+    token_loss = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    weights = torch.tensor([[0.0, 0.5, 0.0, 1.0]])
+    values = {
+        name: tw.weighted_token_mean(token_loss, mask, weights, denominator=name).item()
+        for name in DENOMINATORS
+    }
+    assert values == {
+        "all_tokens": 5.0 / 4,  # Eq. 7, 25
+        "selected_tokens": 5.0 / 2,  # Eq. 24
+        "weight_sum": pytest.approx(5.0 / 1.5),  # Eq. 3, 17
+    }
+    assert tw.weighted_token_mean(token_loss, mask).item() == 2.5  # Eq. 1
+
+
+@pytest.mark.parametrize("denominator", DENOMINATORS)
+@given(case=scored_masks(), seed=st.integers(0, 1000))
+def test_micro_batches_sum_to_the_batch(denominator, case, seed):
+    scores, mask = case
+    weights = weights_of(scores)
+    token_loss = torch.randn(mask.shape, generator=torch.Generator().manual_seed(seed)).double()
+    token_loss = torch.where(mask, token_loss, torch.nan).requires_grad_()
+    whole = tw.weighted_token_mean(token_loss, mask, weights, denominator=denominator)
+    count = tw.loss_denominator(mask, weights, denominator=denominator)
+    parts = [
+        tw.weighted_token_mean(
+            token_loss[r : r + 1], mask[r : r + 1], weights[r : r + 1], count=count
+        )
+        for r in range(mask.shape[0])
+    ]
+    torch.testing.assert_close(sum(parts, whole * 0), whole)
+    (gradient,) = torch.autograd.grad(whole, token_loss)
+    expected = torch.where(mask, weights, 0.0) / count.clamp(min=1e-300)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_an_empty_batch_has_loss_zero_and_zero_gradients():
+    token_loss = torch.tensor([[math.nan, 1.0]], requires_grad=True)
+    mask = torch.zeros(1, 2, dtype=torch.bool)
+    for denominator in DENOMINATORS:
+        loss = tw.weighted_token_mean(token_loss, mask, torch.ones(1, 2), denominator=denominator)
+        assert loss.item() == 0
+        (gradient,) = torch.autograd.grad(loss, token_loss)
+        assert gradient.tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("advantage", [1.5, -1.5])
+@pytest.mark.parametrize("ratio", [0.5, 0.9, 1.1, 2.0, 20.0])
+def test_clipped_surrogate_by_hand(ratio, advantage):
+    log_probs = torch.tensor([[math.log(ratio)]])
+    zeros, advantages = torch.zeros(1, 1), torch.tensor([[advantage]])
+    clipped = min(max(ratio, 0.8), 1.28)
+    expected = -min(ratio * advantage, clipped * advantage)
+    loss = tw.clipped_surrogate_loss(log_probs, zeros, advantages)
+    assert loss.item() == pytest.approx(expected)
+    bounded = tw.clipped_surrogate_loss(log_probs, zeros, advantages, dual_clip=10.0)
+    assert bounded.item() == pytest.approx(min(expected, 15.0) if advantage < 0 else expected)
+
+
+@given(scored_masks())
+def test_weights_on_advantages_or_on_losses_are_the_same(case):
+    scores, mask = case
+    weights = torch.where(mask, weights_of(scores), 0.0)
+    log_probs = torch.where(mask, scores - 0.5, 0.0)
+    advantages = torch.linspace(-1, 1, mask.shape[0], dtype=torch.float64)[:, None]
+    inside = tw.clipped_surrogate_loss(log_probs, log_probs * 0, advantages * weights)
+    outside = tw.clipped_surrogate_loss(log_probs, log_probs * 0, advantages.expand_as(mask) + 0)
+    torch.testing.assert_close(inside, outside * weights)
+
+
+def test_masked_nan_reaches_neither_loss_nor_gradient():
+    log_probs = torch.tensor([[-1.0, math.nan]], requires_grad=True)
+    old = torch.tensor([[-1.0, -math.inf]])
+    mask = torch.tensor([[True, False]])
+    loss = tw.clipped_surrogate_loss(log_probs, old, torch.tensor([[2.0]]), mask=mask)
+    assert loss.tolist() == [[-2.0, 0.0]]
+    (gradient,) = torch.autograd.grad(tw.weighted_token_mean(loss, mask), log_probs)
+    assert gradient.tolist() == [[-2.0, 0.0]]
+
+
+@pytest.mark.parametrize("denominator", DENOMINATORS)
+@given(case=scored_masks())
+def test_aggregation_modes_agree_with_numpy(denominator, case):
+    scores, mask = case
+    weights, token_loss = weights_of(scores), torch.where(mask, scores * 3 - 1, torch.nan)
+    rows = [
+        (token_loss[r][mask[r]].numpy(), weights[r][mask[r]].numpy())
+        for r in range(mask.shape[0])
+        if mask[r].any()
+    ]
+    bottom = {
+        "all_tokens": lambda w: w.size,
+        "selected_tokens": lambda w: (w > 0).sum(),
+        "weight_sum": lambda w: w.sum(),
+    }[denominator]
+    means = [(loss * w).sum() / bottom(w) if bottom(w) > 0 else 0.0 for loss, w in rows]
+    got = tw.aggregate_loss(
+        token_loss, mask, weights, mode="seq-mean-token-mean", denominator=denominator
+    )
+    assert got.item() == pytest.approx(np.mean(means) if means else 0.0)
+    if denominator == "all_tokens":
+        sums = np.mean([(loss * w).sum() for loss, w in rows]) if rows else 0.0
+        got = tw.aggregate_loss(token_loss, mask, weights, mode="seq-mean-token-sum")
+        assert got.item() == pytest.approx(sums)
+        normed = tw.aggregate_loss(
+            token_loss, mask, weights, mode="seq-mean-token-sum-norm", max_length=8
+        )
+        assert normed.item() == pytest.approx(sums / 8)
+
+
+ONE = torch.ones(1, 2, dtype=torch.bool)
+LOSS = torch.rand(1, 2)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: tw.clipped_surrogate_loss(LOSS, LOSS, LOSS, clip_low=-0.1),
+        lambda: tw.clipped_surrogate_loss(LOSS, LOSS, LOSS, clip_low=1.1),
+        lambda: tw.clipped_surrogate_loss(LOSS, LOSS, LOSS, dual_clip=1.0),
+        lambda: tw.aggregate_loss(LOSS, ONE, mode="seq-mean-token-sum-norm"),
+        lambda: tw.aggregate_loss(LOSS, ONE, mode="seq-mean-token-sum", max_length=3),
+        lambda: tw.aggregate_loss(LOSS, ONE, mode="seq-mean-token-sum", denominator="weight_sum"),
+    ],
+)
+def test_nonsense_is_refused(make):
+    with pytest.raises(TokenWeightsError, match="expected"):
+        make()

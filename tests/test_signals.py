@@ -1,0 +1,82 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tokenweights as tw
+from tokenweights import TokenWeightsError
+
+
+@given(st.integers(0, 3), st.integers(0, 5), st.integers(1, 40), st.integers(1, 7), st.integers())
+def test_equation_19_agrees_with_numpy(batch, token, vocab, chunk, seed):
+    generator = np.random.default_rng(abs(seed))
+    logits = generator.normal(scale=8, size=(batch, token, vocab))
+    probs = np.exp(logits - logits.max(-1, keepdims=True, initial=-1e9))
+    probs /= probs.sum(-1, keepdims=True)
+    expected = -(probs * np.log(probs)).sum(-1)
+    entropy = tw.predictive_entropy(torch.tensor(logits), chunk_tokens=chunk)
+    np.testing.assert_allclose(entropy.numpy(), expected, atol=5e-6)
+
+
+def test_predictive_entropy_of_forbidden_tokens_and_low_precision():
+    logits = torch.tensor([[[0.0, 0.0, -math.inf]]])
+    assert tw.predictive_entropy(logits).item() == pytest.approx(math.log(2))
+    assert tw.predictive_entropy(logits.bfloat16()).item() == pytest.approx(math.log(2))
+    certain = torch.tensor([[[0.0, -math.inf]]])
+    assert tw.predictive_entropy(certain).item() == 0.0
+
+
+def test_predictive_entropy_leaves_its_input_alone():
+    logits = torch.randn(1, 3, 5, requires_grad=True)
+    before = logits.detach().clone()
+    assert not tw.predictive_entropy(logits).requires_grad
+    assert torch.equal(logits.detach(), before)
+
+
+def test_equation_23_loss_magnitude():
+    assert tw.loss_magnitude(torch.tensor([[-2.0, 3.0]])).tolist() == [[2.0, 3.0]]
+
+
+def test_relative_position_counts_valid_tokens():
+    mask = torch.tensor([[False, True, True, False, True, True], [False] * 6])
+    expected = [[0.0, 0.25, 0.5, 0.0, 0.75, 1.0], [0.0] * 6]
+    assert tw.relative_position(mask).tolist() == expected
+
+
+def test_alignment_of_left_padded_prompts():
+    scores = torch.arange(6.0)[None]
+    assert tw.align_to_decision(scores, response_length=3).tolist() == [[2.0, 3.0, 4.0]]
+    assert tw.align_to_own(scores, response_length=3).tolist() == [[3.0, 4.0, 5.0]]
+
+
+def test_alignment_of_right_padded_sequences():
+    # Row 0 has 2 prompt and 3 response tokens, row 1 has 4 and 1.
+    scores = torch.stack([torch.arange(5.0), torch.arange(5.0) + 10])
+    lengths = torch.tensor([2, 4])
+    decided = tw.align_to_decision(scores, response_length=3, prompt_length=lengths)
+    assert decided.tolist() == [[1.0, 2.0, 3.0], [13.0, 14.0, 0.0]]
+    own = tw.align_to_own(scores, response_length=3, prompt_length=lengths)
+    assert own.tolist() == [[2.0, 3.0, 4.0], [14.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: tw.predictive_entropy(torch.rand(1, 1, 2), chunk_tokens=0),
+        lambda: tw.align_to_decision(torch.rand(1, 3), response_length=3),
+        lambda: tw.align_to_own(torch.rand(1, 3), response_length=4),
+        lambda: tw.align_to_own(torch.rand(1, 3), response_length=-1),
+        lambda: tw.align_to_decision(
+            torch.rand(1, 3), response_length=1, prompt_length=torch.tensor([0])
+        ),
+        lambda: tw.align_to_own(
+            torch.rand(1, 3), response_length=1, prompt_length=torch.tensor([4])
+        ),
+    ],
+)
+def test_nonsense_is_refused(make):
+    with pytest.raises(TokenWeightsError):
+        make()

@@ -1,0 +1,173 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import scored_masks
+
+import tokenweights as tw
+from tokenweights import Endpoints, ScoreExtrema, TokenWeightsError
+
+TEMPERATURES = st.sampled_from([1e-4, 1e-2, 0.1, 1.0, 10.0, 1e4])
+
+
+def literal_alpha(scores: np.ndarray, temperature: float, eps: float) -> np.ndarray:
+    """Eq. 26 and 27 as printed."""
+    c = scores.max() / temperature
+    alpha = np.exp(scores / temperature - c)
+    alpha = alpha / (alpha.sum() + eps)
+    return (alpha - alpha.min()) / (alpha.max() - alpha.min() + eps)
+
+
+def test_equations_26_to_28_by_hand():
+    # exp(H) = 1, 2, 3: abar = (x - 1) / 2.
+    scores = torch.tensor([[0.0, math.log(2), math.log(3)]])
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    weights = tw.endpoint_weights(scores, mask, Endpoints(low=1.0, high=3.0))
+    torch.testing.assert_close(weights, torch.tensor([[1.0, 2.0, 3.0]]))
+
+
+@given(scored_masks(), TEMPERATURES, st.sampled_from([0.0, 1e-8, 1e-2]))
+def test_both_forms_agree_with_the_printed_equations(case, temperature, eps):
+    scores, mask = case
+    ends = Endpoints(0.25, 2.0)
+    valid = scores[mask].numpy()
+    options = {"temperature": temperature}
+    stable = tw.endpoint_weights(scores, mask, ends, **options)
+    assert (stable[~mask] == 0).all() and torch.isfinite(stable).all()
+    if valid.size == 0 or valid.min() == valid.max():
+        assert (stable[mask] == 0.25).all()
+        return
+    low = np.exp((valid.min() - valid.max()) / temperature)
+    exact = (np.exp((valid - valid.max()) / temperature) - low) / (1 - low)
+    # At 1e4 the NumPy line cancels to about 1e-12; expm1 in the library does not.
+    np.testing.assert_allclose(stable[mask].numpy(), 0.25 + 1.75 * exact, rtol=2e-6, atol=1e-7)
+    literal = tw.endpoint_weights(scores, mask, ends, form="literal", eps=eps, **options)
+    if eps > 0:
+        expected = 0.25 + 1.75 * literal_alpha(valid, temperature, eps)
+        np.testing.assert_allclose(literal[mask].numpy(), expected, rtol=2e-6, atol=1e-7)
+
+
+def test_the_literal_form_shrinks_with_the_batch_and_the_stable_one_does_not():
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    scores, ends = torch.tensor([[0.2, 0.9]]), Endpoints(0.0, 1.0)
+    extrema = tw.score_extrema(scores, mask)
+    for tokens, largest in ((1e6, 0.99), (1e7, 0.88)):
+        # A uniform spread of scores between the extrema, as a sum instead of as tokens.
+        spread = np.linspace(0.2, 0.9, 10001)
+        partition = torch.tensor(tokens * np.exp(spread - 0.9).mean())
+        literal = tw.endpoint_weights(
+            scores, mask, ends, extrema=extrema, form="literal", partition=partition
+        )
+        assert literal.max().item() == pytest.approx(largest, abs=0.006)
+        assert tw.endpoint_weights(scores, mask, ends, extrema=extrema).max() == 1.0
+
+
+@given(scored_masks(max_batch=4), TEMPERATURES, st.sampled_from(["stable", "literal"]))
+def test_any_split_of_the_batch_gives_the_same_weights(case, temperature, form):
+    scores, mask = case
+    ends = Endpoints(1.0, 0.0)
+    whole = tw.endpoint_weights(scores, mask, ends, temperature=temperature, form=form)
+    extrema = tw.score_extrema(scores, mask)
+    partition = tw.softmax_partition(scores, mask, extrema, temperature=temperature)
+    for row in range(mask.shape[0]):
+        part = tw.endpoint_weights(
+            scores[row : row + 1],
+            mask[row : row + 1],
+            ends,
+            temperature=temperature,
+            form=form,
+            extrema=extrema,
+            partition=partition,
+        )
+        assert torch.equal(part, whole[row : row + 1])
+
+
+def test_extreme_temperatures():
+    scores, mask = torch.tensor([[0.0, 0.5, 1.0]]), torch.ones(1, 3, dtype=torch.bool)
+    ends = Endpoints(0.0, 1.0)
+    cold = tw.endpoint_weights(scores, mask, ends, temperature=1e-4)
+    hot = tw.endpoint_weights(scores, mask, ends, temperature=1e4)
+    assert cold.tolist() == [[0.0, 0.0, 1.0]]
+    torch.testing.assert_close(hot, scores, atol=1e-4, rtol=0)
+
+
+def test_ten_million_tokens_by_their_extrema():
+    scores, mask = torch.tensor([[0.2, 0.55, 0.9]]), torch.ones(1, 3, dtype=torch.bool)
+    few = tw.endpoint_weights(scores, mask, Endpoints(0.0, 1.0))
+    wide = torch.linspace(0.2, 0.9, 10_000_001)[None]
+    everyone = torch.ones_like(wide, dtype=torch.bool)
+    extrema = tw.score_extrema(wide, everyone)
+    many = tw.endpoint_weights(wide, everyone, Endpoints(0.0, 1.0), extrema=extrema)
+    torch.testing.assert_close(many[0, [0, 5_000_000, 10_000_000]], few[0], atol=1e-6, rtol=1e-5)
+
+
+@given(scored_masks(), st.floats(0.1, 5))
+def test_match_mass_gives_the_target_mean_on_any_split(case, target):
+    scores, mask = case
+    weights = torch.where(mask, scores, torch.nan)
+    matched = tw.match_mass(weights, mask, target=target)
+    mass, count = tw.masked_sum(weights, mask), mask.sum().double()
+    if mass > 0:
+        assert matched.sum() / count == pytest.approx(target)
+    else:
+        assert (matched == 0).all()
+    parts = [
+        tw.match_mass(weights[r : r + 1], mask[r : r + 1], target=target, count=count, mass=mass)
+        for r in range(mask.shape[0])
+    ]
+    if parts:
+        torch.testing.assert_close(torch.cat(parts), matched)
+
+
+@given(scored_masks())
+def test_weight_statistics_agree_with_numpy(case):
+    weights, mask = case
+    statistics = tw.weight_statistics(weights, mask)
+    w = weights[mask].numpy()
+    if w.size == 0 or w.sum() == 0:
+        assert statistics.mean == statistics.effective_sample_size == statistics.share.sum() == 0
+        return
+    assert statistics.mean.item() == pytest.approx(w.mean(), rel=1e-6)
+    effective = w.sum() ** 2 / (w**2).sum() / w.size
+    assert statistics.effective_sample_size.item() == pytest.approx(effective, rel=1e-6)
+    assert statistics.share.sum().item() == pytest.approx(1, rel=1e-6)
+
+
+def test_share_of_mass_in_given_bins():
+    mask = torch.tensor([[True, True, True, False]])
+    weights = torch.tensor([[1.0, 2.0, 5.0, 99.0]])
+    bins = torch.tensor([[0, 0, 1, 7]])
+    share = tw.weight_statistics(weights, mask, bins=bins, bin_count=2).share
+    torch.testing.assert_close(share, torch.tensor([0.375, 0.625]))
+
+
+ONE = torch.ones(1, 2, dtype=torch.bool)
+HALF = torch.tensor([[0.0, 0.5]])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: tw.endpoint_weights(HALF, ONE, Endpoints(0, 1), temperature=0.0),
+        lambda: tw.endpoint_weights(HALF, ONE, Endpoints(0, 1), temperature=-1.0),
+        lambda: tw.endpoint_weights(HALF, ONE, Endpoints(0, 1), temperature=math.inf),
+        lambda: tw.endpoint_weights(HALF, ONE, Endpoints(0, 1), form="exact"),
+        lambda: tw.endpoint_weights(HALF * math.nan, ONE, Endpoints(0, 1)),
+        lambda: tw.endpoint_weights(
+            HALF,
+            ONE,
+            Endpoints(0, 1),
+            extrema=ScoreExtrema(torch.tensor(0.1), torch.tensor(1.0)),
+        ),
+        lambda: tw.match_mass(-HALF, ONE),
+        lambda: tw.match_mass(HALF, ONE, target=-1.0),
+        lambda: tw.weight_statistics(-HALF, ONE),
+        lambda: tw.weight_statistics(HALF, ONE, bins=torch.tensor([[0, 3]]), bin_count=2),
+    ],
+)
+def test_nonsense_is_refused(make):
+    with pytest.raises(TokenWeightsError, match="expected"):
+        make()

@@ -1,0 +1,146 @@
+"""tokenweights: who counts, and how much, when a language model learns by reinforcement.
+
+Signals score response tokens; partitions, weights and schedules turn scores into weights; losses
+aggregate with an explicit denominator; gradients and diagnostics show what that did. Tensors in,
+tensors out: trainers are wired in by the adapters, which are distributions of their own.
+"""
+
+from tokenweights._errors import TokenWeightsError as TokenWeightsError
+from tokenweights.attention import AttentionStatistics as AttentionStatistics
+from tokenweights.attention import attention_entropy as attention_entropy
+from tokenweights.attention import attention_entropy_from_weights as attention_entropy_from_weights
+from tokenweights.attention import attention_entropy_varlen as attention_entropy_varlen
+from tokenweights.attention import attention_statistics as attention_statistics
+from tokenweights.capture import AttentionCapture as AttentionCapture
+from tokenweights.capture import CapturedAttention as CapturedAttention
+from tokenweights.capture import attention_layers as attention_layers
+from tokenweights.capture import capture_attention as capture_attention
+from tokenweights.capture import middle_layer as middle_layer
+from tokenweights.diagnostics import GroupDynamics as GroupDynamics
+from tokenweights.diagnostics import group_dynamics as group_dynamics
+from tokenweights.diagnostics import token_weight_metrics as token_weight_metrics
+from tokenweights.distributed import global_extrema as global_extrema
+from tokenweights.distributed import global_sum as global_sum
+from tokenweights.gradients import GradientGeometry as GradientGeometry
+from tokenweights.gradients import GroupGradients as GroupGradients
+from tokenweights.gradients import gradient_geometry as gradient_geometry
+from tokenweights.gradients import group_gradients as group_gradients
+from tokenweights.losses import aggregate_loss as aggregate_loss
+from tokenweights.losses import clipped_surrogate_loss as clipped_surrogate_loss
+from tokenweights.losses import loss_denominator as loss_denominator
+from tokenweights.losses import weighted_token_mean as weighted_token_mean
+from tokenweights.masked import masked_extrema as masked_extrema
+from tokenweights.masked import masked_mean as masked_mean
+from tokenweights.masked import masked_order as masked_order
+from tokenweights.masked import masked_ranks as masked_ranks
+from tokenweights.masked import masked_sum as masked_sum
+from tokenweights.partition import back_fraction as back_fraction
+from tokenweights.partition import bernoulli_subset as bernoulli_subset
+from tokenweights.partition import bottom_fraction as bottom_fraction
+from tokenweights.partition import front_fraction as front_fraction
+from tokenweights.partition import matched_random as matched_random
+from tokenweights.partition import median_quadrants as median_quadrants
+from tokenweights.partition import quantile_bins as quantile_bins
+from tokenweights.partition import random_fraction as random_fraction
+from tokenweights.partition import top_fraction as top_fraction
+from tokenweights.recipes import Recipe as Recipe
+from tokenweights.recipes import recipe as recipe
+from tokenweights.recipes import recipe_names as recipe_names
+from tokenweights.rewards import boxed_answer as boxed_answer
+from tokenweights.rewards import boxed_match_reward as boxed_match_reward
+from tokenweights.rewards import mean_at_k as mean_at_k
+from tokenweights.rewards import overlong_penalty as overlong_penalty
+from tokenweights.schedules import Endpoints as Endpoints
+from tokenweights.schedules import constant_schedule as constant_schedule
+from tokenweights.schedules import cosine_schedule as cosine_schedule
+from tokenweights.schedules import endpoint_schedule as endpoint_schedule
+from tokenweights.schedules import high_to_low as high_to_low
+from tokenweights.schedules import linear_schedule as linear_schedule
+from tokenweights.schedules import low_to_high as low_to_high
+from tokenweights.schedules import piecewise_schedule as piecewise_schedule
+from tokenweights.schedules import static_endpoints as static_endpoints
+from tokenweights.signals import align_to_decision as align_to_decision
+from tokenweights.signals import align_to_own as align_to_own
+from tokenweights.signals import loss_magnitude as loss_magnitude
+from tokenweights.signals import predictive_entropy as predictive_entropy
+from tokenweights.signals import relative_position as relative_position
+from tokenweights.weights import ScoreExtrema as ScoreExtrema
+from tokenweights.weights import WeightStatistics as WeightStatistics
+from tokenweights.weights import endpoint_weights as endpoint_weights
+from tokenweights.weights import match_mass as match_mass
+from tokenweights.weights import score_extrema as score_extrema
+from tokenweights.weights import softmax_partition as softmax_partition
+from tokenweights.weights import subset_weights as subset_weights
+from tokenweights.weights import weight_statistics as weight_statistics
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionCapture",
+    "AttentionStatistics",
+    "CapturedAttention",
+    "Endpoints",
+    "GradientGeometry",
+    "GroupDynamics",
+    "GroupGradients",
+    "Recipe",
+    "ScoreExtrema",
+    "TokenWeightsError",
+    "WeightStatistics",
+    "aggregate_loss",
+    "align_to_decision",
+    "align_to_own",
+    "attention_entropy",
+    "attention_entropy_from_weights",
+    "attention_entropy_varlen",
+    "attention_layers",
+    "attention_statistics",
+    "back_fraction",
+    "bernoulli_subset",
+    "bottom_fraction",
+    "boxed_answer",
+    "boxed_match_reward",
+    "capture_attention",
+    "clipped_surrogate_loss",
+    "constant_schedule",
+    "cosine_schedule",
+    "endpoint_schedule",
+    "endpoint_weights",
+    "front_fraction",
+    "global_extrema",
+    "global_sum",
+    "gradient_geometry",
+    "group_dynamics",
+    "group_gradients",
+    "high_to_low",
+    "linear_schedule",
+    "loss_denominator",
+    "loss_magnitude",
+    "low_to_high",
+    "masked_extrema",
+    "masked_mean",
+    "masked_order",
+    "masked_ranks",
+    "masked_sum",
+    "match_mass",
+    "matched_random",
+    "mean_at_k",
+    "median_quadrants",
+    "middle_layer",
+    "overlong_penalty",
+    "piecewise_schedule",
+    "predictive_entropy",
+    "quantile_bins",
+    "random_fraction",
+    "recipe",
+    "recipe_names",
+    "relative_position",
+    "score_extrema",
+    "softmax_partition",
+    "static_endpoints",
+    "subset_weights",
+    "token_weight_metrics",
+    "top_fraction",
+    "weight_statistics",
+    "weighted_token_mean",
+]

@@ -1,0 +1,29 @@
+"""Signals from queries and keys: entropy and support of the head-averaged attention."""
+
+from tokenweights.attention.api import (
+    attention_entropy,
+    attention_entropy_varlen,
+    attention_statistics,
+)
+from tokenweights.attention.given_weights import attention_entropy_from_weights
+from tokenweights.attention.statistics import (
+    ENTROPY_KINDS,
+    STATISTIC_KINDS,
+    AttentionStatistics,
+    EntropyKind,
+    Heads,
+    StatisticKind,
+)
+
+__all__ = [
+    "ENTROPY_KINDS",
+    "STATISTIC_KINDS",
+    "AttentionStatistics",
+    "EntropyKind",
+    "Heads",
+    "StatisticKind",
+    "attention_entropy",
+    "attention_entropy_from_weights",
+    "attention_entropy_varlen",
+    "attention_statistics",
+]

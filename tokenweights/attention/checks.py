@@ -1,0 +1,147 @@
+"""Refusals: every argument that a type annotation cannot judge."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tokenweights._errors import invalid
+from tokenweights.attention.layout import TokenSequence
+from tokenweights.attention.statistics import ENTROPY_KINDS, Heads, Logits, Request
+
+MASS_TOLERANCE = 1e-3
+
+
+def check_request(function: str, request: Request, heads: Heads) -> None:
+    """Refuse parameters outside their range and combinations without a meaning."""
+    for name in ("top_k", "fixed_k", "local_window"):
+        value = getattr(request, name)
+        if value < 1:
+            raise invalid(function, name, ">= 1", value, "Pass a number of keys.")
+    for kind in request.kinds:
+        if heads == "mean_entropy" and kind not in ENTROPY_KINDS:
+            condition = 'to hold entropies only with heads="mean_entropy"'
+            hint = 'Pass heads="none" or "mean_distribution" for the other statistics.'
+            raise invalid(function, "kinds", condition, repr(kind), hint)
+    if not request.kinds:
+        raise invalid(function, "kinds", "to name a statistic", "none", "Ask for at least one.")
+    for mass in request.support_mass:
+        if not 0 < mass <= 1:
+            raise invalid(function, "support_mass", "in (0, 1]", mass, "Pass shares of the mass.")
+
+
+def check_logits(function: str, logits: Logits) -> None:
+    """Refuse a window or softcap without a meaning."""
+    if logits.window is not None and logits.window < 1:
+        hint = "A query always sees itself; pass None for no window."
+        raise invalid(function, "window", ">= 1", logits.window, hint)
+    if logits.window is not None and not logits.causal:
+        hint = "A window counts keys back from the query; drop it or pass causal=True."
+        raise invalid(function, "window", "None when causal=False", logits.window, hint)
+    if not math.isfinite(logits.scale):
+        raise invalid(function, "scale", "to be finite", logits.scale, "Pass a number or None.")
+    if logits.softcap is not None and not logits.softcap > 0:
+        hint = "Pass None for no softcap."
+        raise invalid(function, "softcap", "> 0", logits.softcap, hint)
+
+
+def check_heads(
+    function: str, *, heads: int, kv_heads: int, dim: int, key_dim: int, sinks: Tensor | None
+) -> None:
+    """Refuse query and key whose heads do not fit together."""
+    if dim != key_dim:
+        hint = "Query and key must come from the same attention layer."
+        raise invalid(function, "key", f"with the query's dim {dim}", key_dim, hint)
+    if heads == 0 or kv_heads == 0 or heads % kv_heads:
+        hint = "Grouped-query attention needs a whole number of query heads per key head."
+        got = f"{heads} query heads and {kv_heads} key heads"
+        raise invalid(function, "query", "heads to be a multiple of the key's", got, hint)
+    if sinks is not None and tuple(sinks.shape) != (heads,):
+        hint = "Pass one sink logit per query head."
+        raise invalid(function, "sinks", f"of shape ({heads},)", tuple(sinks.shape), hint)
+
+
+def check_padded(
+    function: str,
+    query: Float[Tensor, "batch heads query dim"],
+    key: Float[Tensor, "batch kv_heads key dim"],
+    key_mask: Bool[Tensor, "batch key"] | None,
+    lse: Float[Tensor, "batch heads query"] | None,
+    sinks: Float[Tensor, " heads"] | None,
+) -> None:
+    """Refuse shapes of a padded batch that do not fit together."""
+    batch, heads, queries, dim = query.shape
+    if key.shape[0] != batch:
+        raise invalid(function, "key", f"with batch {batch}", key.shape[0], "Pass matching rows.")
+    check_heads(
+        function,
+        heads=heads,
+        kv_heads=key.shape[1],
+        dim=dim,
+        key_dim=key.shape[3],
+        sinks=sinks,
+    )
+    check_positions(function, queries, key.shape[2])
+    check_shape(function, "key_mask", key_mask, (batch, key.shape[2]))
+    check_shape(function, "lse", lse, (batch, heads, queries))
+
+
+def check_positions(function: str, queries: int, keys: int) -> None:
+    """Refuse more queries than keys."""
+    if queries > keys:
+        hint = "The queries are the last positions of the keys; pass the keys of all positions."
+        got = f"{queries} queries and {keys} keys"
+        raise invalid(function, "query", "no longer than `key`", got, hint)
+
+
+def check_shape(function: str, argument: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Refuse an optional tensor of another shape."""
+    if value is not None and tuple(value.shape) != shape:
+        hint = "It has one entry per position of the batch it describes."
+        raise invalid(function, argument, f"of shape {shape}", tuple(value.shape), hint)
+
+
+def check_bounds(function: str, argument: str, bounds: list[int], total: int) -> None:
+    """Refuse cumulative lengths that do not cut `total` tokens into sequences."""
+    if not bounds or bounds[0] != 0 or bounds[-1] != total or bounds != sorted(bounds):
+        condition = f"to rise from 0 to the {total} packed tokens"
+        hint = "Pass cumulative sequence lengths with a leading zero."
+        raise invalid(function, argument, condition, bounds, hint)
+
+
+def check_finite(function: str, sequences: Sequence[TokenSequence]) -> None:
+    """Refuse non-finite numbers at real positions."""
+    for argument in ("query", "key"):
+        values = [getattr(sequence, argument) for sequence in sequences]
+        # A sum is one cheap pass and finite only if all its terms are, short of an overflow.
+        sums = [value.sum(dtype=torch.float32) for value in values]
+        if sums and not bool(torch.stack(sums).isfinite().all()):
+            if all(bool(value.isfinite().all()) for value in values):
+                continue
+            hint = "A real position holds NaN or infinity: mask it, or repair what produced it."
+            condition = "to be finite at real positions"
+            raise invalid(function, argument, condition, "NaN or infinity", hint)
+
+
+def check_results(function: str, results: dict[str, Tensor]) -> None:
+    """Refuse scores that overflow although their factors are finite."""
+    for value in results.values():
+        if not bool(value.isfinite().all()):
+            hint = "Inner products overflow float32: rescale the inputs, or check `scale`."
+            condition = "and `key` to have finite inner products"
+            raise invalid(function, "query", condition, "an overflow", hint)
+
+
+def check_row_mass(function: str, mass: Float[Tensor, " row"]) -> None:
+    """Refuse an `lse` under which the weights of a row, sink included, do not sum to one."""
+    worst = float((mass - 1.0).abs().max())
+    if not worst <= MASS_TOLERANCE:
+        condition = "to be the log of the softmax denominators of `query` and `key`"
+        got = f"weights whose sums miss 1 by {worst:.2g}"
+        hint = (
+            "This lse does not belong to these q and k: check scale, softcap, window, masks and "
+            "sinks, and keep it in float32; or leave it out."
+        )
+        raise invalid(function, "lse", condition, got, hint)

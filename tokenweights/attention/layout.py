@@ -1,0 +1,108 @@
+"""From a padded batch to sequences of real tokens and back.
+
+Every layout is taken apart into the same pieces before anything is computed: sequences in which
+no padding is left. A left-padded, a right-padded and a packed batch therefore give equal numbers,
+and a padded position is never read.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Indices = slice | Int[Tensor, " index"]
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where the real tokens of one row lie in a batch, along its query and its key axis."""
+
+    row: int
+    query: Indices
+    key: Indices
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One sequence without padding; its queries are the last positions of its keys."""
+
+    query: Float[Tensor, "heads query dim"]
+    key: Float[Tensor, "kv_heads key dim"]
+    lse: Float[Tensor, "heads query"] | None
+    slots: Slots
+
+
+def token_slots(
+    batch: int, queries: int, keys: int, key_mask: Bool[Tensor, "batch key"] | None
+) -> Iterator[Slots]:
+    """The slots of every row with at least one real query, the queries being the last slots."""
+    padding = keys - queries
+    everything: list[Indices] = [slice(0, keys)] * batch
+    for row, real in enumerate(everything if key_mask is None else _real_slots(key_mask)):
+        if isinstance(real, slice):
+            asked = slice(max(real.start - padding, 0), max(real.stop - padding, 0))
+            any_query = asked.start < asked.stop
+        else:
+            asked = real[real >= padding] - padding
+            any_query = len(asked) > 0
+        if any_query:
+            yield Slots(row=row, query=asked, key=real)
+
+
+def padded_sequences(
+    query: Float[Tensor, "batch heads query dim"],
+    key: Float[Tensor, "batch kv_heads key dim"],
+    key_mask: Bool[Tensor, "batch key"] | None,
+    lse: Float[Tensor, "batch heads query"] | None,
+) -> Iterator[TokenSequence]:
+    """The sequences of a padded batch that have at least one real query."""
+    for slots in token_slots(query.shape[0], query.shape[2], key.shape[2], key_mask):
+        yield TokenSequence(
+            query=query[slots.row][:, slots.query],
+            key=key[slots.row][:, slots.key],
+            lse=None if lse is None else lse[slots.row][:, slots.query],
+            slots=slots,
+        )
+
+
+def packed_sequences(
+    query: Float[Tensor, "total_q heads dim"],
+    key: Float[Tensor, "total_k kv_heads dim"],
+    query_bounds: list[int],
+    key_bounds: list[int],
+    lse: Float[Tensor, "heads total_q"] | None,
+) -> Iterator[TokenSequence]:
+    """The sequences of a packed batch that have at least one query."""
+    for index in range(len(query_bounds) - 1):
+        asked = slice(query_bounds[index], query_bounds[index + 1])
+        real = slice(key_bounds[index], key_bounds[index + 1])
+        if asked.start < asked.stop:
+            yield TokenSequence(
+                query=query[asked].transpose(0, 1),
+                key=key[real].transpose(0, 1),
+                lse=None if lse is None else lse[:, asked],
+                slots=Slots(row=0, query=asked, key=real),
+            )
+
+
+def _real_slots(key_mask: Bool[Tensor, "batch key"]) -> list[Indices]:
+    """The slots of the real tokens of each row: a slice where they are contiguous.
+
+    Slices are views, so a padded batch is read in place; holes inside a row cost a gather.
+    """
+    length = key_mask.shape[1]
+    count = key_mask.sum(1)
+    first = key_mask.int().argmax(1)
+    last = length - 1 - key_mask.flip(1).int().argmax(1)
+    bounds = torch.stack([count, first, last], 1).tolist()
+    slots: list[Indices] = []
+    for row, (real, start, end) in enumerate(bounds):
+        if real == 0:
+            slots.append(slice(0, 0))
+        elif real == end - start + 1:
+            slots.append(slice(start, end + 1))
+        else:
+            slots.append(key_mask[row].nonzero().squeeze(1))
+    return slots

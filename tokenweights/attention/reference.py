@@ -1,0 +1,101 @@
+"""The specification: every statistic from the full attention matrix, in float64.
+
+Nothing here is fast. Read it to know what the other files must compute.
+"""
+
+import torch
+from einops import repeat
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tokenweights.attention.statistics import Logits, Request
+
+
+def visible_keys(
+    key_mask: Bool[Tensor, "batch key"], *, queries: int, causal: bool, window: int | None
+) -> Bool[Tensor, "batch query key"]:
+    """True where a query, one of the last `queries` positions, sees a key."""
+    position = key_mask.cumsum(1) - 1  # counts real tokens, so padding shifts nothing
+    distance = position[:, -queries:, None] - position[:, None, :]
+    visible = key_mask[:, -queries:, None] & key_mask[:, None, :]
+    if causal:
+        visible &= distance >= 0
+    if window is not None:
+        visible &= distance < window
+    return visible
+
+
+def attention_weights(
+    query: Float[Tensor, "batch heads query dim"],
+    key: Float[Tensor, "batch kv_heads key dim"],
+    visible: Bool[Tensor, "batch query key"],
+    logits: Logits,
+    sinks: Float[Tensor, " heads"] | None,
+) -> Float[Tensor, "batch heads query key"]:
+    """Softmax over the visible keys, and the sink if there is one; zero elsewhere."""
+    group = query.shape[1] // key.shape[1]
+    key = repeat(key.double(), "b kv k d -> b (kv group) k d", group=group)
+    score = query.double() @ key.transpose(2, 3) * logits.scale
+    if logits.softcap is not None:
+        score = logits.softcap * torch.tanh(score / logits.softcap)
+    score = score.masked_fill(~visible[:, None], -torch.inf)
+    if sinks is not None:
+        column = sinks.double()[None, :, None, None].expand(*score.shape[:3], 1)
+        score = torch.cat([score, column], dim=-1)
+    weights = torch.softmax(score, dim=-1)[..., : key.shape[2]]
+    # A padded query sees nothing: its row would be 0 / 0.
+    return weights.masked_fill(~visible.any(-1)[:, None, :, None], 0.0)
+
+
+def entropy(weights: Float[Tensor, "*row key"]) -> Float[Tensor, "*row"]:
+    """Shannon entropy in nats of the rows divided by their sums; 0 for an empty row."""
+    total = weights.sum(-1, keepdim=True)
+    return torch.special.entr(weights / total.where(total > 0, 1.0)).sum(-1).clamp_min(0.0)
+
+
+def reference_statistics(
+    query: Float[Tensor, "batch heads query dim"],
+    key: Float[Tensor, "batch kv_heads key dim"],
+    request: Request,
+    logits: Logits,
+    *,
+    key_mask: Bool[Tensor, "batch key"] | None = None,
+    sinks: Float[Tensor, " heads"] | None = None,
+    per_head: bool = False,
+) -> dict[str, Tensor]:
+    """Every requested statistic, as `batch heads query`, of the mean distribution or per head."""
+    queries = query.shape[2]
+    if key_mask is None:
+        key_mask = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
+    visible = visible_keys(key_mask, queries=queries, causal=logits.causal, window=logits.window)
+    weights = attention_weights(query, key, visible, logits, sinks)
+    if not per_head:
+        weights = weights.mean(1, keepdim=True)
+    seen = visible[:, None]
+    row_mass = weights.sum(-1)
+    share = weights / row_mass.where(row_mass > 0, 1.0)[..., None]
+    count = visible.sum(-1)[:, None]
+    raw = entropy(share)
+    log_count = count.double().log()
+    descending = share.sort(dim=-1, descending=True).values
+    first = seen & (seen.cumsum(-1) <= request.fixed_k)
+    position = key_mask.cumsum(1) - 1
+    distance = (position[:, -queries:, None] - position[:, None, :]).abs()[:, None]
+    local = (share * (distance < request.local_window)).sum(-1)
+    results = {
+        "raw": raw,
+        "normalized": torch.where(count > 1, raw / log_count.where(count > 1, 1.0), 0.0),
+        "topk": entropy(descending[..., : request.top_k]),
+        "fixed": entropy(share * first),
+        "mean_distance": (share * distance).sum(-1),
+        "local_mass": local,
+        "nonlocal_mass": torch.where(row_mass > 0, 1.0 - local, 0.0),
+        "max_weight": descending[..., 0],
+        "row_mass": row_mass,
+    }
+    if "support_size" in request.kinds:
+        cumulative = descending.cumsum(-1)
+        sizes = [1 + (cumulative < mass).sum(-1) for mass in request.support_mass]
+        size = torch.stack([torch.minimum(s, count.expand_as(s)) for s in sizes], dim=-1)
+        results["support_size"] = size
+    return {kind: results[kind] for kind in request.kinds}

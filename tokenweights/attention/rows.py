@@ -1,0 +1,226 @@
+"""Statistics of a block of attention rows: from weights over keys to one number per query."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tokenweights.attention.statistics import Logits, Request
+
+# The smallest positive normal float32: where a weight is zero, its `p log p` must be zero too.
+TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Consecutive queries `first_query ...` of one sequence against its keys `first_key ...`.
+
+    Positions count real tokens from the start of the sequence; no padding is left here.
+    """
+
+    first_query: int
+    queries: int
+    first_key: int
+    keys: int
+    total_keys: int
+    causal: bool
+    window: int | None
+    device: torch.device
+
+    @property
+    def key_slice(self) -> slice:
+        """The block's range of keys."""
+        return slice(self.first_key, self.first_key + self.keys)
+
+    @property
+    def query_position(self) -> Int[Tensor, " query"]:
+        """Position of each query."""
+        return torch.arange(self.first_query, self.first_query + self.queries, device=self.device)
+
+    @property
+    def key_position(self) -> Int[Tensor, " key"]:
+        """Position of each key."""
+        return torch.arange(self.first_key, self.first_key + self.keys, device=self.device)
+
+    @property
+    def first_visible(self) -> Int[Tensor, " query"]:
+        """Position of the first key each query sees."""
+        position = self.query_position
+        if self.window is None:
+            return torch.zeros_like(position)
+        return (position - self.window + 1).clamp_min(0)
+
+    @property
+    def visible_count(self) -> Int[Tensor, " query"]:
+        """$N_t$: how many keys each query sees."""
+        position = self.query_position
+        if not self.causal:
+            return torch.full_like(position, self.total_keys)
+        return position - self.first_visible + 1
+
+    @property
+    def hidden(self) -> list[tuple[slice, Bool[Tensor, "query key"]]]:
+        """Column ranges holding keys that some query does not see, and which ones those are.
+
+        Only the corners at the diagonal and at the edge of the window need a mask.
+        """
+        offset = self.first_query - self.first_key
+        hidden = []
+        if self.causal and offset + 1 < self.keys:
+            columns = slice(offset + 1, self.keys)
+            hidden.append((columns, self._ones(columns).triu()))
+        if self.window is not None and self.queries + offset > self.window:
+            columns = slice(0, min(self.queries + offset - self.window, self.keys))
+            hidden.append((columns, self._ones(columns).tril(offset - self.window)))
+        return hidden
+
+    def _ones(self, columns: slice) -> Bool[Tensor, "query key"]:
+        width = columns.stop - columns.start
+        return torch.ones(self.queries, width, dtype=torch.bool, device=self.device)
+
+    @property
+    def distance(self) -> Int[Tensor, "query key"]:
+        """Tokens between query and key."""
+        return (self.query_position[:, None] - self.key_position).abs_()
+
+
+def row_blocks(
+    *, queries: int, keys: int, rows: int, logits: Logits, device: torch.device
+) -> Iterator[tuple[slice, RowBlock]]:
+    """The last `queries` positions of a sequence in blocks of `rows`, each with its visible keys.
+
+    Args:
+        queries: Number of queries.
+        keys: Number of keys.
+        rows: Largest number of queries per block.
+        logits: Which keys a query sees.
+        device: Where positions and masks are built.
+
+    Yields:
+        The block's range of queries, and where its rows and columns lie in the sequence.
+    """
+    for start in range(0, queries, rows):
+        stop = min(start + rows, queries)
+        position = keys - queries + start
+        first_key = 0 if logits.window is None else max(position - logits.window + 1, 0)
+        last_key = keys - queries + stop if logits.causal else keys
+        block = RowBlock(
+            first_query=position,
+            queries=stop - start,
+            first_key=first_key,
+            keys=last_key - first_key,
+            total_keys=keys,
+            causal=logits.causal,
+            window=logits.window,
+            device=device,
+        )
+        yield slice(start, stop), block
+
+
+def first_keys(block: RowBlock, fixed_k: int) -> RowBlock:
+    """The block cut to the columns that hold the first `fixed_k` visible keys of its rows."""
+    spread = 0 if block.window is None else block.queries - 1
+    return replace(block, keys=min(block.keys, spread + fixed_k))
+
+
+def row_statistics(
+    weights: Float[Tensor, "heads query key"], block: RowBlock, request: Request
+) -> dict[str, Tensor]:
+    """The requested statistics of every row of `weights`, which are zero where not visible.
+
+    Args:
+        weights: Non-negative weights; rows need not sum to one.
+        block: Where the rows and columns lie in the sequence.
+        request: What to compute.
+
+    Returns:
+        One tensor `heads query` per kind (`heads query mass` for `support_size`).
+    """
+    kinds = set(request.kinds)
+    mass = weights.sum(-1)
+    count = block.visible_count
+    results: dict[str, Tensor] = {}
+    if "row_mass" in kinds:
+        results["row_mass"] = mass
+    if "max_weight" in kinds:
+        results["max_weight"] = weights.amax(-1) / mass
+    if kinds & {"raw", "normalized"}:
+        raw = renormalised_entropy(weights, count)
+        # A single visible key has entropy 0 and log N_t = 0: the quotient is 0 by convention.
+        results |= {"raw": raw, "normalized": raw / count.float().log().clamp_min(TINY)}
+    if "fixed" in kinds:
+        results["fixed"] = fixed_entropy(weights, block, request.fixed_k)
+    if kinds & {"topk", "support_size"}:
+        results |= _selections(weights, mass, count, request)
+    if kinds & {"mean_distance", "local_mass", "nonlocal_mass"}:
+        results |= _distances(weights, mass, block, request)
+    return {kind: results[kind] for kind in request.kinds}
+
+
+def renormalised_entropy(
+    weights: Float[Tensor, "heads query key"], bound: Int[Tensor, " query"]
+) -> Float[Tensor, "heads query"]:
+    r"""Entropy in nats of the normalised rows, in $[0, \log \text{bound}]$.
+
+    With $M = \sum_j p_j$ it is $\log M - M^{-1} \sum_j p_j \log p_j$: no normalised copy is made.
+    """
+    mass = weights.sum(-1)
+    log_weights = weights.clamp_min(TINY).log_()
+    entropy = mass.log() - log_weights.mul_(weights).sum(-1) / mass
+    return _clamp_entropy(entropy, bound)
+
+
+def fixed_entropy(
+    weights: Float[Tensor, "heads query key"], block: RowBlock, fixed_k: int
+) -> Float[Tensor, "heads query"]:
+    """Entropy of the first `fixed_k` visible keys, renormalised (Eq. 15)."""
+    if block.window is None:
+        # Every row starts at the same key, so the columns can be cut instead of masked.
+        weights = weights[..., : max(fixed_k - block.first_key, 0)]
+    else:
+        kept = block.key_position < (block.first_visible + fixed_k)[:, None]
+        weights = weights * kept
+    return renormalised_entropy(weights, block.visible_count.clamp_max(fixed_k))
+
+
+def _clamp_entropy(entropy: Tensor, bound: Tensor) -> Tensor:
+    return torch.minimum(entropy.clamp_min(0.0), bound.float().log())
+
+
+def _selections(
+    weights: Tensor, mass: Tensor, count: Tensor, request: Request
+) -> dict[str, Tensor]:
+    keys = weights.shape[-1]
+    results: dict[str, Tensor] = {}
+    if "support_size" in request.kinds:
+        ordered = weights.sort(-1, descending=True).values
+        cumulative = ordered.cumsum(-1)
+        thresholds = torch.tensor(request.support_mass, device=weights.device)
+        targets = (mass[..., None] * thresholds).contiguous()
+        reached = torch.searchsorted(cumulative, targets)
+        # Rounding can leave the total a hair below the target, never the support beyond N_t.
+        results["support_size"] = torch.minimum(reached + 1, count[:, None])
+        largest = ordered[..., : request.top_k]
+    elif request.top_k < keys:
+        largest = weights.topk(request.top_k, -1, sorted=False).values
+    else:
+        largest = weights
+    if "topk" in request.kinds:
+        results["topk"] = renormalised_entropy(largest, count.clamp_max(request.top_k))
+    return results
+
+
+def _distances(
+    weights: Tensor, mass: Tensor, block: RowBlock, request: Request
+) -> dict[str, Tensor]:
+    distance = block.distance
+    results: dict[str, Tensor] = {}
+    if "mean_distance" in request.kinds:
+        results["mean_distance"] = (weights * distance).sum(-1) / mass
+    if {"local_mass", "nonlocal_mass"} & set(request.kinds):
+        near = (weights * (distance < request.local_window)).sum(-1) / mass
+        results["local_mass"] = near.clamp_max(1.0)
+        results["nonlocal_mass"] = 1.0 - results["local_mass"]
+    return results

@@ -1,0 +1,95 @@
+"""What can be measured on one attention distribution, and the record that holds the answers."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+EntropyKind = Literal["raw", "normalized", "topk", "fixed"]
+Heads = Literal["mean_distribution", "mean_entropy", "none"]
+StatisticKind = Literal[
+    "raw",
+    "normalized",
+    "topk",
+    "fixed",
+    "support_size",
+    "mean_distance",
+    "local_mass",
+    "nonlocal_mass",
+    "max_weight",
+    "row_mass",
+]
+
+ENTROPY_KINDS: tuple[EntropyKind, ...] = ("raw", "normalized", "topk", "fixed")
+STATISTIC_KINDS: tuple[StatisticKind, ...] = (
+    *ENTROPY_KINDS,
+    "support_size",
+    "mean_distance",
+    "local_mass",
+    "nonlocal_mass",
+    "max_weight",
+    "row_mass",
+)
+
+
+@dataclass(frozen=True)
+class AttentionStatistics:
+    """Statistics of the attention distribution of every query; None where not asked for.
+
+    With `heads="none"` every field has a head axis after the batch axis. A query at a padded
+    position has value 0 everywhere.
+
+    Attributes:
+        raw: Entropy in nats (Eq. 12).
+        normalized: Entropy over the logarithm of the number of visible keys, in [0, 1] (Eq. 13).
+        topk: Entropy in nats of the k largest weights, renormalised (Eq. 14).
+        fixed: Entropy in nats of the first K visible keys, renormalised (Eq. 15).
+        support_size: For each mass, the least number of keys whose weights sum to it.
+        mean_distance: Mean distance from query to key, in real tokens.
+        local_mass: Share of the visible mass on keys nearer than the local window.
+        nonlocal_mass: The remaining share.
+        max_weight: Largest weight.
+        row_mass: Sum of the weights before renormalisation: 1 up to rounding, less with sinks.
+    """
+
+    raw: Float[Tensor, "batch *heads query"] | None = None
+    normalized: Float[Tensor, "batch *heads query"] | None = None
+    topk: Float[Tensor, "batch *heads query"] | None = None
+    fixed: Float[Tensor, "batch *heads query"] | None = None
+    support_size: Int[Tensor, "batch *heads query mass"] | None = None
+    mean_distance: Float[Tensor, "batch *heads query"] | None = None
+    local_mass: Float[Tensor, "batch *heads query"] | None = None
+    nonlocal_mass: Float[Tensor, "batch *heads query"] | None = None
+    max_weight: Float[Tensor, "batch *heads query"] | None = None
+    row_mass: Float[Tensor, "batch *heads query"] | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which statistics one sweep computes, with their parameters."""
+
+    kinds: tuple[StatisticKind, ...]
+    top_k: int = 256
+    fixed_k: int = 256
+    support_mass: tuple[float, ...] = ()
+    local_window: int = 128
+
+    def only(self, *kinds: StatisticKind) -> "Request":
+        """The same parameters with other statistics."""
+        return dataclasses.replace(self, kinds=kinds)
+
+
+@dataclass(frozen=True)
+class Logits:
+    """How scores become logits and which keys a query sees.
+
+    `scale` multiplies the inner products; `softcap` then bounds them; `window` counts visible keys
+    including the query itself; `causal` hides keys to the right of the query.
+    """
+
+    scale: float
+    softcap: float | None = None
+    causal: bool = True
+    window: int | None = None

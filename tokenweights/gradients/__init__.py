@@ -1,0 +1,6 @@
+"""Gradients of token groups, and how they lie towards the gradient of all tokens."""
+
+from tokenweights.gradients.geometry import GradientGeometry as GradientGeometry
+from tokenweights.gradients.geometry import gradient_geometry as gradient_geometry
+from tokenweights.gradients.groups import GroupGradients as GroupGradients
+from tokenweights.gradients.groups import group_gradients as group_gradients

@@ -1,0 +1,83 @@
+"""How a subset's gradient lies towards the gradient of all tokens (Eq. 4-6)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tokenweights._errors import invalid
+from tokenweights._typing import typed
+from tokenweights.masked import accumulator_dtype
+
+
+@dataclass(frozen=True)
+class GradientGeometry:
+    """A subset's gradient against the full one; dimensionless.
+
+    Attributes:
+        norm_ratio: Its length in units of the full gradient's (Eq. 4), >= 0.
+        cosine: Agreement of the directions (Eq. 5), in [-1, 1].
+        projection_ratio: Its contribution along the full gradient (Eq. 6). Under the all-token
+            mean the projection ratios of any partition sum to one.
+    """
+
+    norm_ratio: float
+    cosine: float
+    projection_ratio: float
+
+
+@typed
+def gradient_geometry(subset: Sequence[Tensor], full: Sequence[Tensor]) -> GradientGeometry:
+    r"""Norm ratio, cosine and projection ratio of a subset's gradient (Eq. 4, 5, 6).
+
+    $\|g_S\| / \|g\|$, $\langle g_S, g \rangle / (\|g_S\| \|g\|)$ and
+    $\langle g_S, g \rangle / \|g\|^2$, over all tensors as one vector, accumulated in float64.
+    A zero full gradient has no direction: all three are then NaN. A zero subset gradient has norm
+    and projection ratio 0 and cosine NaN.
+
+    Args:
+        subset: The subset's gradient, one tensor for each parameter.
+        full: The full gradient, of the same shapes.
+
+    Returns:
+        Three Python floats.
+
+    Raises:
+        TokenWeightsError: If the two do not have the same shapes.
+
+    Example:
+        >>> import torch
+        >>> gradient_geometry([torch.tensor([3.0, 0.0])], [torch.tensor([3.0, 4.0])])
+        GradientGeometry(norm_ratio=0.6, cosine=0.6, projection_ratio=0.36)
+    """
+    shapes = [tuple(tensor.shape) for tensor in full]
+    if [tuple(tensor.shape) for tensor in subset] != shapes:
+        raise invalid(
+            "gradient_geometry",
+            "subset",
+            f"of the same shapes as `full`, {shapes}",
+            [tuple(tensor.shape) for tensor in subset],
+            "Take both gradients over the same parameters.",
+        )
+    inner, subset_square, full_square = (
+        _inner(subset, full),
+        _inner(subset, subset),
+        _inner(full, full),
+    )
+    nan = float("nan")
+    if full_square == 0:
+        return GradientGeometry(nan, nan, nan)
+    subset_norm, full_norm = subset_square**0.5, full_square**0.5
+    return GradientGeometry(
+        norm_ratio=subset_norm / full_norm,
+        cosine=inner / (subset_norm * full_norm) if subset_square > 0 else nan,
+        projection_ratio=inner / full_square,
+    )
+
+
+def _inner(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    total = 0.0
+    for a, b in zip(first, second, strict=True):
+        wide = accumulator_dtype(a.device)
+        total += float((a.detach().to(wide) * b.detach().to(wide)).sum())
+    return total

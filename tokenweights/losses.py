@@ -1,0 +1,244 @@
+"""Per-token policy losses and their weighted aggregation, with the denominator in plain sight."""
+
+from typing import Literal, get_args
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tokenweights._errors import invalid
+from tokenweights._typing import typed
+from tokenweights.distributed import global_sum
+from tokenweights.masked import accumulator_dtype, masked_sum
+
+Denominator = Literal["all_tokens", "selected_tokens", "weight_sum"]
+AggregationMode = Literal[
+    "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
+]
+
+
+@typed
+def clipped_surrogate_loss(
+    log_probs: Float[Tensor, "batch token"],
+    old_log_probs: Float[Tensor, "batch token"],
+    advantages: Float[Tensor, "batch #token"],
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    dual_clip: float | None = None,
+    mask: Bool[Tensor, "batch token"] | None = None,
+) -> Float[Tensor, "batch token"]:
+    r"""The clipped surrogate of PPO and DAPO for each token, unreduced.
+
+    $\ell_t = -\min(r_t A_t, \mathrm{clip}(r_t, 1 - \epsilon_{low}, 1 + \epsilon_{high}) A_t)$ with
+    $r_t = \exp(\log\pi - \log\pi_{old})$. Weights >= 0 may multiply the advantages or the loss;
+    both give the same. With `dual_clip` $= c$, tokens of negative advantage are at most $-c A_t$.
+
+    Args:
+        log_probs: Of the current policy; the gradient flows here.
+        old_log_probs: Of the policy that generated the tokens.
+        advantages: One for each token, or one for each response, `batch 1`.
+        clip_low: $\epsilon_{low}$; DAPO's stock value.
+        clip_high: $\epsilon_{high}$; DAPO's stock value.
+        dual_clip: $c > 1$, or None.
+        mask: True for valid tokens. Losses elsewhere are 0, and so are their gradients, even where
+            the inputs are NaN.
+
+    Returns:
+        The loss of each token.
+
+    Raises:
+        TokenWeightsError: If a clip bound is negative, `clip_low` > 1 or `dual_clip` <= 1.
+
+    Example:
+        >>> new, old = torch.tensor([[0.5, 0.0]]), torch.zeros(1, 2)
+        >>> clipped_surrogate_loss(new, old, torch.tensor([[1.0]]))
+        tensor([[-1.2800, -1.0000]])
+    """
+    if not (0 <= clip_low <= 1 and clip_high >= 0):
+        raise invalid(
+            "clipped_surrogate_loss",
+            "clip_low, clip_high",
+            "in [0, 1] and >= 0",
+            (clip_low, clip_high),
+            "They are distances from 1: 0.2 clips ratios below 0.8.",
+        )
+    if dual_clip is not None and not dual_clip > 1:
+        raise invalid("clipped_surrogate_loss", "dual_clip", "> 1", dual_clip, "DAPO uses 10.")
+    if mask is not None:
+        # Zeroing the inputs, not the loss: 0 * NaN would poison the gradient on the way back.
+        log_probs, old_log_probs, advantages = (
+            torch.where(mask, values, 0.0) for values in (log_probs, old_log_probs, advantages)
+        )
+    ratio = (log_probs - old_log_probs).exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    if dual_clip is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+    return loss
+
+
+@typed
+def loss_denominator(
+    mask: Bool[Tensor, "batch token"],
+    weights: Float[Tensor, "batch token"] | None = None,
+    *,
+    denominator: Denominator = "all_tokens",
+    group: dist.ProcessGroup | None = None,
+) -> Float[Tensor, ""]:
+    """What a weighted token mean divides by, over the whole batch; detached.
+
+    Args:
+        mask: True for valid response tokens.
+        weights: Token weights; all 1 if None.
+        denominator: `"all_tokens"`: the number of valid tokens (Eq. 7, 25). `"selected_tokens"`:
+            the number of valid tokens with a weight above 0 (Eq. 24). `"weight_sum"`: the sum of
+            the valid weights (Eq. 3, 17).
+        group: The ranks that share the batch.
+
+    Returns:
+        A count or sum, the same on every rank.
+
+    Example:
+        >>> mask, weights = torch.ones(1, 4, dtype=torch.bool), torch.tensor([[0.0, 0.0, 0.5, 1.0]])
+        >>> [
+        ...     loss_denominator(mask, weights, denominator=name).item()
+        ...     for name in ("all_tokens", "selected_tokens", "weight_sum")
+        ... ]
+        [4.0, 2.0, 1.5]
+    """
+    dtype = accumulator_dtype(mask.device)
+    if weights is None or denominator == "all_tokens":
+        own = mask.sum().to(dtype)
+    elif denominator == "selected_tokens":
+        own = (mask & (weights > 0)).sum().to(dtype)
+    else:
+        own = masked_sum(weights.to(dtype), mask)
+    return global_sum(own, group=group)
+
+
+@typed
+def weighted_token_mean(
+    token_loss: Float[Tensor, "batch token"],
+    mask: Bool[Tensor, "batch token"],
+    weights: Float[Tensor, "batch token"] | None = None,
+    *,
+    denominator: Denominator = "all_tokens",
+    count: Float[Tensor, ""] | float | None = None,
+) -> Float[Tensor, ""]:
+    r"""Weighted mean of the token losses, $\sum_t w_t \ell_t / D$.
+
+    $D$ is the number of valid tokens (Eq. 7, 25), of selected tokens (Eq. 24) or the sum of weights
+    (Eq. 3, 17). If the weights already sit in the advantages, leave `weights` out and keep
+    `"all_tokens"`, or pass the `count` you mean.
+
+    Args:
+        token_loss: Unreduced losses; the gradient flows here.
+        mask: True for valid response tokens.
+        weights: Token weights >= 0; all 1 if None.
+        denominator: See `loss_denominator`.
+        count: The denominator of the whole batch, from `loss_denominator` over all its parts. With
+            it the results of any micro-batches and ranks *sum* to the loss of the batch; where a
+            trainer averages gradients over ranks, multiply by their number.
+
+    Returns:
+        A scalar; 0, with zero gradients, if the denominator is 0.
+
+    Example:
+        >>> token_loss, mask = torch.tensor([[1.0, 3.0]]), torch.ones(1, 2, dtype=torch.bool)
+        >>> weights = torch.tensor([[0.0, 1.0]])
+        >>> weighted_token_mean(token_loss, mask, weights)
+        tensor(1.5000)
+        >>> weighted_token_mean(token_loss, mask, weights, denominator="selected_tokens")
+        tensor(3.)
+    """
+    if count is None:
+        count = loss_denominator(mask, weights, denominator=denominator)
+    weighted = token_loss if weights is None else token_loss * torch.where(mask, weights, 0.0)
+    return _quotient(masked_sum(weighted, mask), count)
+
+
+@typed
+def aggregate_loss(
+    token_loss: Float[Tensor, "batch token"],
+    mask: Bool[Tensor, "batch token"],
+    weights: Float[Tensor, "batch token"] | None = None,
+    *,
+    mode: AggregationMode = "token-mean",
+    denominator: Denominator = "all_tokens",
+    count: Float[Tensor, ""] | float | None = None,
+    max_length: int | None = None,
+) -> Float[Tensor, ""]:
+    """Weighted loss of a batch under the field's aggregation modes.
+
+    | mode | value |
+    |---|---|
+    | `token-mean` | all tokens alike: `weighted_token_mean` |
+    | `seq-mean-token-sum` | sum within each response, mean over responses |
+    | `seq-mean-token-mean` | mean within each response by `denominator`, mean over responses |
+    | `seq-mean-token-sum-norm` | as `seq-mean-token-sum`, divided by `max_length` |
+
+    Responses without a valid token do not count as responses.
+
+    Args:
+        token_loss: Unreduced losses; the gradient flows here.
+        mask: True for valid response tokens.
+        weights: Token weights >= 0; all 1 if None.
+        mode: One of the modes above.
+        denominator: What a mean over tokens divides by; see `loss_denominator`. The two sums take
+            no mean over tokens and accept `"all_tokens"` only.
+        count: The whole batch's outer denominator, so that micro-batches and ranks sum to its loss:
+            `loss_denominator` for `token-mean`, the number of non-empty responses otherwise.
+        max_length: Constant length that `seq-mean-token-sum-norm` divides by.
+
+    Returns:
+        A scalar; 0, with zero gradients, if the batch is empty.
+
+    Raises:
+        TokenWeightsError: If `mode` and the other arguments do not fit.
+
+    Example:
+        >>> token_loss = torch.tensor([[1.0, 3.0], [5.0, 0.0]])
+        >>> mask = torch.tensor([[True, True], [True, False]])
+        >>> modes = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
+        >>> [aggregate_loss(token_loss, mask, mode=mode).item() for mode in modes]
+        [3.0, 3.5, 4.5]
+    """
+    if mode == "token-mean":
+        return weighted_token_mean(token_loss, mask, weights, denominator=denominator, count=count)
+    if mode != "seq-mean-token-mean" and denominator != "all_tokens":
+        raise invalid(
+            "aggregate_loss",
+            "denominator",
+            f"'all_tokens' with mode {mode!r}, which takes no mean over tokens",
+            repr(denominator),
+            f"Use a mode with a token mean: one of {get_args(AggregationMode)}.",
+        )
+    if (mode == "seq-mean-token-sum-norm") != (max_length is not None):
+        raise invalid(
+            "aggregate_loss",
+            "max_length",
+            "given exactly for 'seq-mean-token-sum-norm'",
+            f"{max_length} with mode {mode!r}",
+            "Pass the longest response length of the run.",
+        )
+    weight = mask.to(token_loss.dtype) if weights is None else torch.where(mask, weights, 0.0)
+    per_response = torch.where(mask, token_loss * weight, 0.0).sum(-1)
+    if mode == "seq-mean-token-mean":
+        per_token = {
+            "all_tokens": mask,
+            "selected_tokens": mask & (weight > 0),
+            "weight_sum": weight,
+        }[denominator]
+        per_response = _quotient(per_response, per_token.sum(-1))
+    elif max_length is not None:
+        per_response = per_response / max_length
+    responses = mask.any(-1).sum() if count is None else count
+    return _quotient(per_response.sum(), responses)
+
+
+def _quotient(numerator: Tensor, denominator: Tensor | float) -> Tensor:
+    """The quotient, or 0 with zero gradients where the denominator is 0."""
+    bottom = torch.as_tensor(denominator, device=numerator.device).to(numerator.dtype)
+    return torch.where(bottom > 0, numerator, 0.0) / torch.where(bottom > 0, bottom, 1.0)

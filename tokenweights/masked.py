@@ -1,0 +1,160 @@
+"""Sums, means, extrema and ranks over valid tokens: the only place that knows about masks.
+
+Values under a False mask, NaN included, never change a result, and receive a zero gradient.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tokenweights._errors import invalid
+from tokenweights._typing import typed
+
+
+def accumulator_dtype(device: torch.device) -> torch.dtype:
+    """The widest float of the device: float64, or float32 on MPS, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def require_finite(function: str, argument: str, values: Tensor, mask: Tensor) -> None:
+    """Raise if any value under a True mask is NaN or infinite.
+
+    Args:
+        function: Name of the public function that checks its input.
+        argument: Name of the argument that holds `values`.
+        values: Values to check.
+        mask: True where a value counts.
+
+    Raises:
+        TokenWeightsError: If a valid value is not finite; it names the first place.
+    """
+    bad = mask & ~torch.isfinite(values)
+    if bool(bad.any()):
+        place = tuple(bad.nonzero()[0].tolist())
+        raise invalid(
+            function,
+            argument,
+            "finite under a True mask",
+            f"{values[place].item()} at index {place}",
+            "Mask that token out, or find out why its value is not finite.",
+        )
+
+
+@typed
+def masked_sum(
+    values: Float[Tensor, "batch token"], mask: Bool[Tensor, "batch token"]
+) -> Float[Tensor, ""]:
+    """Sum of the valid values.
+
+    Args:
+        values: Any float dtype, which is also the dtype of the result.
+        mask: True where a value counts.
+
+    Returns:
+        A scalar, 0 for an empty mask; differentiable in `values`.
+
+    Example:
+        >>> values = torch.tensor([[1.0, 2.0, float("nan")]])
+        >>> masked_sum(values, torch.tensor([[True, True, False]]))
+        tensor(3.)
+    """
+    return torch.where(mask, values, 0.0).sum()
+
+
+@typed
+def masked_mean(
+    values: Float[Tensor, "batch token"], mask: Bool[Tensor, "batch token"]
+) -> Float[Tensor, ""]:
+    """Mean of the valid values, over all rows at once.
+
+    Args:
+        values: Any float dtype, which is also the dtype of the result.
+        mask: True where a value counts.
+
+    Returns:
+        A scalar, 0 for an empty mask; differentiable in `values`.
+
+    Example:
+        >>> values = torch.tensor([[1.0, 2.0], [6.0, float("nan")]])
+        >>> masked_mean(values, torch.tensor([[True, True], [True, False]]))
+        tensor(3.)
+    """
+    return masked_sum(values, mask) / mask.sum().clamp(min=1)
+
+
+@typed
+def masked_extrema(
+    values: Float[Tensor, "batch token"], mask: Bool[Tensor, "batch token"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Smallest and largest valid value.
+
+    Args:
+        values: Any float dtype.
+        mask: True where a value counts.
+
+    Returns:
+        Minimum and maximum; `(inf, -inf)`, the identity of a merge, for an empty mask.
+
+    Example:
+        >>> values = torch.tensor([[1.0, 2.0], [6.0, float("nan")]])
+        >>> masked_extrema(values, torch.tensor([[True, True], [True, False]]))
+        (tensor(1.), tensor(6.))
+    """
+    if values.numel() == 0:
+        infinity = values.new_tensor(torch.inf)
+        return infinity, -infinity
+    low = torch.where(mask, values, torch.inf).amin()
+    high = torch.where(mask, values, -torch.inf).amax()
+    return low, high
+
+
+@typed
+def masked_order(
+    values: Float[Tensor, "batch token"] | Int[Tensor, "batch token"],
+    mask: Bool[Tensor, "batch token"],
+) -> Int[Tensor, "batch token"]:
+    """Indices that sort each row's valid values in ascending order, masked tokens last.
+
+    The sort is stable: of equal values the earlier position comes first.
+
+    Args:
+        values: Finite under the mask.
+        mask: True where a value counts.
+
+    Returns:
+        For each row a permutation of its positions.
+
+    Example:
+        >>> values = torch.tensor([[0.3, float("nan"), 0.1, 0.3]])
+        >>> masked_order(values, torch.tensor([[True, False, True, True]]))
+        tensor([[2, 0, 3, 1]])
+    """
+    last = torch.inf if values.is_floating_point() else torch.iinfo(values.dtype).max
+    return torch.where(mask, values, last).argsort(dim=-1, stable=True)
+
+
+@typed
+def masked_ranks(
+    values: Float[Tensor, "batch token"] | Int[Tensor, "batch token"],
+    mask: Bool[Tensor, "batch token"],
+) -> Int[Tensor, "batch token"]:
+    """Rank of each valid value within its row, 0 for the smallest.
+
+    Equal values are ranked by position, the earlier first. Masked tokens take the ranks after the
+    last valid one.
+
+    Args:
+        values: Finite under the mask.
+        mask: True where a value counts.
+
+    Returns:
+        For each row a permutation of `0 .. token - 1`.
+
+    Example:
+        >>> values = torch.tensor([[0.3, float("nan"), 0.1, 0.3]])
+        >>> masked_ranks(values, torch.tensor([[True, False, True, True]]))
+        tensor([[1, 3, 0, 2]])
+    """
+    order = masked_order(values, mask)
+    positions = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, positions)

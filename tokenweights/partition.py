@@ -1,0 +1,357 @@
+"""Who counts: subsets, bins and quadrants of the valid tokens of each response.
+
+Every rule works within one response and depends on its own tokens only, so a partition is the same
+however the batch is padded, split or spread over ranks. Random rules are functions of
+`(seed, sample id, position)`; see `random_fraction`.
+"""
+
+from fractions import Fraction
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tokenweights._errors import invalid
+from tokenweights._random import KEY_BITS, random_keys
+from tokenweights._typing import typed
+from tokenweights.masked import masked_order, masked_ranks, require_finite
+
+
+@typed
+def bottom_fraction(
+    scores: Float[Tensor, "batch token"],
+    mask: Bool[Tensor, "batch token"],
+    *,
+    fraction: float = 0.2,
+) -> Bool[Tensor, "batch token"]:
+    r"""The lowest-scored tokens of each response: anchors, when scores are entropies (Eq. 16).
+
+    Of a response with $T$ valid tokens it takes the first $k = \lceil f T \rceil$ of one stable
+    ascending order; of equal scores the earlier position comes first. `fraction` is read as the
+    nearest ratio of small integers, so `0.1` of 30 tokens is 3, not the 4 that float rounding
+    would give.
+
+    Args:
+        scores: Any scores, finite under the mask.
+        mask: True for valid response tokens.
+        fraction: Share of each response, in [0, 1].
+
+    Returns:
+        True for the chosen tokens, a subset of `mask`.
+
+    Raises:
+        TokenWeightsError: If `fraction` is outside [0, 1] or a valid score is not finite.
+
+    Example:
+        >>> scores = torch.tensor([[0.9, 0.1, 0.5, 0.1]])
+        >>> bottom_fraction(scores, torch.ones(1, 4, dtype=torch.bool), fraction=0.25)
+        tensor([[False,  True, False, False]])
+    """
+    require_finite("bottom_fraction", "scores", scores, mask)
+    return mask & (masked_ranks(scores, mask) < _counts("bottom_fraction", mask, fraction))
+
+
+@typed
+def top_fraction(
+    scores: Float[Tensor, "batch token"],
+    mask: Bool[Tensor, "batch token"],
+    *,
+    fraction: float = 0.2,
+) -> Bool[Tensor, "batch token"]:
+    r"""The highest-scored tokens of each response: explorers, when scores are entropies (Eq. 16).
+
+    It takes the last $k = \lceil f T \rceil$ of the order that `bottom_fraction` takes the first
+    of, so the two never overlap while $2k \le T$.
+
+    Args:
+        scores: Any scores, finite under the mask.
+        mask: True for valid response tokens.
+        fraction: Share of each response, in [0, 1].
+
+    Returns:
+        True for the chosen tokens, a subset of `mask`.
+
+    Raises:
+        TokenWeightsError: If `fraction` is outside [0, 1] or a valid score is not finite.
+
+    Example:
+        >>> scores = torch.tensor([[0.9, 0.1, 0.5, 0.1]])
+        >>> top_fraction(scores, torch.ones(1, 4, dtype=torch.bool), fraction=0.5)
+        tensor([[ True, False,  True, False]])
+    """
+    require_finite("top_fraction", "scores", scores, mask)
+    lengths = mask.sum(-1, keepdim=True)
+    first = lengths - _counts("top_fraction", mask, fraction)
+    return mask & (masked_ranks(scores, mask) >= first)
+
+
+@typed
+def front_fraction(
+    mask: Bool[Tensor, "batch token"], *, fraction: float = 0.2
+) -> Bool[Tensor, "batch token"]:
+    r"""The first tokens of each response, $\{t : t / T \le f\}$ with $t$ from 1 (Eq. 18).
+
+    Args:
+        mask: True for valid response tokens.
+        fraction: Share of each response, in [0, 1].
+
+    Returns:
+        True for the chosen tokens, a subset of `mask`.
+
+    Raises:
+        TokenWeightsError: If `fraction` is outside [0, 1].
+
+    Example:
+        >>> front_fraction(torch.ones(1, 4, dtype=torch.bool), fraction=0.5)
+        tensor([[ True,  True, False, False]])
+    """
+    ratio = _ratio("front_fraction", fraction)
+    lengths = mask.sum(-1, keepdim=True)
+    return mask & (_ordinals(mask) * ratio.denominator <= ratio.numerator * lengths)
+
+
+@typed
+def back_fraction(
+    mask: Bool[Tensor, "batch token"], *, fraction: float = 0.2
+) -> Bool[Tensor, "batch token"]:
+    r"""The last tokens of each response, $\{t : t / T > 1 - f\}$ with $t$ from 1 (Eq. 18).
+
+    Args:
+        mask: True for valid response tokens.
+        fraction: Share of each response, in [0, 1].
+
+    Returns:
+        True for the chosen tokens, a subset of `mask`.
+
+    Raises:
+        TokenWeightsError: If `fraction` is outside [0, 1].
+
+    Example:
+        >>> back_fraction(torch.ones(1, 4, dtype=torch.bool), fraction=0.5)
+        tensor([[False, False,  True,  True]])
+    """
+    ratio = 1 - _ratio("back_fraction", fraction)
+    lengths = mask.sum(-1, keepdim=True)
+    return mask & (_ordinals(mask) * ratio.denominator > ratio.numerator * lengths)
+
+
+@typed
+def random_fraction(
+    mask: Bool[Tensor, "batch token"],
+    *,
+    fraction: float = 0.2,
+    seed: int,
+    sample_ids: Int[Tensor, " batch"] | None = None,
+) -> Bool[Tensor, "batch token"]:
+    r"""A uniformly random subset of exactly $k = \lceil f T \rceil$ tokens of each response.
+
+    The draw depends on `(seed, sample id, position)` alone, where the position counts valid tokens
+    from 0. It is the same on any layout and device, and leaves every global generator alone.
+
+    Args:
+        mask: True for valid response tokens.
+        fraction: Share of each response, in [0, 1].
+        seed: Seed of the draw.
+        sample_ids: A number for each response that stays with it however the batch is laid out;
+            the row number if None.
+
+    Returns:
+        True for the chosen tokens, a subset of `mask`.
+
+    Raises:
+        TokenWeightsError: If `fraction` is outside [0, 1].
+
+    Example:
+        >>> mask = torch.ones(1, 10, dtype=torch.bool)
+        >>> int(random_fraction(mask, fraction=0.2, seed=0).sum())
+        2
+    """
+    ranks = masked_ranks(_keys(mask, seed, sample_ids), mask)
+    return mask & (ranks < _counts("random_fraction", mask, fraction))
+
+
+@typed
+def bernoulli_subset(
+    mask: Bool[Tensor, "batch token"],
+    *,
+    probability: float = 0.2,
+    seed: int,
+    sample_ids: Int[Tensor, " batch"] | None = None,
+) -> Bool[Tensor, "batch token"]:
+    """A random subset in which every token is drawn independently (Appendix C and D.3).
+
+    The draw depends on `(seed, sample id, position)` alone; see `random_fraction`.
+
+    Args:
+        mask: True for valid response tokens.
+        probability: Chance of each token, in [0, 1].
+        seed: Seed of the draw.
+        sample_ids: As in `random_fraction`.
+
+    Returns:
+        True for the chosen tokens, a subset of `mask`.
+
+    Raises:
+        TokenWeightsError: If `probability` is outside [0, 1].
+
+    Example:
+        >>> mask = torch.ones(1, 1000, dtype=torch.bool)
+        >>> int(bernoulli_subset(mask, probability=0.2, seed=0).sum())
+        194
+    """
+    if not 0 <= probability <= 1:
+        raise invalid(
+            "bernoulli_subset", "probability", "in [0, 1]", probability, "Pass a probability."
+        )
+    return mask & (_keys(mask, seed, sample_ids) < round(probability * 2**KEY_BITS))
+
+
+@typed
+def matched_random(
+    subset: Bool[Tensor, "batch token"],
+    mask: Bool[Tensor, "batch token"],
+    groups: Int[Tensor, "batch token"],
+    *,
+    seed: int,
+    sample_ids: Int[Tensor, " batch"] | None = None,
+) -> Bool[Tensor, "batch token"]:
+    """A random subset with as many tokens of every group, in every response, as `subset` has.
+
+    With token types as groups this is the type-matched control, with position bins the
+    position-matched one (Appendix B.9). The draw depends on `(seed, sample id, position)` alone;
+    see `random_fraction`.
+
+    Args:
+        subset: The subset to match; tokens off the mask are ignored.
+        mask: True for valid response tokens.
+        groups: Any integer label of each token; values off the mask are ignored.
+        seed: Seed of the draw.
+        sample_ids: As in `random_fraction`.
+
+    Returns:
+        True for the chosen tokens, a subset of `mask`.
+
+    Example:
+        >>> mask = torch.ones(1, 6, dtype=torch.bool)
+        >>> groups = torch.tensor([[7, 7, 7, 9, 9, 9]])
+        >>> subset = torch.tensor([[True, True, False, True, False, False]])
+        >>> chosen = matched_random(subset, mask, groups, seed=0)
+        >>> int(chosen[:, :3].sum()), int(chosen[:, 3:].sum())
+        (2, 1)
+    """
+    # Sort by group, at random within a group: each group is then one run of each row, and takes
+    # its first tokens, as many as `subset` has in that run.
+    by_key = masked_order(_keys(mask, seed, sample_ids), mask)
+    by_group = masked_order(groups.gather(-1, by_key), mask.gather(-1, by_key))
+    order = by_key.gather(-1, by_group)
+    sorted_groups, valid = groups.gather(-1, order), mask.gather(-1, order)
+    places = torch.arange(mask.shape[-1], device=mask.device).expand_as(order)
+    starts_run = torch.ones_like(valid)
+    starts_run[:, 1:] = sorted_groups[:, 1:] != sorted_groups[:, :-1]
+    run_start = torch.where(starts_run, places, 0).cummax(-1).values
+    wanted = torch.zeros_like(order).scatter_add_(
+        -1, run_start, ((subset & mask).gather(-1, order)).long()
+    )
+    chosen = valid & (places - run_start < wanted.gather(-1, run_start))
+    return torch.zeros_like(mask).scatter_(-1, order, chosen)
+
+
+@typed
+def quantile_bins(
+    scores: Float[Tensor, "batch token"], mask: Bool[Tensor, "batch token"], *, bins: int = 10
+) -> Int[Tensor, "batch token"]:
+    r"""The quantile bin of each token within its response, 0 for the lowest scores.
+
+    The token of rank $r$ among $T$ falls into bin $\lfloor r B / T \rfloor$, so the sizes of a
+    response's bins differ by at most one. Equal scores are ranked by position.
+
+    Args:
+        scores: Any scores, finite under the mask.
+        mask: True for valid response tokens.
+        bins: Number of bins; 10 for deciles.
+
+    Returns:
+        Bin numbers in `[0, bins)`, -1 off the mask.
+
+    Raises:
+        TokenWeightsError: If `bins` < 1 or a valid score is not finite.
+
+    Example:
+        >>> scores = torch.tensor([[0.9, 0.1, 0.5, 0.3]])
+        >>> quantile_bins(scores, torch.tensor([[True, True, True, False]]), bins=3)
+        tensor([[ 2,  0,  1, -1]])
+    """
+    if bins < 1:
+        raise invalid("quantile_bins", "bins", ">= 1", bins, "Pass 10 for deciles.")
+    require_finite("quantile_bins", "scores", scores, mask)
+    lengths = mask.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(mask, masked_ranks(scores, mask) * bins // lengths, -1)
+
+
+@typed
+def median_quadrants(
+    first: Float[Tensor, "batch token"],
+    second: Float[Tensor, "batch token"],
+    mask: Bool[Tensor, "batch token"],
+) -> Int[Tensor, "batch token"]:
+    """The quadrant of each token under two scores, split at each response's medians (Eq. 22).
+
+    A score is high when it lies above the median of its response, the mean of the two middle
+    values when their number is even; a score at the median is low.
+
+    Args:
+        first: For example predictive entropies, finite under the mask.
+        second: For example attention entropies, finite under the mask.
+        mask: True for valid response tokens.
+
+    Returns:
+        0 where both are low, 1 where only `first` is high, 2 where only `second` is high, 3 where
+        both are high, -1 off the mask.
+
+    Raises:
+        TokenWeightsError: If a valid score is not finite.
+
+    Example:
+        >>> first = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+        >>> second = torch.tensor([[1.0, 4.0, 2.0, 3.0]])
+        >>> median_quadrants(first, second, torch.ones(1, 4, dtype=torch.bool))
+        tensor([[0, 2, 1, 3]])
+    """
+    require_finite("median_quadrants", "first", first, mask)
+    require_finite("median_quadrants", "second", second, mask)
+    quadrants = _above_median(first, mask).long() + 2 * _above_median(second, mask).long()
+    return torch.where(mask, quadrants, -1)
+
+
+def _above_median(scores: Tensor, mask: Tensor) -> Tensor:
+    if mask.shape[-1] == 0:
+        return mask
+    ordered = torch.where(mask, scores, torch.inf).sort(-1).values
+    lengths = mask.sum(-1, keepdim=True).clamp(min=1)
+    low, high = ordered.gather(-1, (lengths - 1) // 2), ordered.gather(-1, lengths // 2)
+    # Halving first keeps large scores from overflowing; equal halves give the value back exactly.
+    return mask & (scores > low / 2 + high / 2)
+
+
+def _ordinals(mask: Tensor) -> Tensor:
+    """The 1-based number of each valid token within its response."""
+    return mask.long().cumsum(-1)
+
+
+def _keys(mask: Tensor, seed: int, sample_ids: Tensor | None) -> Tensor:
+    if sample_ids is None:
+        sample_ids = torch.arange(mask.shape[0], device=mask.device)
+    return random_keys(seed, sample_ids.long(), _ordinals(mask) - 1)
+
+
+def _ratio(function: str, fraction: float) -> Fraction:
+    if not 0 <= fraction <= 1:
+        raise invalid(function, "fraction", "in [0, 1]", fraction, "Pass a share, 0.2 for 20 %.")
+    return Fraction(fraction).limit_denominator(10**6)
+
+
+def _counts(function: str, mask: Tensor, fraction: float) -> Tensor:
+    """The number of tokens that make up `fraction` of each response, rounded up, exactly."""
+    ratio = _ratio(function, fraction)
+    lengths = mask.sum(-1, keepdim=True)
+    return -(-lengths * ratio.numerator // ratio.denominator)

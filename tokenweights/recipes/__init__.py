@@ -1,0 +1,8 @@
+"""Recipes: signal, rule, schedule and denominator of a run, declared in one place.
+
+A recipe is the only thing a trainer adapter reads. Every run of the paper is one by name.
+"""
+
+from tokenweights.recipes.named import recipe as recipe
+from tokenweights.recipes.named import recipe_names as recipe_names
+from tokenweights.recipes.record import Recipe as Recipe

@@ -1,0 +1,34 @@
+"""Records, figures and pages of a training run.
+
+While a run trains, `append_metrics` and `append_token_records` write plain JSON lines. Afterwards
+`run_report_html` makes one HTML page of them, `trace_page_html` and `token_trace_html` show single
+responses, and the `*_figure` functions return matplotlib figures. Figures and the report need the
+extra `tokenweights[report]`; records and traces need nothing beyond the library.
+"""
+
+from tokenweights.report.figures import dynamics_figure, learning_figure, weights_figure
+from tokenweights.report.page import Run, run_from_directory, run_report_html
+from tokenweights.report.records import (
+    TokenRecord,
+    append_metrics,
+    append_token_records,
+    read_metrics,
+    read_token_records,
+)
+from tokenweights.report.trace import token_trace_html, trace_page_html
+
+__all__ = [
+    "Run",
+    "TokenRecord",
+    "append_metrics",
+    "append_token_records",
+    "dynamics_figure",
+    "learning_figure",
+    "read_metrics",
+    "read_token_records",
+    "run_from_directory",
+    "run_report_html",
+    "token_trace_html",
+    "trace_page_html",
+    "weights_figure",
+]

@@ -1,0 +1,319 @@
+"""Token traces: a response as HTML, each token's background its attention entropy.
+
+The picture of the paper's Figure 11: the background of a token shows its attention entropy, the bar
+under it its predictive entropy. All traces of a page share both scales, so two steps of a run can
+be compared by eye. A page is one file that loads nothing.
+"""
+
+import math
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+from tokenweights._errors import invalid
+from tokenweights._typing import typed
+from tokenweights.report.document import (
+    asset,
+    document_html,
+    escaped,
+    facts_html,
+    filled,
+    script_json,
+)
+from tokenweights.report.records import EntropyKind, TokenGroup, TokenRecord
+
+STYLES = ("trace.css",)
+SCRIPT = "trace.js"
+
+
+@typed
+def token_trace_html(
+    *,
+    tokens: Sequence[str],
+    attention_entropy: Sequence[float],
+    predictive_entropy: Sequence[float] | None = None,
+    weights: Sequence[float] | None = None,
+    advantages: Sequence[float] | None = None,
+    log_probs: Sequence[float] | None = None,
+    group: Sequence[TokenGroup] | None = None,
+    prompt: str = "",
+    title: str = "Token trace",
+    caption: str = "",
+    entropy_kind: EntropyKind = "normalized",
+) -> str:
+    """One response as a self-contained HTML page, coloured by attention entropy.
+
+    The colours run from the lowest to the highest attention entropy of the response. Hovering or
+    focusing a token shows all its values. Token text is shown as text whatever it holds.
+
+    Args:
+        tokens: Text of each token.
+        attention_entropy: Attention entropy of each token, in nats unless normalized.
+        predictive_entropy: Predictive entropy of each token in nats, drawn as a bar from 0.
+        weights: Token weights.
+        advantages: Advantages before weighting.
+        log_probs: Log-probability of each token in nats.
+        group: Label of each token; with it the page can show anchors or explorers alone.
+        prompt: The prompt as text.
+        title: Title of the page.
+        caption: One line that says where the values come from, such as the layer and the row.
+        entropy_kind: Variant of the attention entropy, for the legend.
+
+    Returns:
+        HTML in one string, to be written as UTF-8.
+
+    Raises:
+        TokenWeightsError: A sequence is not as long as `tokens`, or a number is not finite.
+
+    Example:
+        >>> page = token_trace_html(tokens=["1", "<2>"], attention_entropy=[0.2, 0.9])
+        >>> "&lt;2&gt;" in page
+        True
+    """
+    trace = _Trace(
+        title="Response",
+        facts={"tokens": len(tokens), "source": caption or None},
+        prompt=prompt,
+        tokens=tokens,
+        attention_entropy=attention_entropy,
+        predictive_entropy=predictive_entropy,
+        weights=weights,
+        advantages=advantages,
+        log_probs=log_probs,
+        group=group,
+    )
+    for name in _COLUMNS:
+        values = getattr(trace, name)
+        if values is None:
+            continue
+        if len(values) != len(tokens):
+            expected, got = f"as long as `tokens` ({len(tokens)})", f"{len(values)} values"
+            raise invalid("token_trace_html", name, expected, got, "Pass one value per token.")
+        for position, value in enumerate(values):
+            valid = value in get_args(TokenGroup) if name == "group" else math.isfinite(value)
+            if not valid:
+                condition = f"one of {get_args(TokenGroup)}" if name == "group" else "finite"
+                got, hint = f"{value!r} at position {position}", "Leave out a column with gaps."
+                raise invalid("token_trace_html", name, f"to be {condition}", got, hint)
+    body = f"<h1>{escaped(title)}</h1>\n{_section_html([trace], entropy_kind)}"
+    return document_html(title=title, body=body, styles=STYLES, script=SCRIPT)
+
+
+@typed
+def trace_page_html(records: Iterable[TokenRecord], *, title: str = "Token traces") -> str:
+    """Several responses on one self-contained HTML page, with common colour and bar scales.
+
+    Args:
+        records: Responses in the order of the page, all with one `entropy_kind`.
+        title: Title of the page.
+
+    Returns:
+        HTML in one string, to be written as UTF-8.
+
+    Raises:
+        TokenWeightsError: There is no record, or the records mix entropy kinds.
+
+    Example:
+        >>> record = TokenRecord(
+        ...     step=0,
+        ...     sample_id=7,
+        ...     prompt="1+1=",
+        ...     tokens=("2",),
+        ...     token_ids=(5,),
+        ...     attention_entropy=(0.8,),
+        ...     weights=(1.0,),
+        ...     advantages=(0.7,),
+        ...     layer=2,
+        ...     entropy_kind="normalized",
+        ...     alignment="deciding",
+        ... )
+        >>> "step 0" in trace_page_html([record]).lower()
+        True
+    """
+    body = f"<h1>{escaped(title)}</h1>\n{traces_html(tuple(records))}"
+    return document_html(title=title, body=body, styles=STYLES, script=SCRIPT)
+
+
+def traces_html(records: Sequence[TokenRecord]) -> str:
+    """The part of a page that holds traces; the page needs `STYLES` and `SCRIPT`."""
+    kinds = {record.entropy_kind for record in records}
+    if len(kinds) != 1:
+        hint = "Kinds have different scales: make a page for each."
+        got = sorted(kinds) or "no record"
+        raise invalid("trace_page_html", "records", "with one entropy_kind", got, hint)
+    return _section_html([_trace_of(record) for record in records], records[0].entropy_kind)
+
+
+def first_and_last(records: Iterable[TokenRecord]) -> tuple[TokenRecord, ...]:
+    """One response of the first step and one of the last, to the same prompt if there is one.
+
+    Nothing is picked by hand: the first prompt of the first step that the last step has too, and
+    for each step the first response to it. The records are read once; two steps are held.
+    """
+    first: list[TokenRecord] = []
+    last: list[TokenRecord] = []
+    for record in records:
+        if not first or record.step < first[0].step:
+            first = []
+        if not first or record.step == first[0].step:
+            first.append(record)
+        if last and record.step > last[0].step:
+            last = []
+        if not last or record.step == last[0].step:
+            last.append(record)
+    if not first or first[0].step == last[0].step:
+        return tuple(first[:1])
+    answered = {record.prompt: record for record in reversed(last)}
+    common = [record for record in first if record.prompt in answered]
+    return (common[0], answered[common[0].prompt]) if common else (first[0], last[0])
+
+
+@dataclass(frozen=True)
+class _Trace:
+    title: str
+    facts: dict[str, object]
+    prompt: str
+    tokens: Sequence[str]
+    attention_entropy: Sequence[float]
+    predictive_entropy: Sequence[float] | None
+    weights: Sequence[float] | None
+    advantages: Sequence[float] | None
+    log_probs: Sequence[float] | None
+    group: Sequence[TokenGroup] | None
+    token_ids: Sequence[int] | None = None
+
+
+def _trace_of(record: TokenRecord) -> _Trace:
+    layers = record.layer if isinstance(record.layer, tuple) else (record.layer,)
+    facts = {
+        "reward": None if record.reward is None else f"{record.reward:g}".replace("-", "\u2212"),
+        "tokens": len(record.tokens),
+        "layers" if len(layers) > 1 else "layer": ", ".join(map(str, layers)),
+        "row": record.alignment,
+        "sample": record.sample_id,
+    }
+    return _Trace(
+        title=f"Step {record.step}",
+        facts=facts,
+        prompt=record.prompt,
+        tokens=record.tokens,
+        attention_entropy=record.attention_entropy,
+        predictive_entropy=record.predictive_entropy,
+        weights=record.weights,
+        advantages=record.advantages,
+        log_probs=record.log_probs,
+        group=record.group,
+        token_ids=record.token_ids,
+    )
+
+
+def _section_html(traces: Sequence[_Trace], kind: EntropyKind) -> str:
+    entropies = [value for trace in traces for value in trace.attention_entropy]
+    bars = [value for trace in traces for value in trace.predictive_entropy or ()]
+    low, high = min(entropies, default=0.0), max(entropies, default=1.0)
+    top = max(bars, default=0.0)
+    prompts = {trace.prompt for trace in traces}
+    shared = prompts.pop() if len(prompts) == 1 else None
+    return filled(
+        "traces.html",
+        entropy_label=_LABELS[kind],
+        entropy_low=f"{low:.2f}",
+        entropy_middle=f"{(low + high) / 2:.2f}",
+        entropy_high=f"{high:.2f}",
+        predictive_scale=filled("trace_bars.html", top=f"{top:.2f} nats") if bars else "",
+        filter=asset("trace_filter.html") if any(trace.group for trace in traces) else "",
+        prompt=_prompt_html(shared or ""),
+        traces="\n".join(
+            filled(
+                "trace.html",
+                title=escaped(trace.title),
+                facts=facts_html(trace.facts),
+                prompt=_prompt_html("" if shared is not None else trace.prompt),
+                tokens=_tokens_html(trace, low=low, high=high, top=top),
+                data=_data_json(trace, kind),
+            )
+            for trace in traces
+        ),
+    )
+
+
+def _prompt_html(prompt: str) -> str:
+    return f'<p class="trace-prompt" dir="auto">{escaped(prompt)}</p>' if prompt else ""
+
+
+def _tokens_html(trace: _Trace, *, low: float, high: float, top: float) -> str:
+    parts: list[str] = []
+    before = ""
+    for position, token in enumerate(trace.tokens):
+        style = f"--e:{_share(trace.attention_entropy[position], low, high):.3g}"
+        if trace.predictive_entropy is not None:
+            style += f";--p:{_share(trace.predictive_entropy[position], 0.0, top):.3g}"
+        group = f' data-group="{trace.group[position]}"' if trace.group is not None else ""
+        # A line may break before a token, but not inside a word that spans several tokens.
+        if not (before[-1:].isalnum() and token[:1].isalnum()):
+            parts.append("<wbr>")
+        parts.append(f'<span class="token"{group} style="{style}">{_token_text_html(token)}</span>')
+        parts.append("<br>" * token.count("\n"))
+        before = token
+    return "".join(parts)
+
+
+def _token_text_html(token: str) -> str:
+    """A token as HTML in which nothing is invisible: white space has marks, an empty token too."""
+    if not token.strip(" \t\n"):
+        marks = "".join(_MARKS[character] for character in token) or _EMPTY
+        return f'<i class="token-mark">{marks}</i>'
+    text = token.replace(" ", "\u00a0").replace("\n", _MARKS["\n"]).replace("\t", _MARKS["\t"])
+    # A combining character alone would change the letter of the token before it.
+    return escaped("\u25cc" + text if unicodedata.combining(text[0]) else text)
+
+
+def _data_json(trace: _Trace, kind: EntropyKind) -> str:
+    nats = "" if kind == "normalized" else "nats"
+    columns = (
+        ("group", trace.group, ""),
+        ("attention entropy", trace.attention_entropy, nats),
+        ("predictive entropy", trace.predictive_entropy, "nats"),
+        ("weight", trace.weights, ""),
+        ("advantage", trace.advantages, ""),
+        ("log-probability", trace.log_probs, "nats"),
+        ("token id", trace.token_ids, ""),
+    )
+    return script_json(
+        {
+            "length": len(trace.tokens),
+            "columns": [
+                {"label": label, "unit": unit, "values": [_rounded(value) for value in values]}
+                for label, values, unit in columns
+                if values is not None
+            ],
+        }
+    )
+
+
+def _rounded(value: float | str) -> float | str:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _share(value: float, low: float, high: float) -> float:
+    """Where `value` lies between the ends of a scale; the middle when the ends are equal."""
+    return (value - low) / (high - low) if high > low else 0.5
+
+
+_COLUMNS = (
+    "attention_entropy",
+    "predictive_entropy",
+    "weights",
+    "advantages",
+    "log_probs",
+    "group",
+)
+_MARKS = {" ": "\u00b7", "\t": "\u21e5", "\n": "\u21b5"}
+_EMPTY = "\u2205"
+_LABELS = {
+    "raw": "Attention entropy, nats",
+    "normalized": "Attention entropy, normalized",
+    "topk": "Attention entropy of the top k keys, nats",
+    "fixed": "Attention entropy of the first keys, nats",
+}

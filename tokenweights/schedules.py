@@ -1,0 +1,254 @@
+"""Schedules: closures from the training step to a number, or to a pair of endpoint weights.
+
+A schedule has no state. It gives the same value for the same step, so it survives checkpoint and
+resume as soon as the step does.
+"""
+
+import bisect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tokenweights._errors import invalid
+from tokenweights._typing import typed
+
+Schedule = Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """Weights of the lowest-scored and of the highest-scored token (Eq. 28).
+
+    Attributes:
+        low: Weight of the token with the smallest score, >= 0.
+        high: Weight of the token with the largest score, >= 0.
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        for name, value in (("low", self.low), ("high", self.high)):
+            if not (math.isfinite(value) and value >= 0):
+                raise invalid(
+                    "Endpoints",
+                    name,
+                    "finite and >= 0, since the sign of the advantage picks the clip side",
+                    value,
+                    "To drop tokens, give them weight 0.",
+                )
+
+
+EndpointSchedule = Callable[[int], Endpoints]
+
+
+@typed
+def constant_schedule(value: float) -> Schedule:
+    """A schedule that gives the same value at every step.
+
+    Args:
+        value: The value.
+
+    Returns:
+        `step -> value`.
+
+    Example:
+        >>> constant_schedule(0.5)(100)
+        0.5
+    """
+
+    def schedule(step: int) -> float:
+        _checked(step)
+        return value
+
+    return schedule
+
+
+@typed
+def linear_schedule(init_value: float, end_value: float, transition_steps: int) -> Schedule:
+    """A straight line from `init_value` at step 0 to `end_value` at `transition_steps`, then flat.
+
+    This is Eq. 29 and Eq. 30: $v(s) = v_0 + r_s (v_1 - v_0)$ with $r_s = min(s / S, 1)$.
+
+    Args:
+        init_value: Value at step 0.
+        end_value: Value from `transition_steps` on.
+        transition_steps: Length of the line; 0 gives `end_value` at once.
+
+    Returns:
+        `step -> value`.
+
+    Raises:
+        TokenWeightsError: If `transition_steps` is negative, or later a step is.
+
+    Example:
+        >>> schedule = linear_schedule(1.0, 0.0, 4)
+        >>> [schedule(step) for step in (0, 1, 4, 9)]
+        [1.0, 0.75, 0.0, 0.0]
+    """
+    progress = _progress("linear_schedule", transition_steps)
+    return lambda step: _between(init_value, end_value, progress(step))
+
+
+@typed
+def cosine_schedule(init_value: float, end_value: float, transition_steps: int) -> Schedule:
+    """Half a cosine from `init_value` at step 0 to `end_value` at `transition_steps`, then flat.
+
+    $v(s) = v_0 + (1 - cos(pi r_s)) / 2 * (v_1 - v_0)$ with $r_s = min(s / S, 1)$.
+
+    Args:
+        init_value: Value at step 0.
+        end_value: Value from `transition_steps` on.
+        transition_steps: Length of the transition; 0 gives `end_value` at once.
+
+    Returns:
+        `step -> value`.
+
+    Raises:
+        TokenWeightsError: If `transition_steps` is negative, or later a step is.
+
+    Example:
+        >>> schedule = cosine_schedule(1.0, 0.0, 4)
+        >>> [round(schedule(step), 3) for step in (0, 1, 2, 4, 9)]
+        [1.0, 0.854, 0.5, 0.0, 0.0]
+    """
+    progress = _progress("cosine_schedule", transition_steps)
+    return lambda step: _between(
+        init_value, end_value, (1 - math.cos(math.pi * progress(step))) / 2
+    )
+
+
+@typed
+def piecewise_schedule(values: Sequence[float], boundaries: Sequence[int]) -> Schedule:
+    """A staircase: `values[0]` before the first boundary, `values[i]` from boundary `i - 1` on.
+
+    Args:
+        values: One value more than there are boundaries.
+        boundaries: Steps at which the value changes, strictly increasing.
+
+    Returns:
+        `step -> value`.
+
+    Raises:
+        TokenWeightsError: If the lengths do not fit or the boundaries do not increase.
+
+    Example:
+        >>> schedule = piecewise_schedule([1.0, 0.5, 0.0], [10, 20])
+        >>> [schedule(step) for step in (0, 9, 10, 20)]
+        [1.0, 1.0, 0.5, 0.0]
+    """
+    if len(values) != len(boundaries) + 1:
+        raise invalid(
+            "piecewise_schedule",
+            "values",
+            f"of length {len(boundaries) + 1}, one more than `boundaries`",
+            f"length {len(values)}",
+            "Give the value before the first boundary too.",
+        )
+    if any(b <= a for a, b in zip([0, *boundaries], boundaries, strict=False)):
+        raise invalid(
+            "piecewise_schedule",
+            "boundaries",
+            "positive and strictly increasing",
+            list(boundaries),
+            "Sort them and drop duplicates.",
+        )
+    return lambda step: values[bisect.bisect_right(boundaries, _checked(step))]
+
+
+@typed
+def endpoint_schedule(low: Schedule, high: Schedule) -> EndpointSchedule:
+    """Two schedules joined into one of endpoint weights.
+
+    Args:
+        low: Weight of the lowest-scored token over the steps.
+        high: Weight of the highest-scored token over the steps.
+
+    Returns:
+        `step -> Endpoints`.
+
+    Example:
+        >>> endpoint_schedule(constant_schedule(1.0), linear_schedule(0.0, 1.0, 10))(5)
+        Endpoints(low=1.0, high=0.5)
+    """
+    return lambda step: Endpoints(low(step), high(step))
+
+
+@typed
+def low_to_high(warmup_steps: int) -> EndpointSchedule:
+    """The paper's Low2High: weight moves from low-scored to high-scored tokens (Eq. 29, 30).
+
+    Args:
+        warmup_steps: Steps from `Endpoints(1, 0)` to `Endpoints(0, 1)`. The paper does not print
+            its value.
+
+    Returns:
+        `step -> Endpoints`.
+
+    Example:
+        >>> low_to_high(100)(25)
+        Endpoints(low=0.75, high=0.25)
+    """
+    return endpoint_schedule(
+        linear_schedule(1.0, 0.0, warmup_steps), linear_schedule(0.0, 1.0, warmup_steps)
+    )
+
+
+@typed
+def high_to_low(warmup_steps: int) -> EndpointSchedule:
+    """The reverse of `low_to_high`: weight moves from high-scored to low-scored tokens.
+
+    Args:
+        warmup_steps: Steps from `Endpoints(0, 1)` to `Endpoints(1, 0)`.
+
+    Returns:
+        `step -> Endpoints`.
+
+    Example:
+        >>> high_to_low(100)(25)
+        Endpoints(low=0.25, high=0.75)
+    """
+    return endpoint_schedule(
+        linear_schedule(0.0, 1.0, warmup_steps), linear_schedule(1.0, 0.0, warmup_steps)
+    )
+
+
+@typed
+def static_endpoints(low: float, high: float) -> EndpointSchedule:
+    """The same endpoint weights at every step.
+
+    Args:
+        low: Weight of the lowest-scored token.
+        high: Weight of the highest-scored token.
+
+    Returns:
+        `step -> Endpoints`.
+
+    Example:
+        >>> static_endpoints(1.0, 0.0)(12345)
+        Endpoints(low=1.0, high=0.0)
+    """
+    return endpoint_schedule(constant_schedule(low), constant_schedule(high))
+
+
+def _checked(step: int) -> int:
+    if step < 0:
+        raise invalid("schedule", "step", ">= 0", step, "Count training steps from 0.")
+    return step
+
+
+def _progress(function: str, transition_steps: int) -> Schedule:
+    if transition_steps < 0:
+        raise invalid(
+            function, "transition_steps", ">= 0", transition_steps, "Pass 0 for the end value."
+        )
+
+    def progress(step: int) -> float:
+        _checked(step)
+        return 1.0 if transition_steps == 0 else min(step / transition_steps, 1.0)
+
+    return progress
+
+
+def _between(start: float, end: float, progress: float) -> float:
+    return (1 - progress) * start + progress * end

@@ -1,0 +1,179 @@
+"""Signals: one number for each response token, and the row of the sequence it is read from.
+
+Attention entropy, the main signal, has a room of its own in `tokenweights.attention`.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tokenweights._errors import invalid
+from tokenweights._typing import typed
+
+
+@typed
+def predictive_entropy(
+    logits: Float[Tensor, "batch token vocab"], *, chunk_tokens: int = 2048
+) -> Float[Tensor, "batch token"]:
+    r"""Entropy of the next-token distribution, `batch token`, in nats (Eq. 19).
+
+    $H = -\sum_v p_v \log p_v$ with $p = \mathrm{softmax}(\mathrm{logits})$, in [0, log vocab].
+    Computed in float32 and detached. Extra memory: two float32 copies of `chunk_tokens` rows.
+
+    Args:
+        logits: Of any float dtype, already divided by the sampling temperature. Row t must be the
+            one that *predicts* token t. `-inf` marks a forbidden token.
+        chunk_tokens: Rows worked on at a time.
+
+    Returns:
+        Float32 entropies.
+
+    Raises:
+        TokenWeightsError: If `chunk_tokens` < 1.
+
+    Example:
+        >>> predictive_entropy(torch.zeros(1, 1, 8))
+        tensor([[2.0794]])
+    """
+    if chunk_tokens < 1:
+        raise invalid("predictive_entropy", "chunk_tokens", ">= 1", chunk_tokens, "Pass 2048.")
+    batch, token, vocab = logits.shape
+    rows = logits.detach().reshape(batch * token, vocab)
+    entropy = torch.empty(batch * token, dtype=torch.float32, device=logits.device)
+    for start in range(0, batch * token, chunk_tokens):
+        log_probs = rows[start : start + chunk_tokens].float().log_softmax(-1)
+        probs = log_probs.exp()
+        # A forbidden token has p = 0 and log p = -inf; its contribution is 0, not NaN.
+        surprise = probs.mul_(log_probs.clamp_(min=torch.finfo(torch.float32).min))
+        entropy[start : start + chunk_tokens] = -surprise.sum(-1)
+    return entropy.clamp_(min=0).view(batch, token)
+
+
+@typed
+def loss_magnitude(token_loss: Float[Tensor, "batch token"]) -> Float[Tensor, "batch token"]:
+    r"""Magnitude of each token's loss, $|\ell_t|$, float32 and detached (Eq. 23).
+
+    Args:
+        token_loss: Unreduced loss of each response token.
+
+    Returns:
+        Values >= 0.
+
+    Example:
+        >>> loss_magnitude(torch.tensor([[-0.5, 0.25]]))
+        tensor([[0.5000, 0.2500]])
+    """
+    return token_loss.detach().float().abs()
+
+
+@typed
+def relative_position(mask: Bool[Tensor, "batch token"]) -> Float[Tensor, "batch token"]:
+    """Position of each token within its response, $t / T$ with $t$ from 1, in (0, 1] (Eq. 18).
+
+    Args:
+        mask: True for valid response tokens.
+
+    Returns:
+        Float32 positions, 0 off the mask.
+
+    Example:
+        >>> relative_position(torch.tensor([[True, True, False]]))
+        tensor([[0.5000, 1.0000, 0.0000]])
+    """
+    lengths = mask.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(mask, mask.cumsum(-1) / lengths, 0.0)
+
+
+@typed
+def align_to_decision(
+    scores: Float[Tensor, "batch position"],
+    *,
+    response_length: int,
+    prompt_length: Int[Tensor, " batch"] | None = None,
+) -> Float[Tensor, "batch token"]:
+    """Scores of the rows that *generate* each response token, one to the left of its own row.
+
+    The first response token is decided at the prompt's last position, the next at the first
+    response token, and so on (Appendix K). The result has `response_length` columns.
+
+    Args:
+        scores: One score for each position of the sequence, or for the last
+            `response_length + 1` or more of them.
+        response_length: Width of the response part.
+        prompt_length: None where prompts are left-padded, so that every response starts in the
+            same column and fills the last `response_length`. Otherwise the number of prompt
+            tokens in each row of right-padded sequences, counted from the first column of
+            `scores`.
+
+    Returns:
+        The score at the deciding position of each response token; 0 beyond the last column.
+
+    Raises:
+        TokenWeightsError: If there is no position before the first response token.
+
+    Example:
+        >>> scores = torch.tensor([[10.0, 11.0, 12.0, 13.0]])  # two prompt, two response tokens
+        >>> align_to_decision(scores, response_length=2)
+        tensor([[11., 12.]])
+    """
+    return _aligned("align_to_decision", scores, response_length, prompt_length, shift=1)
+
+
+@typed
+def align_to_own(
+    scores: Float[Tensor, "batch position"],
+    *,
+    response_length: int,
+    prompt_length: Int[Tensor, " batch"] | None = None,
+) -> Float[Tensor, "batch token"]:
+    """Scores of each response token's own row: the query of the token itself.
+
+    Args:
+        scores: As in `align_to_decision`.
+        response_length: As in `align_to_decision`.
+        prompt_length: As in `align_to_decision`.
+
+    Returns:
+        The score at each response token's own position; 0 beyond the last column.
+
+    Raises:
+        TokenWeightsError: If `scores` has fewer columns than the response.
+
+    Example:
+        >>> scores = torch.tensor([[10.0, 11.0, 12.0, 13.0]])  # two prompt, two response tokens
+        >>> align_to_own(scores, response_length=2)
+        tensor([[12., 13.]])
+    """
+    return _aligned("align_to_own", scores, response_length, prompt_length, shift=0)
+
+
+def _aligned(
+    function: str, scores: Tensor, response_length: int, prompt_length: Tensor | None, shift: int
+) -> Tensor:
+    width = scores.shape[-1]
+    if response_length < 0:
+        raise invalid(
+            function, "response_length", ">= 0", response_length, "Pass the response's width."
+        )
+    if prompt_length is None:
+        if width < response_length + shift:
+            raise invalid(
+                function,
+                "scores",
+                f"with at least {response_length + shift} columns",
+                f"shape {tuple(scores.shape)}",
+                "Score the response positions and the prompt's last position.",
+            )
+        start = width - response_length - shift
+        return scores[:, start : start + response_length]
+    if bool((prompt_length < shift).any()) or bool((prompt_length > width).any()):
+        raise invalid(
+            function,
+            "prompt_length",
+            f"in [{shift}, {width}]",
+            prompt_length.tolist(),
+            "A response needs a position that decides its first token.",
+        )
+    columns = torch.arange(response_length, device=scores.device) + prompt_length[:, None] - shift
+    inside = columns < width
+    return torch.where(inside, scores.gather(-1, columns.clamp(max=max(width - 1, 0))), 0.0)

@@ -1,0 +1,323 @@
+"""How much each token counts: endpoint weights, subset weights, and what a set of weights does."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tokenweights._errors import invalid
+from tokenweights._typing import typed
+from tokenweights.distributed import global_extrema, global_sum
+from tokenweights.masked import accumulator_dtype, masked_extrema, masked_sum, require_finite
+from tokenweights.partition import quantile_bins
+from tokenweights.schedules import Endpoints
+
+
+@dataclass(frozen=True)
+class ScoreExtrema:
+    """Smallest and largest score over the valid tokens of a rollout batch.
+
+    Attributes:
+        minimum: `inf` if there is no valid token.
+        maximum: `-inf` if there is no valid token.
+    """
+
+    minimum: Float[Tensor, ""]
+    maximum: Float[Tensor, ""]
+
+
+@typed
+def score_extrema(
+    scores: Float[Tensor, "batch token"],
+    mask: Bool[Tensor, "batch token"],
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> ScoreExtrema:
+    """Extrema of the scores over all valid tokens of the rollout batch, in the scores' unit.
+
+    Eq. 27 rescales over the whole rollout batch. Its extrema are all that a token's weight depends
+    on beyond its own score, so this one reduction of two numbers makes weights exact on any layout.
+
+    Args:
+        scores: This rank's scores, finite under the mask.
+        mask: True for valid response tokens.
+        group: The ranks that share the rollout batch; None if these tokens are all there is.
+
+    Returns:
+        The same extrema on every rank.
+
+    Raises:
+        TokenWeightsError: If a valid score is not finite.
+
+    Example:
+        >>> score_extrema(torch.tensor([[0.2, 0.9]]), torch.ones(1, 2, dtype=torch.bool))
+        ScoreExtrema(minimum=tensor(0.2000), maximum=tensor(0.9000))
+    """
+    require_finite("score_extrema", "scores", scores, mask)
+    return ScoreExtrema(*global_extrema(*masked_extrema(scores.detach(), mask), group=group))
+
+
+@typed
+def softmax_partition(
+    scores: Float[Tensor, "batch token"],
+    mask: Bool[Tensor, "batch token"],
+    extrema: ScoreExtrema,
+    *,
+    temperature: float = 1.0,
+    group: dist.ProcessGroup | None = None,
+) -> Float[Tensor, ""]:
+    r"""The sum in the denominator of Eq. 26, over all valid tokens of the rollout batch.
+
+    $Z = \sum_u \exp((H_u - H_{\max}) / \tau)$, in [1, tokens]. Only the literal form needs it.
+
+    Args:
+        scores: This rank's scores.
+        mask: True for valid response tokens.
+        extrema: Extrema over the same rollout batch.
+        temperature: $\tau > 0$, in the scores' unit.
+        group: The ranks that share the rollout batch.
+
+    Returns:
+        A detached scalar, the same on every rank.
+
+    Example:
+        >>> scores, mask = torch.tensor([[0.5, 0.5]]), torch.ones(1, 2, dtype=torch.bool)
+        >>> softmax_partition(scores, mask, score_extrema(scores, mask))
+        tensor(2., dtype=torch.float64)
+    """
+    wide = scores.detach().to(accumulator_dtype(scores.device))
+    return global_sum(masked_sum(((wide - extrema.maximum) / temperature).exp(), mask), group=group)
+
+
+@typed
+def endpoint_weights(
+    scores: Float[Tensor, "batch token"],
+    mask: Bool[Tensor, "batch token"],
+    endpoints: Endpoints,
+    *,
+    temperature: float = 1.0,
+    extrema: ScoreExtrema | None = None,
+    form: str = "stable",
+    eps: float = 1e-8,
+    partition: Float[Tensor, ""] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Float[Tensor, "batch token"]:
+    r"""Weights that run from one endpoint at the lowest score to the other at the highest.
+
+    Eq. 28: $w_t = (1 - \bar\alpha_t) w_{low} + \bar\alpha_t w_{high}$, where $\bar\alpha$ is the
+    softmax of the scores rescaled to [0, 1] over the rollout batch (Eq. 26, 27). The softmax's
+    normaliser cancels, so the stable form computes
+    $\bar\alpha_t = \mathrm{expm1}((H_t - H_{\min})/\tau) / \mathrm{expm1}((H_{\max} -
+    H_{\min})/\tau)$ without overflow at any temperature. A small $\tau$ raises only the top scores;
+    a large one gives plain min-max scaling. If all scores are equal, $\bar\alpha = 0$.
+
+    The literal form keeps Eq. 26 and 27 as printed. Its `eps` makes weights depend on the number
+    of tokens: with scores in 0.2..0.9 and $\tau = 1$ the largest $\bar\alpha$ is 0.99 for $10^6$
+    tokens and 0.88 for $10^7$.
+
+    Weights are float32, detached and in [min(low, high), max(low, high)]; they multiply advantages.
+
+    Args:
+        scores: One score for each response token, finite under the mask.
+        mask: True for valid response tokens.
+        endpoints: Weights at the lowest and at the highest score.
+        temperature: $\tau > 0$, in the scores' unit. The paper does not print its value.
+        extrema: Extrema over the rollout batch; taken from these scores, over `group`, if None.
+            Pass them whenever `scores` is only a part of the batch.
+        form: `"stable"` or `"literal"`.
+        eps: The literal form's epsilon.
+        partition: The literal form's `softmax_partition`; taken from these scores if None.
+        group: The ranks that share the rollout batch.
+
+    Returns:
+        Weights, 0 off the mask.
+
+    Raises:
+        TokenWeightsError: If `temperature` is not positive, a valid score is not finite or lies
+            outside `extrema`, or `form` is unknown.
+
+    Example:
+        >>> scores, mask = torch.tensor([[0.0, 0.5, 1.0]]), torch.ones(1, 3, dtype=torch.bool)
+        >>> endpoint_weights(scores, mask, Endpoints(low=0.0, high=1.0))
+        tensor([[0.0000, 0.3775, 1.0000]])
+    """
+    if not 0 < temperature < float("inf"):
+        raise invalid(
+            "endpoint_weights", "temperature", "positive and finite", temperature, "Try 1.0."
+        )
+    if form not in ("stable", "literal"):
+        raise invalid(
+            "endpoint_weights", "form", "'stable' or 'literal'", repr(form), "Choose one of them."
+        )
+    own = score_extrema(scores, mask, group=group if extrema is None else None)
+    if extrema is None:
+        extrema = own
+    elif bool((own.minimum < extrema.minimum) | (own.maximum > extrema.maximum)):
+        raise invalid(
+            "endpoint_weights",
+            "extrema",
+            f"that enclose the scores {own.minimum.item():g}..{own.maximum.item():g}",
+            f"{extrema.minimum.item():g}..{extrema.maximum.item():g}",
+            "Take them over the whole rollout batch with `score_extrema`.",
+        )
+    wide = torch.where(mask, scores.detach(), extrema.minimum.to(scores.dtype))
+    wide = wide.to(accumulator_dtype(scores.device))
+    below_top = (wide - extrema.maximum) / temperature
+    bottom = (extrema.minimum - extrema.maximum).to(wide.dtype) / temperature
+    if form == "stable":
+        # expm1(x) / expm1(X) = exp(x - X) expm1(-x) / expm1(-X), and x - X <= 0 cannot overflow.
+        alpha = below_top.exp() * torch.expm1(bottom - below_top) / torch.expm1(bottom)
+        alpha = torch.where(bottom < 0, alpha, 0.0)
+    else:
+        if partition is None:
+            partition = softmax_partition(
+                scores, mask, extrema, temperature=temperature, group=group
+            )
+        numerator = (below_top.exp() - bottom.exp()) / (partition + eps)
+        alpha = numerator / ((1 - bottom.exp()) / (partition + eps) + eps)
+    weights = endpoints.low + alpha * (endpoints.high - endpoints.low)
+    return torch.where(mask, weights, 0.0).float()
+
+
+@typed
+def subset_weights(subset: Bool[Tensor, "batch token"]) -> Float[Tensor, "batch token"]:
+    """Hard weights: 1 for the chosen tokens, 0 for all others (Appendix D.3).
+
+    Args:
+        subset: True for the chosen tokens.
+
+    Returns:
+        Float32 weights.
+
+    Example:
+        >>> subset_weights(torch.tensor([[True, False]]))
+        tensor([[1., 0.]])
+    """
+    return subset.float()
+
+
+@typed
+def match_mass(
+    weights: Float[Tensor, "batch token"],
+    mask: Bool[Tensor, "batch token"],
+    *,
+    target: float = 1.0,
+    count: Float[Tensor, ""] | float | None = None,
+    mass: Float[Tensor, ""] | float | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Float[Tensor, "batch token"]:
+    r"""Weights rescaled so that their mean over the batch's valid tokens is `target`.
+
+    A schedule like Low2High moves the mean weight, and so the effective learning rate; the rescaled
+    weights keep only the *order* it gives to tokens. $w'_t = w_t \cdot$ target $\cdot N / \sum w$.
+
+    Args:
+        weights: Weights >= 0.
+        mask: True for valid response tokens.
+        target: Mean of the result over the whole batch.
+        count: Number of valid tokens of the whole batch; these tokens', over `group`, if None.
+        mass: Sum of the weights over the whole batch; these tokens', over `group`, if None.
+        group: The ranks that share the batch.
+
+    Returns:
+        Rescaled weights, 0 off the mask. If all weights are 0 they stay 0.
+
+    Raises:
+        TokenWeightsError: If a valid weight is negative or not finite, or `target` is negative.
+
+    Example:
+        >>> match_mass(torch.tensor([[0.0, 0.5]]), torch.ones(1, 2, dtype=torch.bool))
+        tensor([[0., 2.]])
+    """
+    _require_weights("match_mass", weights, mask)
+    if not 0 <= target < float("inf"):
+        raise invalid("match_mass", "target", "finite and >= 0", target, "Pass 1.0.")
+    wide = weights.to(accumulator_dtype(weights.device))
+    own = torch.stack([mask.sum().to(wide.dtype), masked_sum(wide, mask)])
+    # Every rank enters the reduction or none does: it depends on arguments, not on tokens.
+    if count is None or mass is None:
+        own = global_sum(own, group=group)
+    count = own[0] if count is None else count
+    mass = own[1] if mass is None else torch.as_tensor(mass)
+    factor = torch.where(mass > 0, target * count / mass, 0.0)
+    return torch.where(mask, wide * factor, 0.0).to(weights.dtype)
+
+
+@dataclass(frozen=True)
+class WeightStatistics:
+    r"""What a set of token weights does to a batch.
+
+    Attributes:
+        mean: Mean weight over valid tokens: the factor on the effective learning rate.
+        effective_sample_size: $(\sum w)^2 / \sum w^2$ as a share of the valid tokens.
+        share: Share of the total weight on the tokens of each bin; sums to one.
+    """
+
+    mean: Float[Tensor, ""]
+    effective_sample_size: Float[Tensor, ""]
+    share: Float[Tensor, " bins"]
+
+
+@typed
+def weight_statistics(
+    weights: Float[Tensor, "batch token"],
+    mask: Bool[Tensor, "batch token"],
+    *,
+    bins: Int[Tensor, "batch token"] | None = None,
+    bin_count: int = 10,
+    group: dist.ProcessGroup | None = None,
+) -> WeightStatistics:
+    """Mean, effective sample size and share of mass per bin of a set of weights, dimensionless.
+
+    Args:
+        weights: Weights >= 0.
+        mask: True for valid response tokens.
+        bins: Bin of each token, for example `quantile_bins` of the scores; deciles of the weights
+            themselves within each response if None.
+        bin_count: Number of bins.
+        group: The ranks that share the batch.
+
+    Returns:
+        Statistics over the whole batch, detached; all 0 if there is no valid token or no weight.
+
+    Raises:
+        TokenWeightsError: If a valid weight is negative or not finite, or a bin is out of range.
+
+    Example:
+        >>> mask = torch.ones(1, 4, dtype=torch.bool)
+        >>> weight_statistics(torch.tensor([[1.0, 1.0, 0.0, 0.0]]), mask).effective_sample_size
+        tensor(0.5000)
+    """
+    _require_weights("weight_statistics", weights, mask)
+    if bins is None:
+        bins = quantile_bins(weights, mask, bins=bin_count)
+    if bool((mask & ((bins < 0) | (bins >= bin_count))).any()):
+        raise invalid(
+            "weight_statistics", "bins", f"in [0, {bin_count}) under the mask", "others",
+            "Set `bin_count` to the number of bins.",
+        )  # fmt: skip
+    wide = torch.where(mask, weights.detach(), 0.0).to(accumulator_dtype(weights.device))
+    in_bins = wide.new_zeros(bin_count).index_add_(0, bins[mask], wide[mask])
+    own = torch.stack([mask.sum().to(wide.dtype), wide.square().sum()])
+    count, squares, *mass = global_sum(torch.cat([own, in_bins]), group=group)
+    total = torch.stack(mass).sum()
+    effective = total.square() / squares.where(squares > 0, 1) / count.clamp(min=1)
+    return WeightStatistics(
+        mean=(total / count.clamp(min=1)).float(),
+        effective_sample_size=effective.float(),
+        share=(torch.stack(mass) / total.where(total > 0, 1)).float(),
+    )
+
+
+def _require_weights(function: str, weights: Tensor, mask: Tensor) -> None:
+    require_finite(function, "weights", weights, mask)
+    if bool((mask & (weights < 0)).any()):
+        raise invalid(
+            function,
+            "weights",
+            ">= 0, since the sign of the advantage picks the clip side",
+            weights[mask].min().item(),
+            "To drop tokens, give them weight 0.",
+        )
