@@ -1,4 +1,6 @@
 import math
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,10 +101,13 @@ def test_entropy_agrees_with_the_models_own_eager_attention(family, layer):
     assert expected[mask].std() > 0.02, "the test needs distributions that differ"
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "deepseek_v3"])
-def test_the_model_computes_the_same_with_and_without_the_tap(family):
+@pytest.mark.parametrize(
+    ("family", "attentions"),
+    [("qwen3", ("eager", "sdpa")), ("gemma2", ("eager",)), ("deepseek_v3", ("eager", "sdpa"))],
+)
+def test_the_model_computes_the_same_with_and_without_the_tap(family, attentions):
     ids, mask = batch()
-    for attention in ("eager", "sdpa"):
+    for attention in attentions:
         model = tiny(family, attention)
         plain = model(ids, attention_mask=mask.long()).logits
         with tw.capture_attention(model, [0, -1]) as capture:
@@ -163,7 +168,9 @@ def test_another_model_is_not_captured():
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_recomputes_outside_the_capture(reentrant):
     model, (ids, mask) = tiny("qwen3").train(), batch()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # renamed in newer transformers
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     with tw.capture_attention(model, [1]) as capture:
         logits = model(ids, attention_mask=mask.long(), use_cache=False).logits
     logits.logsumexp(-1).sum().backward()
@@ -196,7 +203,9 @@ def test_unknown_layers_and_models_are_refused():
 def test_attention_that_query_and_key_do_not_determine_is_refused():
     ids, _ = batch()
     model = tiny("qwen3")
-    model.config.layer_types[0] = "chunked_attention"
+    model.model.layers[0].self_attn.config = SimpleNamespace(
+        layer_types=["chunked_attention"], _attn_implementation="eager"
+    )
     with (
         pytest.raises(TokenWeightsError, match="chunked_attention"),
         tw.capture_attention(model, [0]),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tokenweights._errors import TokenWeightsError, invalid
 from tokenweights._typing import typed
-from tokenweights.attention import attention_entropy
+from tokenweights.attention import EntropyKind, attention_entropy
 
 _CAUSAL_LAYERS = ("full_attention", "sliding_attention")
 
@@ -49,7 +49,7 @@ class CapturedAttention:
         self,
         *,
         key_mask: Bool[Tensor, "batch key"] | None = None,
-        kind: str = "normalized",
+        kind: EntropyKind = "normalized",
         top_k: int = 256,
         fixed_k: int = 256,
     ) -> Float[Tensor, "batch query"]:
@@ -194,7 +194,7 @@ def middle_layer(depth: int) -> int:
 
 @contextmanager
 def _tapped(
-    interface: Any, name: str, module: nn.Module, probes: dict[int, int], record: Callable
+    interface: Any, name: str, module: Any, probes: dict[int, int], record: Callable
 ) -> Iterator[None]:
     """One attention function of a registry, replaced under its own key while the context lasts.
 
@@ -222,7 +222,7 @@ def _tapped(
 
 
 def _captured(
-    layer: int, module: nn.Module, query: Tensor, key: Tensor, rows: int | None, options: dict
+    layer: int, module: Any, query: Tensor, key: Tensor, rows: int | None, options: dict
 ) -> CapturedAttention:
     _refuse_unknown_attention(layer, module, options)
     window = options.get("sliding_window")
@@ -240,7 +240,7 @@ def _captured(
     )
 
 
-def _refuse_unknown_attention(layer: int, module: nn.Module, options: dict) -> None:
+def _refuse_unknown_attention(layer: int, module: Any, options: dict) -> None:
     kind = _layer_type(module)
     if kind not in _CAUSAL_LAYERS:
         reason = f"a layer of type {kind!r}"
@@ -259,7 +259,7 @@ def _refuse_unknown_attention(layer: int, module: nn.Module, options: dict) -> N
     )
 
 
-def _layer_type(module: nn.Module) -> str:
+def _layer_type(module: Any) -> str:
     types = getattr(getattr(module, "config", None), "layer_types", None)
     return types[module.layer_idx] if types else "full_attention"
 
@@ -295,15 +295,14 @@ def _interface(module: nn.Module) -> Any:
     return getattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS", None)
 
 
-def _implementation(module: nn.Module) -> str:
+def _implementation(module: Any) -> str:
     return module.config._attn_implementation or "eager"
 
 
-def _eager_attention(module: nn.Module) -> Callable:
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if eager is None:
+def _eager_attention(module: Any) -> Callable:
+    code = sys.modules[type(module).__module__]
 
-        def eager(*args: Any, **kwargs: Any) -> Any:
-            raise TokenWeightsError(f"{type(module).__name__} has no eager attention to pass on to")
+    def missing(*args: Any, **kwargs: Any) -> Any:
+        raise TokenWeightsError(f"{type(module).__name__} has no eager attention to pass on to")
 
-    return eager
+    return getattr(code, "eager_attention_forward", missing)

@@ -162,10 +162,10 @@ def endpoint_weights(
             f"{extrema.minimum.item():g}..{extrema.maximum.item():g}",
             "Take them over the whole rollout batch with `score_extrema`.",
         )
-    wide = torch.where(mask, scores.detach(), extrema.minimum.to(scores.dtype))
-    wide = wide.to(accumulator_dtype(scores.device))
-    below_top = (wide - extrema.maximum) / temperature
-    bottom = (extrema.minimum - extrema.maximum).to(wide.dtype) / temperature
+    dtype = accumulator_dtype(scores.device)
+    minimum, maximum = extrema.minimum.to(dtype), extrema.maximum.to(dtype)
+    below_top = (torch.where(mask, scores.detach().to(dtype), minimum) - maximum) / temperature
+    bottom = (minimum - maximum) / temperature
     if form == "stable":
         # expm1(x) / expm1(X) = exp(x - X) expm1(-x) / expm1(-X), and x - X <= 0 cannot overflow.
         alpha = below_top.exp() * torch.expm1(bottom - below_top) / torch.expm1(bottom)

@@ -5,17 +5,17 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 import torch
 import torch.distributed as dist
-from beartype import BeartypeConf
-from beartype.door import is_bearable
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokenweights._errors import TokenWeightsError, invalid
 from tokenweights._typing import typed
+from tokenweights.attention import EntropyKind
 from tokenweights.capture import middle_layer
 from tokenweights.losses import Denominator, loss_denominator
 from tokenweights.masked import masked_ranks
@@ -55,12 +55,9 @@ Rule = Literal[
     "position_matched",
 ]
 Shape = Literal["constant", "linear", "cosine", "step"]
-EntropyKind = Literal["raw", "normalized", "topk", "fixed"]
 Alignment = Literal["deciding", "own"]
 LayerReduction = Literal["mean", "rank_mean"]
 
-# An `int` may stand where a `float` is wanted.
-_NUMBERS = BeartypeConf(is_pep484_tower=True)
 _SCORED_RULES = ("endpoints", "bottom", "top", "type_matched", "position_matched")
 
 
@@ -411,9 +408,21 @@ def _check_type(field: str, annotation: Any, value: Any) -> None:
     if get_origin(annotation) is Literal:
         if value not in get_args(annotation):
             raise unknown(field, value, get_args(annotation))
-    elif not is_bearable(value, annotation, conf=_NUMBERS):
+    elif not _fits(value, annotation):
         kind = annotation.__name__ if isinstance(annotation, type) else annotation
         raise invalid("recipe", field, f"of type {kind}", repr(value), "Change that field.")
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is of a field's type, every item of a tuple included."""
+    if get_origin(annotation) is UnionType:
+        return any(_fits(value, choice) for choice in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return isinstance(value, tuple) and all(_fits(v, get_args(annotation)[0]) for v in value)
+    if annotation in (int, float):
+        kinds = (int,) if annotation is int else (int, float)
+        return isinstance(value, kinds) and not isinstance(value, bool)
+    return isinstance(value, annotation)
 
 
 def _frozen(value: Any) -> Any:

@@ -1,0 +1,156 @@
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokenweights import TokenWeightsError
+from tokenweights.report import (
+    TokenRecord,
+    append_metrics,
+    append_token_records,
+    read_metrics,
+    read_token_records,
+)
+
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+# Surrogates included: half of a character that a tokenizer split in two.
+ANY_TEXT = st.text(st.characters(exclude_categories=()))
+
+
+@st.composite
+def records(draw):
+    length = draw(st.integers(0, 4))
+
+    def column(values):
+        return draw(st.lists(values, min_size=length, max_size=length).map(tuple))
+
+    return TokenRecord(
+        step=draw(st.integers()),
+        sample_id=draw(st.integers()),
+        prompt=draw(ANY_TEXT),
+        tokens=column(ANY_TEXT),
+        token_ids=column(st.integers()),
+        attention_entropy=column(FINITE),
+        weights=column(st.floats(0, 1e300)),
+        advantages=column(FINITE),
+        layer=draw(st.one_of(st.integers(), st.lists(st.integers(), min_size=1).map(tuple))),
+        entropy_kind=draw(st.sampled_from(["raw", "normalized", "topk", "fixed"])),
+        alignment=draw(st.sampled_from(["deciding", "own"])),
+        predictive_entropy=draw(st.none()) if draw(st.booleans()) else column(FINITE),
+        log_probs=draw(st.none()) if draw(st.booleans()) else column(FINITE),
+        group=column(st.sampled_from(["anchor", "middle", "explorer"])),
+        reward=draw(st.one_of(st.none(), FINITE)),
+    )
+
+
+@given(entries=st.lists(records(), max_size=3))
+def test_records_come_back_as_they_went(entries, tmp_path_factory):
+    path = tmp_path_factory.mktemp("records") / "tokens.jsonl"
+    append_token_records(path, entries[:1])
+    append_token_records(path, iter(entries[1:]))
+    assert list(read_token_records(path)) == entries
+    assert len(path.read_bytes().splitlines()) == len(entries)
+
+
+def test_a_cut_off_last_line_is_named_and_spares_the_next_record(tmp_path, record):
+    path = tmp_path / "tokens.jsonl"
+    append_token_records(path, [record(step=0), record(step=1)])
+    path.write_bytes(path.read_bytes()[:-30])
+    append_token_records(path, [record(step=2)])
+
+    reader = read_token_records(path)
+    assert next(reader).step == 0
+    with pytest.raises(TokenWeightsError, match=r"tokens\.jsonl:2: "):
+        next(reader)
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([lines[0], lines[2]]))
+    assert [entry.step for entry in read_token_records(path)] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\xfe{}",
+        b"[1, 2]",
+        b"{}",
+        b'{"weights": [NaN]}',
+        b'"text"',
+    ],
+)
+def test_a_corrupt_line_is_named(line, tmp_path, record):
+    path = tmp_path / "tokens.jsonl"
+    append_token_records(path, [record()])
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    with pytest.raises(TokenWeightsError, match=r"tokens\.jsonl:2: "):
+        list(read_token_records(path))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("step", 1.5),
+        ("step", True),
+        ("tokens", "The answer"),
+        ("tokens", 5),
+        ("tokens", ["The", 1, " is", "2", "\n"]),
+        ("token_ids", [1.0, 2, 3, 4, 5]),
+        ("attention_entropy", [0.0]),
+        ("attention_entropy", None),
+        ("attention_entropy", [0.0, 0.1, 0.2, 0.3, 1e999]),
+        ("weights", [1.0, 1.0, 1.0, 1.0, -0.1]),
+        ("log_probs", ["-1", 0.0, 0.0, 0.0, 0.0]),
+        ("group", ["anchor", "middle", "middle", "middle", "expl0rer"]),
+        ("layer", None),
+        ("entropy_kind", "shannon"),
+        ("alignment", None),
+        ("reward", "1"),
+        ("wieghts", [1.0]),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_line(field, value, tmp_path, record):
+    path = tmp_path / "tokens.jsonl"
+    append_token_records(path, [record()])
+    line = json.loads(path.read_text()) | {field: value}
+    path.write_text(json.dumps(line).replace("Infinity", "1e999") + "\n")
+    with pytest.raises(TokenWeightsError, match=rf"tokens\.jsonl:1: .*{field}"):
+        list(read_token_records(path))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["attention_entropy", "weights", "advantages", "log_probs"])
+def test_a_record_refuses_what_is_not_finite(name, value, record):
+    with pytest.raises(TokenWeightsError, match=rf"`{name}` to be finite.* position 2"):
+        record(**{name: (0.0, 0.0, value, 0.0, 0.0)})
+
+
+def test_metrics_come_back_and_not_finite_means_nan(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    append_metrics(path, {"step": 1, "reward": -0.1, "loss": math.nan})
+    append_metrics(path, {"step": 2, "grad_norm": math.inf})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "reward": -0.1, "loss": None},
+        {"step": 2, "grad_norm": None},
+    ]
+    first, second = read_metrics(path)
+    assert first["step"] == 1 and first["reward"] == -0.1 and math.isnan(first["loss"])
+    assert second["step"] == 2 and math.isnan(second["grad_norm"])
+
+
+@pytest.mark.parametrize("metrics", [{}, {"reward": 1.0}, {"step": math.nan}])
+def test_metrics_without_a_step_are_refused(metrics, tmp_path):
+    with pytest.raises(TokenWeightsError, match="step"):
+        append_metrics(tmp_path / "metrics.jsonl", metrics)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": 2, "reward": 0.', '{"step": 2, "note": "x"}', '{"reward": 1.0}', "3"]
+)
+def test_a_corrupt_metrics_line_is_named(line, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    append_metrics(path, {"step": 1})
+    path.write_text(path.read_text() + line)
+    with pytest.raises(TokenWeightsError, match=r"metrics\.jsonl:2: "):
+        read_metrics(path)
