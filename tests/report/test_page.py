@@ -68,7 +68,7 @@ def test_figures_are_well_formed_follow_the_page_and_do_not_clash(record):
         links = [v for e in root.iter() for k, v in e.attrib.items() if k.endswith("href")]
         ids = [e.attrib["id"] for e in root.iter() if "id" in e.attrib]
         assert {link.removeprefix("#") for link in links} <= set(ids)
-        assert "var(--ink, #1c1e21)" in figure and "var(--line, " in figure
+        assert "var(--ink, #1c1e21)" in figure and "fill: #1c1e21" not in figure
     ids = re.findall(r'\bid="([^"]*)"', page)
     assert len(ids) == len(set(ids))
 

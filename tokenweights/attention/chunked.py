@@ -126,3 +126,120 @@ class _Scores:
             for head in range(tile.shape[0]):
                 mean[0].addcmul_(tile[head], factor[head])
         return mean
+
+    def fixed_entropy(self, fixed_k: int, *, per_head: bool) -> Float[Tensor, "heads query"]:
+        """Entropy of the first visible keys from log-weights, which cannot underflow."""
+        columns = slice(0, first_keys(self.block, fixed_k).keys)
+        logs: list[Tensor] = []
+        for taken, tile in self.tiles():
+            lse = tile.logsumexp(-1, keepdim=True) if self.lse is None else self.lse[taken]
+            if self.lse is None and self.sinks is not None:
+                lse = torch.logaddexp(lse, self.sinks[taken])
+            part = (tile[..., columns] - lse).clamp_min_(HIDDEN / 2)
+            if per_head:
+                logs.append(part)
+            else:
+                part = part.logsumexp(0, keepdim=True)
+                logs = [torch.logaddexp(logs[0], part) if logs else part]
+        return torch.cat([fixed_entropy_from_logs(part, self.block, fixed_k) for part in logs])
+
+
+def sequence_statistics(
+    query: Float[Tensor, "heads query dim"],
+    key: Float[Tensor, "kv_heads key dim"],
+    request: Request,
+    logits: Logits,
+    *,
+    per_head: bool = False,
+    sinks: Float[Tensor, " heads"] | None = None,
+    lse: Float[Tensor, "heads query"] | None = None,
+    workspace: Workspace | None = None,
+    rows: int | None = None,
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> dict[str, Tensor]:
+    """The requested statistics of one unpadded sequence, queries being its last positions.
+
+    Args:
+        query: Queries.
+        key: Keys.
+        request: What to compute.
+        logits: How scores become logits, and which keys a query sees.
+        per_head: Keep heads apart instead of averaging their distributions.
+        sinks: Extra logits in the denominator, one per head.
+        lse: Natural log of the softmax denominators, if known.
+        workspace: Buffers to reuse from sequence to sequence.
+        rows: Query rows per block; fewer are taken where `workspace_bytes` demands it.
+        workspace_bytes: Bound on the memory of one block.
+
+    Returns:
+        One tensor `heads query` per kind, with a single head unless `per_head`.
+    """
+    workspace = Workspace(query.device) if workspace is None else workspace
+    # Products of half-precision numbers are exact in float32.
+    query, key = query.float(), key.float()
+    sinks = None if sinks is None else sinks.float()[:, None, None]
+    lse = None if lse is None else lse.float()[:, :, None]
+    queries, keys = query.shape[1], key.shape[1]
+    rows = _row_count(query.device, keys, request, rows, workspace_bytes)
+    results = []
+    for taken, block in row_blocks(
+        queries=queries, keys=keys, rows=rows, logits=logits, device=query.device
+    ):
+        if reads_first_keys(request, lse):
+            block = first_keys(block, request.fixed_k)
+        scores = _Scores(
+            query=query[:, taken],
+            key=key[:, block.key_slice],
+            sinks=sinks,
+            lse=None if lse is None else lse[:, taken],
+            block=block,
+            logits=logits,
+            workspace=workspace,
+        )
+        results.append(_block_statistics(scores, request, per_head=per_head))
+    return joined(results, 1)
+
+
+def reads_first_keys(request: Request, lse: Tensor | None) -> bool:
+    """Whether the first K keys of each row are all that a sweep needs.
+
+    With the denominators known, nothing else enters the fixed-position entropy.
+    """
+    return lse is not None and request.kinds == ("fixed",)
+
+
+def _block_statistics(scores: _Scores, request: Request, *, per_head: bool) -> dict[str, Tensor]:
+    if per_head:
+        tiles = (tile.mul_(factor) for tile, factor in scores.weights())
+    else:
+        tiles = iter([scores.mean_weights()])
+    parts = []
+    for weights in tiles:
+        for columns, hidden in scores.block.hidden:
+            weights[..., columns].masked_fill_(hidden, 0.0)
+        parts.append(row_statistics(weights, scores.block, request, least_mass=FIXED_MASS))
+    results = joined(parts, 0)
+    if "fixed" in results and bool(results["fixed"].isnan().any()):
+        exact = scores.fixed_entropy(request.fixed_k, per_head=per_head)
+        results["fixed"] = torch.where(results["fixed"].isnan(), exact, results["fixed"])
+    return results
+
+
+def _row_count(
+    device: torch.device, keys: int, request: Request, rows: int | None, workspace_bytes: int
+) -> int:
+    if rows is None:
+        rows = CPU_ROWS if device.type == "cpu" else ACCELERATOR_ROWS
+    # Tile, mean and logarithm are float32; sorting adds values, positions and a running sum.
+    bytes_per_key = 32 if {"topk", "support_size"} & set(request.kinds) else 12
+    affordable = workspace_bytes // (bytes_per_key * max(keys, 1))
+    return max(min(rows, affordable), 1)
+
+
+def _heads_per_tile(heads: int, group: int, block: RowBlock) -> int:
+    """As many heads as a tile holds: whole key-value groups, or an even share of one."""
+    tile_bytes = CPU_TILE_BYTES if block.device.type == "cpu" else ACCELERATOR_TILE_BYTES
+    fitting = min(max(tile_bytes // (4 * block.queries * block.keys), 1), heads)
+    if fitting >= group:
+        return fitting // group * group
+    return max(share for share in range(1, fitting + 1) if group % share == 0)

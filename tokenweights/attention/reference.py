@@ -3,6 +3,8 @@
 Nothing here is fast. Read it to know what the other files must compute.
 """
 
+import math
+
 import torch
 from einops import repeat
 from jaxtyping import Bool, Float
@@ -25,32 +27,33 @@ def visible_keys(
     return visible
 
 
-def attention_weights(
+def attention_log_weights(
     query: Float[Tensor, "batch heads query dim"],
     key: Float[Tensor, "batch kv_heads key dim"],
     visible: Bool[Tensor, "batch query key"],
     logits: Logits,
     sinks: Float[Tensor, " heads"] | None,
 ) -> Float[Tensor, "batch heads query key"]:
-    """Softmax over the visible keys, and the sink if there is one; zero elsewhere."""
+    """Log-softmax over the visible keys, and the sink if there is one; -inf elsewhere."""
     group = query.shape[1] // key.shape[1]
     key = repeat(key.double(), "b kv k d -> b (kv group) k d", group=group)
     score = query.double() @ key.transpose(2, 3) * logits.scale
     if logits.softcap is not None:
         score = logits.softcap * torch.tanh(score / logits.softcap)
     score = score.masked_fill(~visible[:, None], -torch.inf)
+    denominator = score.logsumexp(-1, keepdim=True)
     if sinks is not None:
-        column = sinks.double()[None, :, None, None].expand(*score.shape[:3], 1)
-        score = torch.cat([score, column], dim=-1)
-    weights = torch.softmax(score, dim=-1)[..., : key.shape[2]]
-    # A padded query sees nothing: its row would be 0 / 0.
-    return weights.masked_fill(~visible.any(-1)[:, None, :, None], 0.0)
+        denominator = torch.logaddexp(denominator, sinks.double()[:, None, None])
+    # A padded query sees nothing: its row would be -inf - -inf.
+    return (score - denominator).masked_fill(~visible[:, None], -torch.inf)
 
 
-def entropy(weights: Float[Tensor, "*row key"]) -> Float[Tensor, "*row"]:
+def entropy(log_weights: Float[Tensor, "*row key"]) -> Float[Tensor, "*row"]:
     """Shannon entropy in nats of the rows divided by their sums; 0 for an empty row."""
-    total = weights.sum(-1, keepdim=True)
-    return torch.special.entr(weights / total.where(total > 0, 1.0)).sum(-1).clamp_min(0.0)
+    log_share = log_weights - log_weights.logsumexp(-1, keepdim=True)
+    log_share = log_share.masked_fill(log_weights == -torch.inf, 0.0)
+    share = log_share.exp().masked_fill(log_weights == -torch.inf, 0.0)
+    return -(share * log_share).sum(-1)
 
 
 def reference_statistics(
@@ -68,15 +71,18 @@ def reference_statistics(
     if key_mask is None:
         key_mask = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
     visible = visible_keys(key_mask, queries=queries, causal=logits.causal, window=logits.window)
-    weights = attention_weights(query, key, visible, logits, sinks)
+    log_weights = attention_log_weights(query, key, visible, logits, sinks)
     if not per_head:
-        weights = weights.mean(1, keepdim=True)
+        heads = query.shape[1]
+        log_weights = log_weights.logsumexp(1, keepdim=True) - math.log(heads)
+    weights = log_weights.exp()
     seen = visible[:, None]
     row_mass = weights.sum(-1)
     share = weights / row_mass.where(row_mass > 0, 1.0)[..., None]
     count = visible.sum(-1)[:, None]
-    raw = entropy(share)
+    raw = entropy(log_weights)
     log_count = count.double().log()
+    largest = log_weights.sort(dim=-1, descending=True).values
     descending = share.sort(dim=-1, descending=True).values
     first = seen & (seen.cumsum(-1) <= request.fixed_k)
     position = key_mask.cumsum(1) - 1
@@ -85,8 +91,8 @@ def reference_statistics(
     results = {
         "raw": raw,
         "normalized": torch.where(count > 1, raw / log_count.where(count > 1, 1.0), 0.0),
-        "topk": entropy(descending[..., : request.top_k]),
-        "fixed": entropy(share * first),
+        "topk": entropy(largest[..., : request.top_k]),
+        "fixed": entropy(log_weights.masked_fill(~first, -torch.inf)),
         "mean_distance": (share * distance).sum(-1),
         "local_mass": local,
         "nonlocal_mass": torch.where(row_mass > 0, 1.0 - local, 0.0),

@@ -126,7 +126,11 @@ def first_keys(block: RowBlock, fixed_k: int) -> RowBlock:
 
 
 def row_statistics(
-    weights: Float[Tensor, "heads query key"], block: RowBlock, request: Request
+    weights: Float[Tensor, "heads query key"],
+    block: RowBlock,
+    request: Request,
+    *,
+    least_mass: float = 0.0,
 ) -> dict[str, Tensor]:
     """The requested statistics of every row of `weights`, which are zero where not visible.
 
@@ -134,6 +138,7 @@ def row_statistics(
         weights: Non-negative weights; rows need not sum to one.
         block: Where the rows and columns lie in the sequence.
         request: What to compute.
+        least_mass: The fixed-position entropy is NaN where its keys hold no more mass than this.
 
     Returns:
         One tensor `heads query` per kind (`heads query mass` for `support_size`).
@@ -147,11 +152,11 @@ def row_statistics(
     if "max_weight" in kinds:
         results["max_weight"] = weights.amax(-1) / mass
     if kinds & {"raw", "normalized"}:
-        raw = renormalised_entropy(weights, count)
+        raw = _renormalised_entropy(weights, count)
         # A single visible key has entropy 0 and log N_t = 0: the quotient is 0 by convention.
         results |= {"raw": raw, "normalized": raw / count.float().log().clamp_min(TINY)}
     if "fixed" in kinds:
-        results["fixed"] = fixed_entropy(weights, block, request.fixed_k)
+        results["fixed"] = _fixed_entropy(weights, block, request.fixed_k, least_mass)
     if kinds & {"topk", "support_size"}:
         results |= _selections(weights, mass, count, request)
     if kinds & {"mean_distance", "local_mass", "nonlocal_mass"}:
@@ -159,33 +164,47 @@ def row_statistics(
     return {kind: results[kind] for kind in request.kinds}
 
 
-def renormalised_entropy(
-    weights: Float[Tensor, "heads query key"], bound: Int[Tensor, " query"]
+def fixed_entropy_from_logs(
+    log_weights: Float[Tensor, "heads query key"], block: RowBlock, fixed_k: int
 ) -> Float[Tensor, "heads query"]:
-    r"""Entropy in nats of the normalised rows, in $[0, \log \text{bound}]$.
+    """Entropy of the first `fixed_k` visible keys, renormalised, from finite log-weights."""
+    if block.window is not None:
+        kept = _is_first_key(block, fixed_k)[:, : log_weights.shape[-1]]
+        log_weights = log_weights.masked_fill(~kept, log_weights.min())
+    log_share = log_weights - log_weights.logsumexp(-1, keepdim=True)
+    entropy = -(log_share.exp() * log_share).sum(-1)
+    return _clamp_entropy(entropy, block.visible_count.clamp_max(fixed_k))
 
-    With $M = \sum_j p_j$ it is $\log M - M^{-1} \sum_j p_j \log p_j$: no normalised copy is made.
-    """
-    mass = weights.sum(-1)
-    log_weights = weights.clamp_min(TINY).log_()
-    entropy = mass.log() - log_weights.mul_(weights).sum(-1) / mass
-    return _clamp_entropy(entropy, bound)
 
-
-def fixed_entropy(
-    weights: Float[Tensor, "heads query key"], block: RowBlock, fixed_k: int
+def _fixed_entropy(
+    weights: Float[Tensor, "heads query key"], block: RowBlock, fixed_k: int, least_mass: float
 ) -> Float[Tensor, "heads query"]:
-    """Entropy of the first `fixed_k` visible keys, renormalised (Eq. 15)."""
     if block.window is None:
         # Every row starts at the same key, so the columns can be cut instead of masked.
-        weights = weights[..., : max(fixed_k - block.first_key, 0)]
+        weights = weights[..., :fixed_k]
     else:
-        kept = block.key_position < (block.first_visible + fixed_k)[:, None]
-        weights = weights * kept
-    return renormalised_entropy(weights, block.visible_count.clamp_max(fixed_k))
+        weights = weights * _is_first_key(block, fixed_k)
+    entropy = _renormalised_entropy(weights, block.visible_count.clamp_max(fixed_k))
+    return torch.where(weights.sum(-1) > least_mass, entropy, torch.nan)
 
 
-def _clamp_entropy(entropy: Tensor, bound: Tensor) -> Tensor:
+def _is_first_key(block: RowBlock, fixed_k: int) -> Bool[Tensor, "query key"]:
+    return block.key_position < (block.first_visible + fixed_k)[:, None]
+
+
+def _renormalised_entropy(
+    weights: Float[Tensor, "heads query key"], bound: Int[Tensor, " query"]
+) -> Float[Tensor, "heads query"]:
+    # With M the sum of the weights, H = log M - (sum p log p) / M needs no normalised copy.
+    mass = weights.sum(-1)
+    log_weights = weights.clamp_min(TINY).log_()
+    return _clamp_entropy(mass.log() - log_weights.mul_(weights).sum(-1) / mass, bound)
+
+
+def _clamp_entropy(
+    entropy: Float[Tensor, "heads query"], bound: Int[Tensor, " query"]
+) -> Float[Tensor, "heads query"]:
+    """Rounding removed that would leave the range from 0 to the log of the number of keys."""
     return torch.minimum(entropy.clamp_min(0.0), bound.float().log())
 
 
@@ -208,7 +227,7 @@ def _selections(
     else:
         largest = weights
     if "topk" in request.kinds:
-        results["topk"] = renormalised_entropy(largest, count.clamp_max(request.top_k))
+        results["topk"] = _renormalised_entropy(largest, count.clamp_max(request.top_k))
     return results
 
 

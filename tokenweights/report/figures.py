@@ -226,7 +226,8 @@ def _draw(
         axes.plot(steps, values, color=colour, marker=marker, markersize=4, clip_on=False)
         labels += [(*end, name, colour) for end in ends]
     if not labels:
-        axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", va="center")
+        place = {"transform": axes.transAxes, "ha": "center", "va": "center"}
+        axes.text(0.5, 0.5, "not recorded", color=style.MUTED, **place)
         axes.set_axis_off()
         return
     if from_zero:

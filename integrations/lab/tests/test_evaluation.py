@@ -3,6 +3,7 @@ import random
 import pytest
 import torch
 from tokenweights import _errors
+
 from tokenweights_lab.evaluation import accuracy, completions
 from tokenweights_lab.policy import load_policy, load_tokenizer, untrained_policy
 from tokenweights_lab.task import problems

@@ -1,5 +1,7 @@
 import torch
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from tokenweights_lab.policy import (
     load_policy,
     load_tokenizer,
@@ -7,11 +9,9 @@ from tokenweights_lab.policy import (
     policy_path,
     untrained_policy,
 )
-from tokenweights_lab.task import problems
+from tokenweights_lab.task import corpus_line, problems
 from tokenweights_lab.tokenizer import VOCABULARY
 from tokenweights_lab.warm_start import METADATA_KEY, WarmStart, batch_tensors, imitation_loss
-from tokenweights_lab.warm_start import corpus_line as line
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 WEIGHTS = policy_path() / "model.safetensors"
 
@@ -66,8 +66,7 @@ def test_untrained_policy_depends_on_its_seed_and_leaves_the_global_state():
 
 
 def test_the_policy_knows_the_careful_procedure():
-    # 0.1 nats a token is far below the untrained policy's 3.8 and above the corpus's own entropy.
-    lines = [line(123, index, terms=(5, 14), style="mixed") for index in range(64)]
+    lines = [corpus_line(123, index, terms=(5, 14), style="mixed") for index in range(64)]
     ids, mask = batch_tensors(lines, load_tokenizer())
     with torch.no_grad():
         assert imitation_loss(load_policy(), ids, mask) < 0.2

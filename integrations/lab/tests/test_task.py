@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenweights import _errors
 from tokenweights.rewards import boxed_match_reward
+
 from tokenweights_lab.task import (
     MERGE_PROBABILITY,
     Problem,

@@ -1,10 +1,11 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
 from tokenweights_lab.policy import load_tokenizer
 from tokenweights_lab.task import corpus_line
 from tokenweights_lab.tokenizer import ALPHABET, VOCABULARY, character_tokenizer
-from transformers import AutoTokenizer
 
 TOKENIZER = character_tokenizer()
 

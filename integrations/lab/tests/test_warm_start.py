@@ -1,6 +1,8 @@
 import json
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from tokenweights_lab.policy import load_tokenizer, untrained_policy
 from tokenweights_lab.task import CorpusLine, held_out
 from tokenweights_lab.warm_start import (
@@ -13,7 +15,6 @@ from tokenweights_lab.warm_start import (
     warm_started_policy,
     write_policy,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EVEN = (1.0,) * 12
 SHORT = WarmStart(
@@ -82,6 +83,7 @@ def test_a_written_policy_loads_again(tmp_path):
     model = warm_started_policy(SHORT)
     write_policy(model, SHORT, tmp_path / "policy")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
-    ids = AutoTokenizer.from_pretrained(tmp_path / "policy")("a-0?1>", return_tensors="pt").input_ids
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy")
+    ids = tokenizer("a-0?1>", return_tensors="pt").input_ids
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert json.loads(SHORT.to_json())["seed"] == 3

@@ -1,7 +1,8 @@
 """Sampled completions of a policy, and its accuracy on the task's splits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from tokenweights._errors import invalid
@@ -81,6 +82,7 @@ def completions(
     rows = [prompt for prompt in prompts for _ in range(samples)]
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     texts: list[str] = []
+    generate = cast("Callable[..., torch.Tensor]", model.generate)
     training = model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
@@ -91,7 +93,7 @@ def completions(
                 batch = tokenizer(
                     rows[start : start + batch_size], padding=True, return_tensors="pt"
                 ).to(model.device)
-                tokens = model.generate(
+                tokens = generate(
                     **batch,
                     max_new_tokens=max_new_tokens,
                     **(sampling if temperature > 0 else {"do_sample": False}),

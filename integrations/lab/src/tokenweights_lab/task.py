@@ -9,9 +9,9 @@ one line per term, the term copied and the total after it, and boxes the last tw
 
     a-0=6b-8=8c-6=2d-7=5\boxed{25}
 
-A hasty solver merges two terms into one line, `a-0b-8=8`. Half of the merged lines of the warm-start
-corpus are slips: their total is one too high, and the later totals carry the mistake on. So the
-policy that imitates the corpus fails mostly by a choice, whether to write `=` or to merge, and
+A hasty solver merges two terms into one line, `a-0b-8=8`. Half of the merged lines of the warm
+start's corpus are slips: their total is one too high, and the later totals carry the mistake on. So
+the policy that imitates the corpus fails mostly by a choice, whether to write `=` or to merge, and
 reinforcement learning can undo a choice.
 """
 
@@ -30,7 +30,7 @@ LABELS = "abcdefghijklmnopqrstuvwxyz"
 MIN_TERMS = 3
 MAX_TERMS = 14
 SPLIT_TERMS: dict[str, tuple[int, int]] = {"train": (5, 14), "easy": (5, 7), "hard": (12, 14)}
-MERGE_PROBABILITY = 0.5
+MERGE_PROBABILITY = 0.35
 SLIP_PROBABILITY = 0.5
 HELD_OUT_SHARE = 1 / 8
 

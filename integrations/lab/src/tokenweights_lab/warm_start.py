@@ -258,7 +258,9 @@ def write_policy(model: Qwen3ForCausalLM, configuration: WarmStart, directory: P
     portable = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     path.write_text(json.dumps(portable, indent=2, sort_keys=True) + "\n")
     # The output head is tied to the embedding, so `named_parameters` lists the matrix once.
-    tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+    tensors = {
+        name: parameter.detach().contiguous() for name, parameter in model.named_parameters()
+    }
     metadata = {"format": "pt", METADATA_KEY: configuration.to_json()}
     save_file(tensors, directory / "model.safetensors", metadata=metadata)
 

@@ -1,0 +1,58 @@
+# `make demo` and `make test` do all the set-up they need; `make help` lists the rest.
+
+PYTHON ?= python3
+VENV   := .venv
+READY  := $(VENV)/.ready
+BIN    := $(VENV)/bin
+SUITES := core lab trl
+
+# Small models run many times faster on one thread; nothing here may reach for a model hub.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE  := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo test lint format bench docs policy clean
+.DEFAULT_GOAL := help
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(READY)  ## Create the virtual environment (all others do it when needed)
+
+$(READY): constraints.txt pyproject.toml $(wildcard integrations/*/pyproject.toml)
+	@echo "Setting up $(VENV) (a few minutes the first time)"
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed to run the adapters") if sys.version_info < (3, 11) else None'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --constraint constraints.txt \
+		--editable '.[capture,report,test,lint,docs]' \
+		--editable integrations/lab --editable 'integrations/trl[test]'
+	@touch $@
+
+demo: $(READY)  ## Train the embedded policy with TRL under Low2High and write runs/demo
+	@$(BIN)/python integrations/trl/examples/demo.py
+
+test: $(READY)  ## Run every test suite and count what passed, failed and was skipped
+	@PATH="$(abspath $(BIN)):$$PATH" sh .ci/suites $(SUITES)
+
+lint: $(READY)  ## Check style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+
+format: $(READY)  ## Rewrite the code in the project's style
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(READY)  ## Run the benchmarks on this machine
+	@$(BIN)/python -m pytest benchmarks --benchmark-only -o filterwarnings=default
+
+docs: $(READY)  ## Build the documentation site into site/, warnings being errors
+	@$(BIN)/zensical build --strict
+
+policy: $(READY)  ## Train the embedded policy anew, from nothing
+	@$(BIN)/python -m tokenweights_lab.warm_start
+
+clean:  ## Remove the virtual environment and everything that was built
+	rm -rf $(VENV) build site runs .pytest_cache .ruff_cache .hypothesis .benchmarks
