@@ -46,10 +46,14 @@ from tokenweights.partition import top_fraction as top_fraction
 from tokenweights.recipes import Recipe as Recipe
 from tokenweights.recipes import recipe as recipe
 from tokenweights.recipes import recipe_names as recipe_names
+from tokenweights.rewards import Interval as Interval
+from tokenweights.rewards import bootstrap_interval as bootstrap_interval
 from tokenweights.rewards import boxed_answer as boxed_answer
 from tokenweights.rewards import boxed_match_reward as boxed_match_reward
+from tokenweights.rewards import majority_at_k as majority_at_k
 from tokenweights.rewards import mean_at_k as mean_at_k
 from tokenweights.rewards import overlong_penalty as overlong_penalty
+from tokenweights.rewards import pass_at_k as pass_at_k
 from tokenweights.schedules import Endpoints as Endpoints
 from tokenweights.schedules import constant_schedule as constant_schedule
 from tokenweights.schedules import cosine_schedule as cosine_schedule
@@ -83,6 +87,7 @@ __all__ = [
     "GradientGeometry",
     "GroupDynamics",
     "GroupGradients",
+    "Interval",
     "Recipe",
     "ScoreExtrema",
     "TokenWeightsError",
@@ -97,6 +102,7 @@ __all__ = [
     "attention_statistics",
     "back_fraction",
     "bernoulli_subset",
+    "bootstrap_interval",
     "bottom_fraction",
     "boxed_answer",
     "boxed_match_reward",
@@ -117,6 +123,7 @@ __all__ = [
     "loss_denominator",
     "loss_magnitude",
     "low_to_high",
+    "majority_at_k",
     "masked_extrema",
     "masked_mean",
     "masked_order",
@@ -128,6 +135,7 @@ __all__ = [
     "median_quadrants",
     "middle_layer",
     "overlong_penalty",
+    "pass_at_k",
     "piecewise_schedule",
     "predictive_entropy",
     "quantile_bins",

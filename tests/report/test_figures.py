@@ -131,7 +131,7 @@ def test_one_missing_line_leaves_the_others():
 
 def test_names_at_line_ends_do_not_touch():
     evaluations = [{"step": s, "accuracy/a": 0.5, "accuracy/b": 0.5} for s in range(3)]
-    figure = learning_figure(METRICS, [*evaluations, {"step": 3, "accuracy/$_{": 0.51}])
+    figure = learning_figure(METRICS, [*evaluations, {"step": 3, "accuracy/$_{$": 0.51}])
     figure.canvas.draw()
     boxes = [text.get_window_extent() for text in figure.axes[1].texts]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])

@@ -46,13 +46,13 @@ def test_a_page_has_description_settings_figures_and_traces(record):
         settings={"recipe": "low2high", "layer": 2},
         metrics=METRICS,
         evaluations=EVALUATIONS,
-        records=[record(step=0), record(step=30)],
+        records=[record(step=0), record(step=9), record(step=30), record(step=30)],
     )
     page = run_report_html(run)
     assert "<h1>A &lt;run&gt;</h1>" in page
     assert "<p>First &amp; foremost.</p>\n<p>Second.</p>" in page
     assert "<dt>recipe</dt><dd>low2high</dd>" in page
-    assert page.count('<article class="trace">') == 2
+    assert re.findall(r"<h3>(.*?)</h3>", page) == ["Step 0", "Step 30"]
     assert page.count(asset("trace.css")) == page.count(asset("trace.js")) == 1
     assert "src=" not in page and "@import" not in page
 

@@ -19,7 +19,7 @@ def check_request(function: str, request: Request, heads: Heads) -> None:
     for name in ("top_k", "fixed_k", "local_window"):
         value = getattr(request, name)
         if value < 1:
-            raise invalid(function, name, ">= 1", value, "Pass a number of keys.")
+            raise invalid(function, name, "to be >= 1", value, "Pass a number of keys.")
     for kind in request.kinds:
         if heads == "mean_entropy" and kind not in ENTROPY_KINDS:
             condition = 'to hold entropies only with heads="mean_entropy"'
@@ -29,22 +29,24 @@ def check_request(function: str, request: Request, heads: Heads) -> None:
         raise invalid(function, "kinds", "to name a statistic", "none", "Ask for at least one.")
     for mass in request.support_mass:
         if not 0 < mass <= 1:
-            raise invalid(function, "support_mass", "in (0, 1]", mass, "Pass shares of the mass.")
+            raise invalid(
+                function, "support_mass", "to be in (0, 1]", mass, "Pass shares of the mass."
+            )
 
 
 def check_logits(function: str, logits: Logits) -> None:
     """Refuse a window or softcap without a meaning."""
     if logits.window is not None and logits.window < 1:
         hint = "A query always sees itself; pass None for no window."
-        raise invalid(function, "window", ">= 1", logits.window, hint)
+        raise invalid(function, "window", "to be >= 1", logits.window, hint)
     if logits.window is not None and not logits.causal:
         hint = "A window counts keys back from the query; drop it or pass causal=True."
-        raise invalid(function, "window", "None when causal=False", logits.window, hint)
+        raise invalid(function, "window", "to be None when causal=False", logits.window, hint)
     if not math.isfinite(logits.scale):
         raise invalid(function, "scale", "to be finite", logits.scale, "Pass a number or None.")
     if logits.softcap is not None and not logits.softcap > 0:
         hint = "Pass None for no softcap."
-        raise invalid(function, "softcap", "> 0", logits.softcap, hint)
+        raise invalid(function, "softcap", "to be > 0", logits.softcap, hint)
 
 
 def check_heads(
@@ -53,14 +55,14 @@ def check_heads(
     """Refuse query and key whose heads do not fit together."""
     if dim != key_dim:
         hint = "Query and key must come from the same attention layer."
-        raise invalid(function, "key", f"with the query's dim {dim}", key_dim, hint)
+        raise invalid(function, "key", f"to have the query's dim {dim}", key_dim, hint)
     if heads == 0 or kv_heads == 0 or heads % kv_heads:
         hint = "Grouped-query attention needs a whole number of query heads per key head."
         got = f"{heads} query heads and {kv_heads} key heads"
-        raise invalid(function, "query", "heads to be a multiple of the key's", got, hint)
+        raise invalid(function, "query", "to have a multiple of the key heads", got, hint)
     if sinks is not None and tuple(sinks.shape) != (heads,):
         hint = "Pass one sink logit per query head."
-        raise invalid(function, "sinks", f"of shape ({heads},)", tuple(sinks.shape), hint)
+        raise invalid(function, "sinks", f"to have shape ({heads},)", tuple(sinks.shape), hint)
 
 
 def check_padded(
@@ -74,7 +76,8 @@ def check_padded(
     """Refuse shapes of a padded batch that do not fit together."""
     batch, heads, queries, dim = query.shape
     if key.shape[0] != batch:
-        raise invalid(function, "key", f"with batch {batch}", key.shape[0], "Pass matching rows.")
+        condition = f"to have the query's batch {batch}"
+        raise invalid(function, "key", condition, key.shape[0], "Pass the keys of the same rows.")
     check_heads(
         function,
         heads=heads,
@@ -93,14 +96,14 @@ def check_positions(function: str, queries: int, keys: int) -> None:
     if queries > keys:
         hint = "The queries are the last positions of the keys; pass the keys of all positions."
         got = f"{queries} queries and {keys} keys"
-        raise invalid(function, "query", "no longer than `key`", got, hint)
+        raise invalid(function, "query", "to be no longer than `key`", got, hint)
 
 
 def check_shape(function: str, argument: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
     """Refuse an optional tensor of another shape."""
     if value is not None and tuple(value.shape) != shape:
         hint = "It has one entry per position of the batch it describes."
-        raise invalid(function, argument, f"of shape {shape}", tuple(value.shape), hint)
+        raise invalid(function, argument, f"to have shape {shape}", tuple(value.shape), hint)
 
 
 def check_bounds(function: str, argument: str, bounds: list[int], total: int) -> None:

@@ -73,10 +73,10 @@ class _Scores:
         step = _heads_per_tile(heads, group, self.block)
         cap = self.logits.softcap
         # Where a key is hidden, the smaller of score and bound is the bound.
-        bounds = [
-            (columns, torch.where(hidden, HIDDEN, torch.inf))
-            for columns, hidden in self.block.hidden
-        ]
+        bounds = []
+        for columns, hidden in self.block.hidden:
+            bound = torch.full(hidden.shape, torch.inf, device=hidden.device)
+            bounds.append((columns, bound.masked_fill_(hidden, HIDDEN)))
         for first in range(0, heads, step):
             taken = slice(first, min(first + step, heads))
             kv = slice(first // group, (taken.stop - 1) // group + 1)

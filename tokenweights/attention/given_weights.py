@@ -84,7 +84,12 @@ def attention_entropy_from_weights(
                 part[..., columns].masked_fill_(hidden, 0.0)
             _check_weights(function, part)
             part = part.mean(0, keepdim=True) if shares else part
-            parts.append(row_statistics(part, block, request))
+            found = row_statistics(part, block, request)
+            if bool(found[kind].isnan().any()):
+                condition = f"to have mass on the first {fixed_k} visible keys of every row"
+                hint = "The fixed-position entropy is undefined there; compute it from q and k."
+                raise invalid(function, "weights", condition, "a row with none", hint)
+            parts.append(found)
         write_results(results, joined(parts, 1), slots)
     return over_heads(results, heads)[kind]
 
@@ -94,5 +99,5 @@ def _check_weights(function: str, weights: Float[Tensor, "heads query key"]) -> 
     if not bool((weights >= 0).all() & (weights.sum(-1) > 0).all() & weights.isfinite().all()):
         hint = "Pass probabilities after the softmax, with the causal, window and mask they had."
         got = "a negative, non-finite or empty row"
-        condition = "finite, >= 0 and not all zero over the visible keys"
+        condition = "to be finite, >= 0 and not all zero over the visible keys"
         raise invalid(function, "weights", condition, got, hint)

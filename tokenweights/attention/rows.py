@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -60,7 +61,7 @@ class RowBlock:
             return torch.full_like(position, self.total_keys)
         return position - self.first_visible + 1
 
-    @property
+    @cached_property
     def hidden(self) -> list[tuple[slice, Bool[Tensor, "query key"]]]:
         """Column ranges holding keys that some query does not see, and which ones those are.
 

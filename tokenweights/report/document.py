@@ -56,12 +56,12 @@ def escaped(text: str) -> str:
 
 def facts_html(facts: Mapping[str, object]) -> str:
     """A line of names and values; values of None are left out."""
-    rows = (
+    rows = [
         f"<div><dt>{escaped(name)}</dt><dd>{escaped(str(value))}</dd></div>"
         for name, value in facts.items()
         if value is not None
-    )
-    return f'<dl class="facts">{"".join(rows)}</dl>'
+    ]
+    return f'<dl class="facts">{"".join(rows)}</dl>' if rows else ""
 
 
 def script_json(value: Any) -> str:

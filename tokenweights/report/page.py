@@ -47,7 +47,7 @@ class Run:
         settings: Names and values, such as the recipe's, shown as they are.
         metrics: One flat dictionary per training step, with the key `step`.
         evaluations: One flat dictionary per evaluation, with `step` and keys `accuracy/<name>`.
-        records: Responses to show, in order.
+        records: Responses; the report shows one of the first step and one of the last.
 
     Example:
         >>> run = Run(title="low2high", metrics=[{"step": 0, "reward": -1.0}])
@@ -118,6 +118,8 @@ def run_report_html(run: Run | FilePath) -> str:
     """
     if not isinstance(run, Run):
         run = run_from_directory(run)
+    paragraphs = run.description.split("\n\n")
+    records = trace.first_and_last(run.records)
     figures = {
         "learning": learning_figure(run.metrics, run.evaluations),
         "dynamics": dynamics_figure(run.metrics),
@@ -126,10 +128,10 @@ def run_report_html(run: Run | FilePath) -> str:
     body = filled(
         "page.html",
         title=escaped(run.title),
-        description="\n".join(f"<p>{escaped(part)}</p>" for part in run.description.split("\n\n")),
+        description="\n".join(f"<p>{escaped(part)}</p>" for part in paragraphs if part.strip()),
         settings=facts_html(run.settings),
         accuracy=_accuracy_html(run.evaluations),
-        traces=trace.traces_html(run.records) if run.records else _absent("No response"),
+        traces=trace.traces_html(records) if records else _absent("No response"),
         **{name: figure_svg(figure, name=name) for name, figure in figures.items()},
     )
     styles = ("page.css", *trace.STYLES)

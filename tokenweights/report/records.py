@@ -246,7 +246,7 @@ def _read_lines(function: str, path: FilePath) -> Iterator[tuple[str, dict[str, 
             if not line.strip():
                 continue
             try:
-                entry = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+                entry = json.loads(line.decode("utf-8"))
             except ValueError as error:
                 condition, got = "to hold one JSON object per line", f"{place}: {error}"
                 raise invalid(function, "path", condition, got, _REPAIR) from error
@@ -254,10 +254,6 @@ def _read_lines(function: str, path: FilePath) -> Iterator[tuple[str, dict[str, 
                 condition, got = "to hold one JSON object per line", f"{place}: {type(entry)}"
                 raise invalid(function, "path", condition, got, _REPAIR)
             yield place, entry
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _is_number(value: Any) -> bool:
