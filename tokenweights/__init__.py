@@ -18,7 +18,10 @@ from tokenweights.capture import capture_attention as capture_attention
 from tokenweights.capture import middle_layer as middle_layer
 from tokenweights.diagnostics import GroupDynamics as GroupDynamics
 from tokenweights.diagnostics import group_dynamics as group_dynamics
+from tokenweights.diagnostics import pearson_correlation as pearson_correlation
+from tokenweights.diagnostics import rank_correlation as rank_correlation
 from tokenweights.diagnostics import token_weight_metrics as token_weight_metrics
+from tokenweights.distributed import gathered as gathered
 from tokenweights.distributed import global_extrema as global_extrema
 from tokenweights.distributed import global_sum as global_sum
 from tokenweights.gradients import GradientGeometry as GradientGeometry
@@ -113,6 +116,7 @@ __all__ = [
     "endpoint_schedule",
     "endpoint_weights",
     "front_fraction",
+    "gathered",
     "global_extrema",
     "global_sum",
     "gradient_geometry",
@@ -136,10 +140,12 @@ __all__ = [
     "middle_layer",
     "overlong_penalty",
     "pass_at_k",
+    "pearson_correlation",
     "piecewise_schedule",
     "predictive_entropy",
     "quantile_bins",
     "random_fraction",
+    "rank_correlation",
     "recipe",
     "recipe_names",
     "relative_position",

@@ -9,9 +9,10 @@ without a single token: its statistics are the identity of the merge.
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from tokenweights._errors import invalid
 from tokenweights._typing import typed
 
 
@@ -58,6 +59,72 @@ def global_extrema(
     """
     low, negated_high = _reduced(torch.stack([minimum, -maximum]), dist.ReduceOp.MIN, group)
     return low, -negated_high
+
+
+@typed
+def gathered(
+    values: Tensor,
+    positions: Int[Tensor, " token"],
+    *,
+    dim: int,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """The whole of a tensor that is sharded by position over a sequence-parallel group, detached.
+
+    Contiguous shards (Ulysses), zigzag and ring shards differ only in their positions. Shards may
+    be of different length, also empty. Each rank receives every other rank's shard once.
+
+    Args:
+        values: This rank's shard, of the same shape on every rank but for axis `dim`.
+        positions: The position of each of its slices in the whole; over all ranks every position
+            from 0 occurs once.
+        dim: The sharded axis.
+        group: The ranks that share the sequence, all of which have to call; None if this shard is
+            all there is.
+
+    Returns:
+        The whole tensor in the order of positions, the same on every rank.
+
+    Raises:
+        TokenWeightsError: If the ranks' positions are not a permutation.
+
+    Example:
+        >>> gathered(torch.tensor([[30.0, 10.0, 20.0]]), torch.tensor([2, 0, 1]), dim=1)
+        tensor([[10., 20., 30.]])
+    """
+    lengths = _shard_lengths(len(positions), values.device, group)
+    order = torch.cat(_shards(positions, 0, lengths, group))
+    if not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
+        raise invalid(
+            "gathered", "positions", "a permutation over the ranks", order.tolist(),
+            "Give each token its position in the sequence, from 0.",
+        )  # fmt: skip
+    whole = torch.cat(_shards(values.detach(), dim, lengths, group), dim)
+    return whole.index_select(dim, order.argsort())
+
+
+def _shard_lengths(own: int, device: torch.device, group: dist.ProcessGroup | None) -> list[int]:
+    if group is None:
+        return [own]
+    lengths = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(group.size())]
+    dist.all_gather(lengths, lengths[0].new_tensor([own]), group=group)
+    return [int(length) for length in lengths]
+
+
+def _shards(
+    values: Tensor, dim: int, lengths: list[int], group: dist.ProcessGroup | None
+) -> list[Tensor]:
+    """Every rank's shard; shards travel padded to the longest, since a gather wants one shape."""
+    if group is None:
+        return [values]
+    shape = list(values.shape)
+    shape[dim] = max(lengths)
+    padded = values.new_zeros(shape)
+    padded.narrow(dim, 0, values.shape[dim]).copy_(values)
+    received = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(received, padded, group=group)
+    parts = zip(received, lengths, strict=True)
+    return [part.narrow(dim, 0, length) for part, length in parts]
 
 
 def _reduced(

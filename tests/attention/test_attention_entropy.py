@@ -13,6 +13,7 @@ from tokenweights.attention import (
     attention_entropy,
     attention_entropy_varlen,
     attention_statistics,
+    chunked,
 )
 from tokenweights.attention.chunked import sequence_statistics
 from tokenweights.attention.statistics import Logits, Request
@@ -31,13 +32,15 @@ def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=generator).to(dtype)
 
 
-def log_sum_exp(query, key, *, sinks=None, scale=None):
-    """Causal softmax denominators of equal-headed, unpadded queries and keys."""
+def log_sum_exp(query, key, *, sinks=None, scale=None, window=None):
+    """Causal softmax denominators of unpadded queries and keys."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = query.double() @ key.double().transpose(-1, -2) * scale
     queries, keys = scores.shape[-2:]
     hidden = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
+    if window is not None:
+        hidden |= torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries - window)
     lse = scores.masked_fill(hidden, -torch.inf).logsumexp(-1)
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.double()[None, :, None])
@@ -95,6 +98,14 @@ def test_sink_takes_mass_and_the_rest_is_renormalised():
     assert float(statistics.max_weight) == pytest.approx(0.5, abs=1e-6)
 
 
+def test_mean_entropy_is_the_mean_of_the_entropies_of_the_heads():
+    query, key = normal(2, 4, 6, 8), normal(2, 2, 6, 8, seed=1)
+    for kind in ENTROPY_KINDS:
+        per_head = attention_entropy(query, key, kind=kind, heads="none", top_k=3, fixed_k=3)
+        mean = attention_entropy(query, key, kind=kind, heads="mean_entropy", top_k=3, fixed_k=3)
+        assert_close(mean, per_head.mean(1))
+
+
 def test_softcap_bounds_the_scores():
     key = torch.tensor([[1.0], [0.0]])[None, None]
     query = torch.full((1, 1, 1, 1), 1e4)
@@ -114,6 +125,8 @@ def test_statistics_of_equal_weights_are_counted_by_hand():
     assert_close(statistics.row_mass[0], torch.ones(10))
     sizes = torch.stack([(count / 4).ceil().long(), count], -1)
     assert (statistics.support_size[0] - sizes).abs().max() <= 1
+    # Keys after the query have no weight at all, not merely a small one.
+    assert statistics.mean_distance[0, 0] == 0.0
 
 
 # Agreement with the float64 reference.
@@ -203,14 +216,10 @@ def test_statistics_agree_with_the_reference(inputs, heads, local_window):
 def test_entropy_stays_in_its_range(inputs, kind, heads):
     query, key, arguments = inputs
     entropy = attention_entropy(query, key, kind=kind, heads=heads, **arguments)
-    bound = {
-        "normalized": 1.0,
-        "raw": math.log(key.shape[2]),
-        "topk": math.log(arguments["top_k"]),
-        "fixed": math.log(arguments["fixed_k"]),
-    }[kind]
+    most = {"raw": key.shape[2], "topk": arguments["top_k"], "fixed": arguments["fixed_k"]}
+    bound = 1.0 if kind == "normalized" else float(torch.tensor(float(most[kind])).log())
     assert float(entropy.min()) >= 0.0
-    assert float(entropy.max()) <= bound + 1e-6
+    assert float(entropy.max()) <= bound
 
 
 def test_peaked_distributions_agree_with_the_reference():
@@ -328,6 +337,44 @@ def test_block_size_changes_nothing_but_rounding(rows, workspace_bytes, per_head
             assert_close(parts[kind], whole[kind], 2e-6)
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 6, 12])
+@pytest.mark.parametrize("heads_per_tile", [1, 2, 3, 5, 7])
+def test_tile_size_changes_nothing_but_rounding(monkeypatch, kv_heads, heads_per_tile):
+    query, key = normal(1, 12, 40, 8), normal(1, kv_heads, 40, 8, seed=1)
+    # Scores of mixed size: some heads need the shift by the largest score, some do not.
+    query[:, ::2] *= 40
+    sinks = normal(12, seed=2)
+    expected = attention_entropy(query, key, sinks=sinks, backend="reference")
+    monkeypatch.setattr(chunked, "CPU_TILE_BYTES", heads_per_tile * 40 * 40 * 4)
+    assert_close(attention_entropy(query, key, sinks=sinks), expected)
+    lse = log_sum_exp(query, key, sinks=sinks)
+    assert_close(attention_entropy(query, key, sinks=sinks, lse=lse), expected)
+
+
+@pytest.mark.parametrize("lead", [20.0, 60.0, 200.0])
+@pytest.mark.parametrize("size", [0.1, 10.0])
+@pytest.mark.parametrize("heads", ["mean_distribution", "none"])
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_sinks_far_above_the_scores_leave_the_entropies_exact(lead, size, heads, with_lse):
+    query, key = normal(1, 2, 20, 8) * size, normal(1, 2, 20, 8, seed=1)
+    sinks = log_sum_exp(query, key).amax((0, 2)) + lead
+    arguments = {"sinks": sinks, "heads": heads, "top_k": 3, "fixed_k": 3, "local_window": 4}
+    expected = attention_statistics(query, key, backend="reference", **arguments)
+    lse = log_sum_exp(query, key, sinks=sinks) if with_lse else None
+    actual = attention_statistics(query, key, lse=lse, **arguments)
+    for kind in STATISTIC_KINDS:
+        if kind == "support_size":
+            assert (actual.support_size - expected.support_size).abs().max() <= 1
+        else:
+            assert_close(getattr(actual, kind), getattr(expected, kind), 1e-4)
+
+
+def test_sink_in_one_head_only_silences_that_head():
+    query, key = normal(1, 2, 20, 8), normal(1, 2, 20, 8, seed=1)
+    entropy = attention_entropy(query, key, sinks=torch.tensor([0.0, 300.0]))
+    assert_close(entropy, attention_entropy(query[:, :1], key[:, :1]))
+
+
 def test_batch_row_without_real_keys_is_zero():
     query, key = normal(2, 2, 3, 4), normal(2, 2, 3, 4, seed=1)
     mask = torch.tensor([[True] * 3, [False] * 3])
@@ -365,13 +412,16 @@ def test_inputs_are_left_as_they_were():
     st.booleans(),
     st.sampled_from([1, 20, 300]),
     st.integers(1, 200),
+    st.sampled_from([None, 60]),
 )
-@example("fixed", "mean_distribution", True, 20, 200)
-def test_lse_gives_the_same_entropies(kind, heads, with_sinks, fixed_k, queries):
+@example("fixed", "mean_distribution", True, 20, 200, None)
+@example("fixed", "mean_distribution", False, 20, 200, 60)
+def test_lse_gives_the_same_entropies(kind, heads, with_sinks, fixed_k, queries, window):
     query, key = normal(2, 4, queries, 8), normal(2, 2, 200, 8, seed=1)
     sinks = normal(4, seed=2) if with_sinks else None
     arguments = {"kind": kind, "heads": heads, "sinks": sinks, "fixed_k": fixed_k, "top_k": 20}
-    lse = log_sum_exp(query, key, sinks=sinks)
+    arguments["window"] = window
+    lse = log_sum_exp(query, key, sinks=sinks, window=window)
     actual = attention_entropy(query, key, lse=lse, **arguments)
     assert_close(actual, attention_entropy(query, key, backend="reference", **arguments))
 

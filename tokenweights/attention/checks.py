@@ -137,9 +137,10 @@ def check_results(function: str, results: dict[str, Tensor]) -> None:
             raise invalid(function, "query", condition, "an overflow", hint)
 
 
-def check_row_mass(function: str, mass: Float[Tensor, " row"]) -> None:
+def check_total_mass(function: str, total: Float[Tensor, " row"]) -> None:
     """Refuse an `lse` under which the weights of a row, sink included, do not sum to one."""
-    worst = float((mass - 1.0).abs().max())
+    worst = float((total - 1.0).abs().max())
+    # Written so that a NaN fails too.
     if not worst <= MASS_TOLERANCE:
         condition = "to be the log of the softmax denominators of `query` and `key`"
         got = f"weights whose sums miss 1 by {worst:.2g}"

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokenweights.attention.results import joined
 from tokenweights.attention.rows import (
     RowBlock,
     first_keys,
-    fixed_entropy_from_logs,
+    log_row_statistics,
     row_blocks,
     row_statistics,
 )
@@ -30,12 +30,18 @@ WORKSPACE_BYTES = 2**28
 
 # Below every score, yet finite: it cannot make a NaN.
 HIDDEN = torch.finfo(torch.float32).min
+# Scores within +-30 need no shift before the exponential: nothing overflows, and no weight comes
+# near the smallest float32. Hidden keys then stand at FLOOR, e^-30 below the least score.
+SMALL_SCORE = 30.0
 # Weights below exp(-60) of a row's largest are rounded up to that. No float32 sum notices, and the
 # CPU is spared the slow paths of underflow and of subnormal products, which would cost a peaked
 # distribution many times the sweep itself.
 FLOOR = -60.0
-# Where the first K keys hold less mass than this the floor would show: logarithms take over.
-FIXED_MASS = 1e-16
+# Keys that together hold less than this, because a sink or later keys take the rest, would show the
+# floor: their rows are computed again from logarithms.
+FAINT_MASS = 1e-16
+# A sink that far above every score is cut, lest the exponential overflow. Its rows are faint.
+LARGEST_SINK = 80.0
 
 
 class Workspace:
@@ -63,6 +69,7 @@ class _Scores:
     key: Float[Tensor, "kv_heads key dim"]
     sinks: Float[Tensor, "heads 1 1"] | None
     lse: Float[Tensor, "heads query 1"] | None
+    small: tuple[bool, ...]
     block: RowBlock
     logits: Logits
     workspace: Workspace
@@ -110,12 +117,16 @@ class _Scores:
                 tile.sub_(self.lse[taken]).clamp_min_(FLOOR).exp_()
                 yield tile, torch.ones_like(self.lse[taken])
                 continue
-            largest = tile.amax(-1, keepdim=True)
+            if all(self.small[taken]):
+                for columns, _ in self.block.hidden:
+                    tile[..., columns].clamp_min_(FLOOR)
+                shift = torch.zeros((), device=tile.device)
+            else:
+                shift = tile.amax(-1, keepdim=True)
+                tile.sub_(shift).clamp_min_(FLOOR)
+            total = tile.exp_().sum(-1, keepdim=True)
             if self.sinks is not None:
-                largest = torch.maximum(largest, self.sinks[taken])
-            total = tile.sub_(largest).clamp_min_(FLOOR).exp_().sum(-1, keepdim=True)
-            if self.sinks is not None:
-                total += (self.sinks[taken] - largest).exp_()
+                total += (self.sinks[taken] - shift).clamp_max_(LARGEST_SINK).exp_()
             yield tile, total.reciprocal_()
 
     def mean_weights(self) -> Float[Tensor, "1 query key"]:
@@ -127,21 +138,20 @@ class _Scores:
                 mean[0].addcmul_(tile[head], factor[head])
         return mean
 
-    def fixed_entropy(self, fixed_k: int, *, per_head: bool) -> Float[Tensor, "heads query"]:
-        """Entropy of the first visible keys from log-weights, which cannot underflow."""
-        columns = slice(0, first_keys(self.block, fixed_k).keys)
-        logs: list[Tensor] = []
+    def log_weights(self, *, per_head: bool) -> Float[Tensor, "heads query key"]:
+        """Logarithms of the weights, or of their mean over heads, which cannot underflow."""
+        parts: list[Tensor] = []
         for taken, tile in self.tiles():
             lse = tile.logsumexp(-1, keepdim=True) if self.lse is None else self.lse[taken]
             if self.lse is None and self.sinks is not None:
                 lse = torch.logaddexp(lse, self.sinks[taken])
-            part = (tile[..., columns] - lse).clamp_min_(HIDDEN / 2)
+            part = (tile - lse).clamp_min_(HIDDEN / 2)
             if per_head:
-                logs.append(part)
+                parts.append(part)
             else:
                 part = part.logsumexp(0, keepdim=True)
-                logs = [torch.logaddexp(logs[0], part) if logs else part]
-        return torch.cat([fixed_entropy_from_logs(part, self.block, fixed_k) for part in logs])
+                parts = [torch.logaddexp(parts[0], part) if parts else part]
+        return torch.cat(parts)
 
 
 def sequence_statistics(
@@ -181,6 +191,7 @@ def sequence_statistics(
     lse = None if lse is None else lse.float()[:, :, None]
     queries, keys = query.shape[1], key.shape[1]
     rows = _row_count(query.device, keys, request, rows, workspace_bytes)
+    small = _small_heads(query, key, logits, sinks)
     results = []
     for taken, block in row_blocks(
         queries=queries, keys=keys, rows=rows, logits=logits, device=query.device
@@ -192,6 +203,7 @@ def sequence_statistics(
             key=key[:, block.key_slice],
             sinks=sinks,
             lse=None if lse is None else lse[:, taken],
+            small=small,
             block=block,
             logits=logits,
             workspace=workspace,
@@ -213,16 +225,52 @@ def _block_statistics(scores: _Scores, request: Request, *, per_head: bool) -> d
         tiles = (tile.mul_(factor) for tile, factor in scores.weights())
     else:
         tiles = iter([scores.mean_weights()])
+    asked = request
+    if scores.sinks is not None:
+        asked = request.only(*dict.fromkeys((*request.kinds, "row_mass")))
     parts = []
     for weights in tiles:
         for columns, hidden in scores.block.hidden:
             weights[..., columns].masked_fill_(hidden, 0.0)
-        parts.append(row_statistics(weights, scores.block, request, least_mass=FIXED_MASS))
+        parts.append(row_statistics(weights, scores.block, asked, least_mass=FAINT_MASS))
     results = joined(parts, 0)
-    if "fixed" in results and bool(results["fixed"].isnan().any()):
-        exact = scores.fixed_entropy(request.fixed_k, per_head=per_head)
-        results["fixed"] = torch.where(results["fixed"].isnan(), exact, results["fixed"])
-    return results
+    faint = _faint_rows(results, scores)
+    if faint is not None and bool(faint.any()):
+        logs = scores.log_weights(per_head=per_head)
+        exact = log_row_statistics(logs, scores.block, request)
+        for kind in exact:
+            where = faint[..., None] if kind == "support_size" else faint
+            results[kind] = torch.where(where, exact[kind], results[kind])
+    return {kind: results[kind] for kind in request.kinds}
+
+
+def _faint_rows(results: dict[str, Tensor], scores: _Scores) -> Bool[Tensor, "heads query"] | None:
+    """Rows whose relevant keys hold too little mass for float32 to divide; None if impossible."""
+    faint = None
+    if scores.sinks is not None:
+        faint = results["row_mass"] < FAINT_MASS
+    if "fixed" in results:
+        undefined = results["fixed"].isnan()
+        faint = undefined if faint is None else faint | undefined
+    return faint
+
+
+def _small_heads(
+    query: Float[Tensor, "heads query dim"],
+    key: Float[Tensor, "kv_heads key dim"],
+    logits: Logits,
+    sinks: Float[Tensor, "heads 1 1"] | None,
+) -> tuple[bool, ...]:
+    """Whether no score of a head can leave the small range, by the Cauchy-Schwarz inequality."""
+    longest_query = torch.linalg.vector_norm(query, dim=-1).amax(-1)
+    longest_key = torch.linalg.vector_norm(key, dim=-1).amax(-1)
+    group = query.shape[0] // key.shape[0]
+    bound = longest_query * longest_key.repeat_interleave(group) * abs(logits.scale)
+    if logits.softcap is not None:
+        bound = bound.clamp_max(logits.softcap)
+    if sinks is not None:
+        bound = torch.maximum(bound, sinks.abs().flatten())
+    return tuple((bound <= SMALL_SCORE).tolist())
 
 
 def _row_count(

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenweights._errors import invalid
-from tokenweights.attention.checks import check_row_mass
+from tokenweights.attention.checks import check_total_mass
 from tokenweights.attention.chunked import Workspace, reads_first_keys, sequence_statistics
 from tokenweights.attention.layout import TokenSequence
 from tokenweights.attention.reference import reference_statistics
@@ -50,7 +50,7 @@ def sweep(
     if not sequences:
         return
     workspace = Workspace(sequences[0].query.device)
-    masses: list[Tensor] = []
+    totals: list[Tensor] = []
     for sequence in sequences:
         query, key, lse = sequence.query, sequence.key, sequence.lse
         asked = request
@@ -65,7 +65,7 @@ def sweep(
                 lse=lse[:, -1:],
                 workspace=workspace,
             )
-            masses.append(last["row_mass"] + _sink_share(sinks, lse[:, -1:], per_head=True))
+            totals.append(last["row_mass"] + _sink_share(sinks, lse[:, -1:], per_head=True))
         elif lse is not None:
             asked = request.only(*dict.fromkeys((*request.kinds, "row_mass")))
         found = sequence_statistics(
@@ -79,10 +79,10 @@ def sweep(
             workspace=workspace,
         )
         if lse is not None and "row_mass" in found:
-            masses.append(found["row_mass"] + _sink_share(sinks, lse, per_head=per_head))
+            totals.append(found["row_mass"] + _sink_share(sinks, lse, per_head=per_head))
         write_results(results, {kind: found[kind] for kind in request.kinds}, sequence.slots)
-    if masses:
-        check_row_mass(function, torch.cat([mass.flatten() for mass in masses]))
+    if totals:
+        check_total_mass(function, torch.cat([total.flatten() for total in totals]))
 
 
 def packed_reference(

@@ -99,9 +99,7 @@ def _real_slots(key_mask: Bool[Tensor, "batch key"]) -> list[Indices]:
     bounds = torch.stack([count, first, last], 1).tolist()
     slots: list[Indices] = []
     for row, (real, start, end) in enumerate(bounds):
-        if real == 0:
-            slots.append(slice(0, 0))
-        elif real == end - start + 1:
+        if real == end - start + 1:
             slots.append(slice(start, end + 1))
         else:
             slots.append(key_mask[row].nonzero().squeeze(1))

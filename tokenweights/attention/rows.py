@@ -133,7 +133,7 @@ def row_statistics(
     *,
     least_mass: float = 0.0,
 ) -> dict[str, Tensor]:
-    """The requested statistics of every row of `weights`, which are zero where not visible.
+    """The requested statistics of every row of `weights`, which vanish where not visible.
 
     Args:
         weights: Non-negative weights; rows need not sum to one.
@@ -165,16 +165,21 @@ def row_statistics(
     return {kind: results[kind] for kind in request.kinds}
 
 
-def fixed_entropy_from_logs(
-    log_weights: Float[Tensor, "heads query key"], block: RowBlock, fixed_k: int
-) -> Float[Tensor, "heads query"]:
-    """Entropy of the first `fixed_k` visible keys, renormalised, from finite log-weights."""
-    if block.window is not None:
-        kept = _is_first_key(block, fixed_k)[:, : log_weights.shape[-1]]
-        log_weights = log_weights.masked_fill(~kept, log_weights.min())
-    log_share = log_weights - log_weights.logsumexp(-1, keepdim=True)
-    entropy = -(log_share.exp() * log_share).sum(-1)
-    return _clamp_entropy(entropy, block.visible_count.clamp_max(fixed_k))
+def log_row_statistics(
+    log_weights: Float[Tensor, "heads query key"], block: RowBlock, request: Request
+) -> dict[str, Tensor]:
+    """As `row_statistics`, from finite log-weights of any size; without `row_mass`."""
+    shifted = log_weights - log_weights.amax(-1, keepdim=True)
+    others = set(request.kinds) - {"fixed", "row_mass"}
+    results = row_statistics(shifted.exp(), block, request.only(*others))
+    if "fixed" in request.kinds:
+        # Shifted by their own largest, so that the first keys keep a mass.
+        hidden = ~_is_first_key(block, request.fixed_k)
+        first = log_weights.masked_fill(hidden, torch.finfo(log_weights.dtype).min / 2)
+        first = (first - first.amax(-1, keepdim=True)).exp()
+        bound = block.visible_count.clamp_max(request.fixed_k)
+        results["fixed"] = _renormalised_entropy(first, bound)
+    return results
 
 
 def _fixed_entropy(

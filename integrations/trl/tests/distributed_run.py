@@ -1,4 +1,4 @@
-"""One training run on the ranks of torchrun, or alone; rank 0 writes down what came out of it.
+"""Training runs on the ranks of torchrun, or alone; rank 0 writes down what came out of them.
 
 The global batch does not depend on the number of ranks: prompts come in the same order, and
 generation is greedy on logits with a fixed noise per global row, which is sampling that repeats.
@@ -10,6 +10,7 @@ import sys
 
 import tiny
 import torch
+
 from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer
 
 ROWS = 8
@@ -20,12 +21,12 @@ class Repeatable(TokenWeightsGRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         generator = torch.Generator().manual_seed(self.state.global_step)
-        uniform = torch.rand(ROWS, self.max_completion_length, len(tiny.tokenizer()), generator=generator)
+        shape = (ROWS, self.max_completion_length, len(tiny.tokenizer()))
+        noise = -(-torch.rand(shape, generator=generator).log()).log()
         start = self.accelerator.process_index * len(prompt_ids)
-        noise = -(-uniform.log()).log()[start : start + len(prompt_ids)]
+        noise = noise[start : start + len(prompt_ids)]
         step = iter(range(self.max_completion_length))
-        model = self.accelerator.unwrap_model(self.model)
-        hook = model.lm_head.register_forward_hook(
+        hook = self.accelerator.unwrap_model(self.model).lm_head.register_forward_hook(
             lambda module, inputs, logits: logits + noise[:, None, next(step)]
         )
         try:
@@ -40,37 +41,37 @@ class Repeatable(TokenWeightsGRPOTrainer):
         return super()._weighted(output, scores)
 
 
-def main(result_path: str, changes: dict) -> None:
+def outcome(folder: str, changes: dict) -> dict:
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     trainer = tiny.trainer(
         Repeatable,
         TokenWeightsGRPOConfig,
-        result_path + ".out",
+        folder,
         optim="sgd",
         learning_rate=0.05,
         shuffle_dataset=False,
         generation_kwargs={"do_sample": False, "temperature": None, "top_p": None, "top_k": None},
-        ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
+        per_device_train_batch_size=4 // ranks,
+        ddp_backend="gloo" if ranks > 1 else None,
         **changes,
     )
     trainer.train()
-    accelerator = trainer.accelerator
-    extrema = accelerator.gather(trainer.own_extrema[None])
+    gather = trainer.accelerator.gather
     parameters = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-    spread = (accelerator.gather(parameters[None]) - parameters).abs().max()
-    if accelerator.is_main_process:
-        history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        result = {
-            "ranks": accelerator.num_processes,
-            "source": trainer.score_source,
-            "history": [{k: float(v) for k, v in entry.items()} for entry in history],
-            "extrema": extrema.tolist(),
-            "spread": float(spread),
-            "parameters": parameters.tolist(),
-        }
-        with open(result_path, "w") as file:
-            json.dump(result, file)
-    trainer.end()
+    return {
+        "source": trainer.score_source,
+        "history": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "extrema": gather(trainer.own_extrema[None]).tolist(),
+        "spread": float((gather(parameters[None]) - parameters).abs().max()),
+        "parameters": parameters.tolist(),
+    }
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]))
+    path, cases = sys.argv[1:]
+    outcomes = {
+        case: outcome(f"{path}.out", changes) for case, changes in json.loads(cases).items()
+    }
+    if os.environ.get("RANK", "0") == "0":
+        with open(path, "w") as file:
+            json.dump(outcomes, file)

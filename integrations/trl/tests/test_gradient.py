@@ -10,8 +10,9 @@ import math
 import pytest
 import tiny
 import torch
-from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer
 from transformers import TrainerCallback
+
+from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer
 
 PROBE = 2  # the middle layer of four
 WARMUP = 8
@@ -69,17 +70,15 @@ def log_probs_and_entropy(model, batch, alignment):
 
 def group_advantages(rows):
     """Rewards minus the mean of their prompt's group, over its standard deviation."""
-    rewards = torch.tensor(
-        tiny.reward(
-            [ids[: int(n)].tolist() for ids, n in zip(rows["completion_ids"], rows["length"])]
-        )
-    )
+    completions = [
+        ids[: int(length)].tolist()
+        for ids, length in zip(rows["completion_ids"], rows["length"], strict=True)
+    ]
+    rewards = torch.tensor(tiny.reward(completions))
     advantages = torch.empty_like(rewards)
     for prompt in rows["prompt_ids"].unique(dim=0):
         group = (rows["prompt_ids"] == prompt).all(1)
-        advantages[group] = (rewards[group] - rewards[group].mean()) / (
-            rewards[group].std() + 1e-4
-        )
+        advantages[group] = (rewards[group] - rewards[group].mean()) / (rewards[group].std() + 1e-4)
     return advantages
 
 

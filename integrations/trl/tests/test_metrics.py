@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from tokenweights.report.records import read_token_records
+
 from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer
 from tokenweights_trl.trainer import SOURCES
 
@@ -168,7 +169,9 @@ def test_the_source_is_logged_once(tmp_path, caplog):
         trained(tmp_path, recipe="low2high", max_steps=2)
         trained(tmp_path, recipe={"name": "low2high", "alignment": "own"}, max_steps=2)
     lines = [r for r in caplog.records if r.name.startswith("tokenweights_trl")]
-    assert [(r.levelname, SOURCES["generation"] in r.message) for r in lines[:1]] == [("INFO", True)]
+    assert [(r.levelname, SOURCES["generation"] in r.message) for r in lines[:1]] == [
+        ("INFO", True)
+    ]
     assert [(r.levelname, SOURCES["scoring_pass"] in r.message) for r in lines[1:]] == [
         ("WARNING", True)
     ]

@@ -3,9 +3,10 @@
 import pytest
 import tiny
 from tokenweights._errors import TokenWeightsError
-from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer, TokenWeightsMixin
 from transformers import OPTConfig, OPTForCausalLM
 from trl import GRPOConfig, GRPOTrainer
+
+from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer, TokenWeightsMixin
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""A resumed run continues the schedule, and its steps are those of the run that was never stopped."""
+"""A resumed run continues the schedule, and its steps are those of an uninterrupted run."""
 
 import tiny
 import torch
+
 from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer
 
 RECIPE = {"name": "low2high", "warmup_steps": 4}

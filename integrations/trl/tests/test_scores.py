@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+
 from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer
 
 

@@ -10,6 +10,7 @@ import pytest
 import tiny
 from datasets import Dataset, DatasetDict
 from tokenweights._errors import TokenWeightsError
+
 from tokenweights_trl.train import TrainArguments, boxed_reward, training_dataset
 
 SOURCE = Path(__file__).parent.parent / "src"
@@ -22,20 +23,24 @@ def jsonl(folder, rows=ROWS):
     return path
 
 
-def cli(*arguments):
+def cli(*arguments, ranks=1):
     environment = os.environ | {"PYTHONPATH": str(SOURCE)}
-    command = [sys.executable, "-m", "tokenweights_trl.train", *map(str, arguments)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launcher = [sys.executable, *(torchrun if ranks > 1 else [])]
+    command = [*launcher, "-m", "tokenweights_trl.train", *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("recipe", ["low2high", '{"name": "anchor20", "layers": [1]}'])
-def test_two_steps_from_the_command_line(tmp_path, recipe):
+@pytest.mark.parametrize(
+    ("recipe", "ranks"), [("low2high", 1), ('{"name": "anchor20", "layers": [1]}', 2)]
+)
+def test_two_steps_from_the_command_line(tmp_path, recipe, ranks):
     tiny.policy().save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
     options = (
         "--per_device_train_batch_size 4 --num_generations 4 --max_completion_length 6 "
         "--max_steps 2 --logging_steps 1 --use_cpu --bf16 false --report_to none "
-        "--save_strategy no --overlong_buffer 2 --token_records_steps 1"
+        "--save_strategy no --disable_tqdm true --overlong_buffer 2 --token_records_steps 1"
     )
     done = cli(
         *("--model", tmp_path / "model"),
@@ -44,6 +49,8 @@ def test_two_steps_from_the_command_line(tmp_path, recipe):
         *("--output_dir", tmp_path / "out"),
         *("--token_records", tmp_path / "tokens.jsonl"),
         *options.split(),
+        *(["--ddp_backend", "gloo"] if ranks > 1 else []),
+        ranks=ranks,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "token_weights/weight_mean" in done.stdout

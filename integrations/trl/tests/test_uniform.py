@@ -3,8 +3,9 @@
 import pytest
 import tiny
 import torch
-from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer
 from trl import GRPOConfig, GRPOTrainer
+
+from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer
 
 # Scores are taken and turned into weights, and all weights come out as one.
 SCORED_UNIFORM = {"name": "static_anchor", "low": (1.0, 1.0), "high": (1.0, 1.0)}

@@ -38,6 +38,7 @@ def policy_config() -> Qwen3Config:
         pad_token_id=0,
         eos_token_id=1,
         use_cache=True,
+        dtype="float32",
     )
 
 

@@ -236,7 +236,14 @@ def mixed_solution(
 
 @typed
 def corpus_line(
-    seed: int, index: int, *, terms: tuple[int, int], style: Style, largest_digit: int = 9
+    seed: int,
+    index: int,
+    *,
+    terms: tuple[int, int],
+    style: Style,
+    largest_digit: int = 9,
+    merge_probability: float = MERGE_PROBABILITY,
+    slip_probability: float = SLIP_PROBABILITY,
 ) -> CorpusLine:
     """One line of the warm-start corpus, on a training prompt.
 
@@ -246,6 +253,8 @@ def corpus_line(
         terms: Smallest and largest number of terms.
         style: `careful` for correct solutions, `mixed` for merged and partly wrong ones.
         largest_digit: Digits of the terms are uniform over 0 to this one.
+        merge_probability: Probability that a line of the mixed style merges two terms.
+        slip_probability: Probability that a merged line is wrong.
 
     Returns:
         The prompt and the completion.
@@ -255,8 +264,15 @@ def corpus_line(
         '}'
     """
     drawn = problem(seed, index, terms=terms, largest_digit=largest_digit)
-    careful = style == "careful"
-    completion = careful_solution(drawn) if careful else mixed_solution(drawn, seed, index)
+    if style == "careful":
+        return CorpusLine(drawn.prompt, careful_solution(drawn))
+    completion = mixed_solution(
+        drawn,
+        seed,
+        index,
+        merge_probability=merge_probability,
+        slip_probability=slip_probability,
+    )
     return CorpusLine(drawn.prompt, completion)
 
 

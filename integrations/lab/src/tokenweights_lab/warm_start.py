@@ -22,7 +22,15 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from tokenweights_lab.policy import generation_config, untrained_policy
-from tokenweights_lab.task import MAX_TERMS, MIN_TERMS, CorpusLine, Style, corpus_line
+from tokenweights_lab.task import (
+    MAX_TERMS,
+    MERGE_PROBABILITY,
+    MIN_TERMS,
+    SLIP_PROBABILITY,
+    CorpusLine,
+    Style,
+    corpus_line,
+)
 from tokenweights_lab.tokenizer import character_tokenizer
 
 METADATA_KEY = "warm_start"
@@ -44,6 +52,8 @@ class Phase:
         batch_size: Corpus lines per step.
         weight_decay: Weight decay of AdamW.
         max_grad_norm: Gradient norm above which gradients are scaled down.
+        merge_probability: Probability that a line of the mixed style merges two terms.
+        slip_probability: Probability that a merged line is wrong.
     """
 
     steps: int
@@ -56,6 +66,8 @@ class Phase:
     batch_size: int = 32
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    merge_probability: float = MERGE_PROBABILITY
+    slip_probability: float = SLIP_PROBABILITY
 
 
 @dataclass(frozen=True)
@@ -129,7 +141,13 @@ def phase_batch(phase: Phase, seed: int, step: int) -> list[CorpusLine]:
         generator = random.Random(f"terms/{seed}/{index}")
         (terms,) = generator.choices(counts, phase.term_weights[: len(counts)])
         line = corpus_line(
-            seed, index, terms=(terms, terms), style=phase.style, largest_digit=largest_digit
+            seed,
+            index,
+            terms=(terms, terms),
+            style=phase.style,
+            largest_digit=largest_digit,
+            merge_probability=phase.merge_probability,
+            slip_probability=phase.slip_probability,
         )
         lines.append(line)
     return lines

@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenweights._errors import invalid
 from tokenweights.recipes import Recipe, recipe
-from trl import GRPOConfig
+from trl.trainer.grpo_config import GRPOConfig
 
 # Losses that are homogeneous in the advantage at token-level ratios: for w >= 0 the loss of w * A
 # is w times the loss of A, so weighting advantages is weighting token losses.
@@ -39,7 +39,7 @@ class TokenWeightsGRPOConfig(GRPOConfig):
 
     recipe: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Recipe of the token weights: a name such as `low2high`, or a JSON dict."},
+        metadata={"help": "Recipe of the token weights: a name, or its fields as a JSON dict."},
     )
     token_records: str | None = field(
         default=None,
@@ -59,7 +59,7 @@ class TokenWeightsGRPOConfig(GRPOConfig):
     @property
     def token_recipe(self) -> Recipe:
         """The recipe that `recipe` names."""
-        return recipe(self.recipe)
+        return recipe(_parsed(self.recipe))
 
 
 def _parsed(text: dict[str, Any] | str | None) -> dict[str, Any] | str:
@@ -102,7 +102,7 @@ def _check(arguments: TokenWeightsGRPOConfig, token_recipe: Recipe) -> None:
     if arguments.loss_type not in LOSS_TYPES:
         refuse("loss_type", f"one of {', '.join(LOSS_TYPES)}", "No other loss has been checked.")
     if token_recipe.denominator != "all_tokens":
-        reason = f"The recipe divides by {token_recipe.denominator}; use all_tokens, or change this."
+        reason = f"The recipe divides by {token_recipe.denominator}; change this, or the recipe."
         if arguments.loss_type not in TOKEN_MEAN_LOSS_TYPES:
             refuse("loss_type", f"one of {', '.join(TOKEN_MEAN_LOSS_TYPES)}", reason)
         if arguments.top_entropy_quantile < 1.0:

@@ -84,14 +84,17 @@ def generation_scores(
         keys = captured.key.shape[2]
         if captured.query.shape[0] != len(padding):
             return -1, None
-        return keys, _entropy(captured, torch.arange(keys, device=padding.device) >= padding, recipe)
+        key_mask = torch.arange(keys, device=padding.device) >= padding
+        return keys, _entropy(captured, key_mask, recipe)
 
     scores: list[Tensor] = []
     with capture_attention(model, layers, rows=1, reduce=entropy) as capture:
         yield scores
     calls: list[list[Any]] = [capture.calls[layer] for layer in layers]
-    if all([keys for keys, _ in row] == list(range(prompt_width, prompt_width + len(row))) for row in calls):
-        scores.extend(torch.cat([values for _, values in row], dim=1) for row in calls if row)
+    steps = len(calls[0])
+    growing = list(range(prompt_width, prompt_width + steps))
+    if steps and all([keys for keys, _ in row] == growing for row in calls):
+        scores.extend(torch.cat([entropies for _, entropies in row], dim=1) for row in calls)
 
 
 def _entropy(captured: CapturedAttention, key_mask: Tensor, recipe: Recipe) -> Tensor:

@@ -9,7 +9,9 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from tokenweights._errors import invalid
 from tokenweights.rewards import boxed_match_reward, overlong_penalty
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl.scripts.utils import ScriptArguments, TrlParser
+from trl.trainer.model_config import ModelConfig
+from trl.trainer.utils import get_peft_config, get_quantization_config
 
 from tokenweights_trl.config import TokenWeightsGRPOConfig
 from tokenweights_trl.trainer import TokenWeightsGRPOTrainer
@@ -33,7 +35,7 @@ class TrainArguments(ScriptArguments):
         default=None,
         metadata={
             "aliases": ["--dataset"],
-            "help": "A json, jsonl or parquet file, a folder made by `save_to_disk`, or a Hub name.",
+            "help": "A json, jsonl or parquet file, a `save_to_disk` folder, or a name on the Hub.",
         },
     )
     answer_column: str | None = field(
@@ -42,7 +44,7 @@ class TrainArguments(ScriptArguments):
     )
     overlong_buffer: int = field(
         default=0,
-        metadata={"help": "Tokens before `max_completion_length` where the penalty starts; 0: none."},
+        metadata={"help": "Tokens before `max_completion_length` with a growing penalty; 0: none."},
     )
 
 
@@ -117,7 +119,9 @@ def boxed_reward(
         raise invalid("train", "answer_column", f"to be a column ({expected})", columns, hint)
     buffer = arguments.overlong_buffer
 
-    def boxed_match(completions: list[Any], completion_ids: list[Any], **kwargs: Any) -> list[float]:
+    def boxed_match(
+        completions: list[Any], completion_ids: list[list[int]], **kwargs: Any
+    ) -> list[float]:
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
         rewards = [
             boxed_match_reward(text, str(answer))
@@ -136,11 +140,13 @@ def boxed_reward(
 
 def main(argv: list[str] | None = None) -> None:
     """Trains a model by recipe and saves it to `output_dir`."""
-    parser = TrlParser((TrainArguments, TokenWeightsGRPOConfig, TrainModelConfig))
+    parts: Any = (TrainArguments, TokenWeightsGRPOConfig, TrainModelConfig)
+    parser = TrlParser(parts)
     script, training, model = parser.parse_args_and_config(argv)
     if not model.model_name_or_path:
         got = model.model_name_or_path
-        raise invalid("train", "model_name_or_path", "a path or a name", got, "Pass `--model NAME`.")
+        hint = "Pass `--model NAME`."
+        raise invalid("train", "model_name_or_path", "a path or a name", got, hint)
     dataset = training_dataset(script)
     training.model_init_kwargs = {
         "revision": model.model_revision,
@@ -162,7 +168,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
-    trainer.end()
 
 
 if __name__ == "__main__":

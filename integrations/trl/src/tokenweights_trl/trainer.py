@@ -2,14 +2,14 @@
 
 import inspect
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tokenweights._errors import invalid
 from tokenweights.capture import capture_attention
 from tokenweights.diagnostics import token_weight_metrics
 from torch import Tensor
-from trl import GRPOTrainer
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from tokenweights_trl.config import TokenWeightsGRPOConfig
 from tokenweights_trl.scores import forward_scores, generation_scores
@@ -37,8 +37,8 @@ SOURCES = {
     "transformers generates over a dynamic cache",
 }
 
-# Typed as a trainer, so that every attribute the mixin uses is checked against TRL.
-_Base = GRPOTrainer if TYPE_CHECKING else object
+# What a mixin calls belongs to the trainer after it; TRL's own types are too loose to check it.
+_Base: Any = object
 
 
 class TokenWeightsMixin(_Base):
@@ -62,16 +62,7 @@ class TokenWeightsMixin(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        name, version = type(self).__name__, "tokenweights-trl is made for trl>=1.16,<1.17."
-        if not isinstance(self.args, TokenWeightsGRPOConfig):
-            got, hint = type(self.args).__name__, "Pass `TokenWeightsGRPOConfig(recipe=...)`."
-            raise invalid(name, "args", "a TokenWeightsGRPOConfig", got, hint)
-        for method, parameters in CONTRACT.items():
-            found = _parameters(getattr(super(), method, None))
-            if not set(parameters) <= set(found):
-                raise invalid(name, "trl", f"with {method}({', '.join(parameters)})", found, version)
-        if self.args.use_liger_kernel and hasattr(self, "compute_liger_loss"):
-            raise invalid(name, "use_liger_kernel", "False, as it bypasses the loss", True, version)
+        self._check_contract()
         self.recipe = self.args.token_recipe
         self.score_source: str | None = None
         self._source = "none"
@@ -79,10 +70,25 @@ class TokenWeightsMixin(_Base):
         self._generation_is_readable = True
         self._next_record_step = 0
         model = self.accelerator.unwrap_model(self.model)
-        self.probe_layers = self.recipe.probe_layers(model.config.get_text_config().num_hidden_layers)
+        depth = model.config.get_text_config().num_hidden_layers
+        self.probe_layers: tuple[int, ...] = self.recipe.probe_layers(depth)
         if self.probe_layers:
             with capture_attention(model, self.probe_layers):  # refuses what it cannot tap
                 pass
+
+    def _check_contract(self) -> None:
+        name, version = type(self).__name__, "tokenweights-trl is made for trl>=1.16,<1.17."
+        if not isinstance(self.args, TokenWeightsGRPOConfig):
+            got, hint = type(self.args).__name__, "Pass `TokenWeightsGRPOConfig(recipe=...)`."
+            raise invalid(name, "args", "a TokenWeightsGRPOConfig", got, hint)
+        for method, needed in CONTRACT.items():
+            found = _parameters(getattr(super(), method, None))
+            if not set(needed) <= set(found):
+                condition = f"with {method}({', '.join(needed)})"
+                raise invalid(name, "trl", condition, f"({', '.join(found)})", version)
+        if self.args.use_liger_kernel and hasattr(self, "compute_liger_loss"):
+            condition = "False where TRL then computes the loss elsewhere"
+            raise invalid(name, "use_liger_kernel", condition, True, version)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training:
@@ -104,9 +110,9 @@ class TokenWeightsMixin(_Base):
             self.use_vllm and self.vllm_importance_sampling_correction
         ):
             return "old_log_prob_pass"
+        readable = self._generation_is_readable and self.recipe.alignment == "deciding"
         elsewhere = self.use_vllm or self.use_transformers_continuous_batching or self.rollout_func
-        deciding = bool(self.probe_layers) and self.recipe.alignment == "deciding"
-        if deciding and self._generation_is_readable and not (elsewhere or self.tools or self._is_vlm):
+        if self.probe_layers and readable and not (elsewhere or self.tools or self._is_vlm):
             return "generation"
         return "scoring_pass"
 
@@ -162,8 +168,9 @@ class TokenWeightsMixin(_Base):
         if self._source == "generation":
             missing = output["completion_ids"].shape[1] - (scores[0].shape[1] if scores else 0)
             # All ranks must agree: a scoring pass of a sharded model is collective.
-            most = self.accelerator.gather(torch.tensor([missing], device=self.accelerator.device)).max()
-            self._generation_is_readable = int(most) < (self.pad_to_multiple_of or 1)
+            ranks = torch.tensor([missing], device=self.accelerator.device)
+            most = int(self.accelerator.gather(ranks).max())
+            self._generation_is_readable = most < (self.pad_to_multiple_of or 1)
             scores = [torch.nn.functional.pad(layer, (0, missing)) for layer in scores]
         # With an adapter the reference pass runs the policy's modules: it must not be taken for it.
         other_pass = log_probs is None or output.get("old_per_token_logps") is not log_probs
@@ -212,30 +219,31 @@ class TokenWeightsMixin(_Base):
         advantages = (advantages if advantages.dim() == 2 else advantages[:, None]) * weights
         output = {**output, "advantages": advantages}
         if self.recipe.denominator != "all_tokens" and self.args.loss_type == "bnpo":
-            output["token_weights"] = weights
+            output["token_weights"] = weights  # see `_compute_loss`
         else:
-            output["advantages"] = advantages * self.recipe.denominator_scale(weights, mask, group=group)
+            scale = self.recipe.denominator_scale(weights, mask, group=group)
+            output["advantages"] = advantages * scale
         return output
 
     def _sample_ids(self, rows: int, device: torch.device) -> Tensor:
         """Row numbers in the run, the same whatever the number of ranks and micro-batches."""
-        accumulation, per_rollout = self.args.gradient_accumulation_steps, self.args.steps_per_generation
-        rollout = self.state.global_step * max(1, accumulation // per_rollout)
-        rollout += self._step % accumulation // per_rollout
+        window, batches = self.args.gradient_accumulation_steps, self.args.steps_per_generation
+        rollout = self.state.global_step * max(1, window // batches)
+        rollout += self._step % window // batches
         first = (rollout * self.accelerator.num_processes + self.accelerator.process_index) * rows
         return torch.arange(first, first + rows, device=device)
 
     def _append_records(
-        self, output: dict[str, Any], scores: Tensor, weights: Tensor, sample_ids: Tensor
+        self, output: dict[str, Any], scores: Tensor | None, weights: Tensor, sample_ids: Tensor
     ) -> None:
         """Token records of the first prompt's responses, every `token_records_steps` steps."""
         from tokenweights.report.records import TokenRecord, append_token_records
 
         step = self.state.global_step
-        if step < self._next_record_step:
+        if scores is None or step < self._next_record_step:
             return
         self._next_record_step = step + self.args.token_records_steps
-        records, decode = [], self._tokenizer.decode
+        records, decode, layers = [], self._tokenizer.decode, self.probe_layers
         for row in range(min(self.num_generations, len(scores))):
             valid = output["completion_mask"][row].bool()
             ids = output["completion_ids"][row, valid].tolist()
@@ -250,7 +258,7 @@ class TokenWeightsMixin(_Base):
                     attention_entropy=tuple(scores[row, valid].tolist()),
                     weights=tuple(weights[row, valid].tolist()),
                     advantages=tuple(advantages[valid].tolist()),
-                    layer=self.probe_layers if len(self.probe_layers) > 1 else self.probe_layers[0],
+                    layer=layers[0] if len(layers) == 1 else layers,
                     entropy_kind=self.recipe.entropy_kind,
                     alignment=self.recipe.alignment,
                 )

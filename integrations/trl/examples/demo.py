@@ -1,0 +1,210 @@
+"""Trains the embedded policy with TRL under a token-weight recipe and writes a report.
+
+python integrations/trl/examples/demo.py --steps 60 --recipe low2high --output runs/demo
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenweights import TokenWeightsError, boxed_match_reward, recipe
+from tokenweights.report import (
+    append_metrics,
+    dynamics_figure,
+    learning_figure,
+    read_metrics,
+    run_report_html,
+    weights_figure,
+)
+from tokenweights_lab import load_policy, load_tokenizer, problem, problems
+from tokenweights_lab.evaluation import accuracy
+from tqdm import tqdm
+from transformers import ProgressCallback, TrainerCallback
+
+from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer
+
+PROMPTS, SAMPLES, MAX_LENGTH = 16, 8, 64
+HELD_OUT = 48
+FIGURES = {"learning": learning_figure, "dynamics": dynamics_figure, "weights": weights_figure}
+
+
+class Progress(TrainerCallback):
+    """A progress bar with reward, length and weights, and the metrics of every step on disk."""
+
+    def __init__(self, folder: Path, steps: int):
+        self.metrics = folder / "metrics.jsonl"
+        self.bar = tqdm(total=steps, desc="training", unit="step")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if not logs or "reward" not in logs:
+            return
+        append_metrics(self.metrics, {"step": state.global_step} | _numbers(logs))
+        shown = {
+            "reward": logs["reward"],
+            "length": logs["completions/mean_length"],
+            "mean weight": logs.get("token_weights/weight_mean", 1.0),
+        }
+        self.bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
+        self.bar.update(state.global_step - self.bar.n)
+
+
+def main() -> int:
+    """Evaluate, train, evaluate, and say where the report is."""
+    options = _options()
+    folder = Path(options.output)
+    _fresh(folder)
+    torch.manual_seed(options.seed)
+    model, tokenizer = load_policy(), load_tokenizer()
+    made = options.recipe
+
+    def evaluate(step: int) -> dict[str, float]:
+        scores = {"step": step}
+        for split in ("easy", "hard"):
+            held_out = problems(split, HELD_OUT, seed=1)
+            result = accuracy(model, tokenizer, held_out, samples=SAMPLES)
+            scores[f"accuracy/{split}"] = result.mean_at_k
+        append_metrics(folder / "evaluations.jsonl", scores)
+        return scores
+
+    class Evaluations(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step % 20 == 0 and state.global_step < options.steps:
+                evaluate(state.global_step)
+
+    settings = {
+        "model": f"Qwen3, {sum(p.numel() for p in model.parameters()):,} parameters",
+        "trainer": "TRL GRPOTrainer, DAPO loss, clip 0.2 / 0.28, no KL",
+        "batch": f"{PROMPTS} prompts x {SAMPLES} responses",
+        "steps": options.steps,
+        "seed": options.seed,
+    }
+    (folder / "run.json").write_text(
+        json.dumps(
+            {"title": f"{made.name} on the running total", "description": made.describe(),
+             "settings": settings},
+            indent=1,
+        )
+    )  # fmt: skip
+    print("evaluating the warm-started policy on held-out prompts")
+    before = evaluate(0)
+    trainer = TokenWeightsGRPOTrainer(
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=_rewards,
+        args=_arguments(options, folder),
+        train_dataset=_prompts(options),
+        callbacks=[Progress(folder, options.steps), Evaluations()],
+    )
+    trainer.remove_callback(ProgressCallback)
+    interrupted = False
+    try:
+        trainer.train()
+    except KeyboardInterrupt:
+        interrupted = True
+        print("\ninterrupted: reporting what there is")
+    step = trainer.state.global_step
+    after = evaluate(step)
+    _write_report(folder)
+    _print_summary(folder, before, after)
+    return 130 if interrupted else 0
+
+
+def _rewards(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    return [
+        boxed_match_reward(text, right) for text, right in zip(completions, answer, strict=True)
+    ]
+
+
+def _prompts(options: argparse.Namespace) -> Dataset:
+    drawn = [problem(options.seed, index) for index in range(PROMPTS * options.steps)]
+    return Dataset.from_list([{"prompt": p.prompt, "answer": p.answer} for p in drawn])
+
+
+def _arguments(options: argparse.Namespace, folder: Path) -> TokenWeightsGRPOConfig:
+    return TokenWeightsGRPOConfig(
+        output_dir=str(folder / "trainer"),
+        recipe=options.recipe.to_dict(),
+        token_records=str(folder / "tokens.jsonl") if options.records else None,
+        token_records_steps=max(1, options.steps - 1),
+        loss_type="dapo",
+        per_device_train_batch_size=PROMPTS * SAMPLES,
+        num_generations=SAMPLES,
+        max_completion_length=MAX_LENGTH,
+        max_steps=options.steps,
+        learning_rate=2e-4,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=min(5, options.steps),
+        epsilon=0.2,
+        epsilon_high=0.28,
+        beta=0.0,
+        temperature=1.0,
+        top_p=0.95,
+        top_k=0,
+        seed=options.seed,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+    )
+
+
+def _write_report(folder: Path) -> None:
+    metrics = read_metrics(folder / "metrics.jsonl")
+    evaluations = read_metrics(folder / "evaluations.jsonl")
+    for name, draw in FIGURES.items():
+        figure = draw(metrics, evaluations) if name == "learning" else draw(metrics)
+        figure.savefig(folder / f"{name}.png", dpi=150)
+    (folder / "report.html").write_text(run_report_html(folder), encoding="utf-8")
+
+
+def _print_summary(folder: Path, before: dict[str, float], after: dict[str, float]) -> None:
+    print(f"\nheld-out mean@{SAMPLES}     before   after")
+    for split in ("easy", "hard"):
+        key = f"accuracy/{split}"
+        print(f"  {split:<15} {before[key]:8.3f} {after[key]:7.3f}")
+    print(f"\nopen   {folder / 'report.html'}")
+    print(f"also   {', '.join(f'{name}.png' for name in FIGURES)}, metrics.jsonl, tokens.jsonl")
+
+
+def _fresh(folder: Path) -> None:
+    """An output folder without the files of an earlier run, which would be appended to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.jsonl", "evaluations.jsonl", "tokens.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _numbers(logs: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps")
+    parser.add_argument("--recipe", default="low2high", help="name of a recipe")
+    parser.add_argument("--output", default="runs/demo", help="folder of the run")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if options.steps < 1:
+        parser.error("--steps must be at least 1")
+    try:
+        options.recipe = recipe(options.recipe)
+        if options.recipe.rule == "endpoints":
+            # The whole schedule fits into the first half of the run.
+            half = max(1, options.steps // 2)
+            options.recipe = recipe(options.recipe.to_dict() | {"warmup_steps": half})
+    except TokenWeightsError as error:
+        parser.error(str(error))
+    options.records = options.recipe.signal == "attention_entropy"
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""The reference lists every public name once, and the navigation every page once."""
+
+import ast
+import re
+from pathlib import Path
+
+import yaml
+
+import tokenweights
+import tokenweights.report
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+ADAPTER = ROOT / "integrations/trl/src/tokenweights_trl/__init__.py"
+
+
+def exported(source: Path) -> list[str]:
+    """The names in `__all__`, read without importing the adapter's trainer."""
+    for node in ast.parse(source.read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return ast.literal_eval(node.value)
+    raise AssertionError(f"{source} has no __all__")
+
+
+def test_the_reference_lists_every_public_name_once():
+    public = {
+        "tokenweights": tokenweights.__all__,
+        "tokenweights.report": tokenweights.report.__all__,
+        "tokenweights_trl": exported(ADAPTER),
+    }
+    expected = [f"{module}.{label}" for module, labels in public.items() for label in labels]
+    pages = [page.read_text() for page in (DOCS / "api").glob("*.md")]
+    listed = [label for text in pages for label in re.findall(r"^::: (\S+)", text, re.M)]
+    assert sorted(listed) == sorted(expected)
+
+
+def test_the_navigation_lists_every_page_once():
+    def pages(entry) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        inner = entry.values() if isinstance(entry, dict) else entry
+        return [page for value in inner for page in pages(value)]
+
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    existing = [page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")]
+    assert sorted(pages(navigation)) == sorted(existing)

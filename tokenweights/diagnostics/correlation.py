@@ -1,0 +1,91 @@
+"""How two scores of the same tokens go together."""
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tokenweights._typing import typed
+from tokenweights.distributed import global_sum
+from tokenweights.masked import accumulator_dtype, masked_ranks, require_finite
+
+
+@typed
+def pearson_correlation(
+    first: Float[Tensor, "batch token"],
+    second: Float[Tensor, "batch token"],
+    mask: Bool[Tensor, "batch token"],
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> Float[Tensor, ""]:
+    """Pearson correlation of two scores over all valid tokens of the batch, in [-1, 1].
+
+    Means are merged first and products of deviations second, in float64, so a large common offset
+    costs no digits.
+
+    Args:
+        first: One score for each token, finite under the mask.
+        second: Another score.
+        mask: True for valid response tokens.
+        group: The ranks that share the batch.
+
+    Returns:
+        A detached scalar, the same on every rank; NaN if a score is constant or there is no token.
+
+    Raises:
+        TokenWeightsError: If a valid score is not finite.
+
+    Example:
+        >>> mask = torch.ones(1, 3, dtype=torch.bool)
+        >>> pearson_correlation(torch.tensor([[1.0, 2, 3]]), torch.tensor([[2.0, 4, 6]]), mask)
+        tensor(1., dtype=torch.float64)
+    """
+    require_finite("pearson_correlation", "first", first, mask)
+    require_finite("pearson_correlation", "second", second, mask)
+    scores = torch.stack([first.detach(), second.detach()]).to(accumulator_dtype(first.device))
+    scores = torch.where(mask, scores, 0.0)
+    own = torch.cat([scores.sum((1, 2)), mask.sum()[None].to(scores.dtype)])
+    *sums, count = global_sum(own, group=group)
+    means = torch.stack(sums) / count
+    x, y = torch.where(mask, scores - means[:, None, None], 0.0)
+    products = torch.stack([(x * y).sum(), x.square().sum(), y.square().sum()])
+    xy, xx, yy = global_sum(products, group=group)
+    return (xy / (xx * yy).sqrt()).clamp(-1, 1)
+
+
+@typed
+def rank_correlation(
+    first: Float[Tensor, "batch token"],
+    second: Float[Tensor, "batch token"],
+    mask: Bool[Tensor, "batch token"],
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> Float[Tensor, ""]:
+    """Pearson correlation of the scores' within-response ranks, over all responses, in [-1, 1].
+
+    Ranks are scaled to [-1/2, 1/2] in each response, so long and short responses weigh by their
+    tokens only. Equal scores are ranked by position.
+
+    Args:
+        first: One score for each token, finite under the mask.
+        second: Another score.
+        mask: True for valid response tokens.
+        group: The ranks that share the batch.
+
+    Returns:
+        A detached scalar, the same on every rank; NaN if no response has two tokens.
+
+    Raises:
+        TokenWeightsError: If a valid score is not finite.
+
+    Example:
+        >>> mask = torch.ones(1, 3, dtype=torch.bool)
+        >>> rank_correlation(torch.tensor([[1.0, 2, 9]]), torch.tensor([[4.0, 2, 1]]), mask)
+        tensor(-1., dtype=torch.float64)
+    """
+    require_finite("rank_correlation", "first", first, mask)
+    require_finite("rank_correlation", "second", second, mask)
+    last = (mask.sum(-1, keepdim=True) - 1).clamp(min=1).double()
+    several = mask & (mask.sum(-1, keepdim=True) > 1)
+    ranks = [masked_ranks(scores, mask) / last - 0.5 for scores in (first, second)]
+    return pearson_correlation(*ranks, several, group=group)
