@@ -7,10 +7,15 @@ tensors out: trainers are wired in by the adapters, which are distributions of t
 
 from tokenweights._errors import TokenWeightsError as TokenWeightsError
 from tokenweights.attention import AttentionStatistics as AttentionStatistics
+from tokenweights.attention import ExchangeBytes as ExchangeBytes
 from tokenweights.attention import attention_entropy as attention_entropy
 from tokenweights.attention import attention_entropy_from_weights as attention_entropy_from_weights
 from tokenweights.attention import attention_entropy_varlen as attention_entropy_varlen
 from tokenweights.attention import attention_statistics as attention_statistics
+from tokenweights.attention import sequence_parallel_bytes as sequence_parallel_bytes
+from tokenweights.attention import sequence_parallel_entropy as sequence_parallel_entropy
+from tokenweights.attention import tensor_parallel_bytes as tensor_parallel_bytes
+from tokenweights.attention import tensor_parallel_entropy as tensor_parallel_entropy
 from tokenweights.capture import AttentionCapture as AttentionCapture
 from tokenweights.capture import CapturedAttention as CapturedAttention
 from tokenweights.capture import attention_layers as attention_layers
@@ -87,6 +92,7 @@ __all__ = [
     "AttentionStatistics",
     "CapturedAttention",
     "Endpoints",
+    "ExchangeBytes",
     "GradientGeometry",
     "GroupDynamics",
     "GroupGradients",
@@ -150,9 +156,13 @@ __all__ = [
     "recipe_names",
     "relative_position",
     "score_extrema",
+    "sequence_parallel_bytes",
+    "sequence_parallel_entropy",
     "softmax_partition",
     "static_endpoints",
     "subset_weights",
+    "tensor_parallel_bytes",
+    "tensor_parallel_entropy",
     "token_weight_metrics",
     "top_fraction",
     "weight_statistics",

@@ -6,6 +6,13 @@ from tokenweights.attention.api import (
     attention_statistics,
 )
 from tokenweights.attention.given_weights import attention_entropy_from_weights
+from tokenweights.attention.parallel import (
+    ExchangeBytes,
+    sequence_parallel_bytes,
+    sequence_parallel_entropy,
+    tensor_parallel_bytes,
+    tensor_parallel_entropy,
+)
 from tokenweights.attention.statistics import (
     ENTROPY_KINDS,
     STATISTIC_KINDS,
@@ -20,10 +27,15 @@ __all__ = [
     "STATISTIC_KINDS",
     "AttentionStatistics",
     "EntropyKind",
+    "ExchangeBytes",
     "Heads",
     "StatisticKind",
     "attention_entropy",
     "attention_entropy_from_weights",
     "attention_entropy_varlen",
     "attention_statistics",
+    "sequence_parallel_bytes",
+    "sequence_parallel_entropy",
+    "tensor_parallel_bytes",
+    "tensor_parallel_entropy",
 ]

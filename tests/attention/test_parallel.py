@@ -1,0 +1,170 @@
+"""Sequence- and tensor-parallel entropies on real gloo ranks equal those of one process."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+
+import tokenweights as tw
+
+TOKENS, HEADS, KV_HEADS, DIM = 22, 8, 4, 8
+OPTIONS = [
+    {"kind": "normalized"},
+    {"kind": "raw", "window": 5},
+    {"kind": "topk", "top_k": 3, "softcap": 2.0},
+    {"kind": "fixed", "fixed_k": 4, "scale": 0.5},
+]
+
+
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, HEADS, TOKENS, DIM, generator=generator) * 2
+    key = torch.randn(2, KV_HEADS, TOKENS, DIM, generator=generator)
+    mask = torch.ones(2, TOKENS, dtype=torch.bool)
+    mask[0, :5] = False
+    mask[1, -3:] = False
+    sinks = torch.randn(HEADS, generator=generator)
+    poison = torch.where(mask, 0.0, torch.nan)[:, None, :, None]
+    return query + poison, key + poison, mask, sinks
+
+
+def shards(size):
+    """Contiguous (Ulysses, uneven), zigzag and striped (ring) layouts of the sequence."""
+    places = torch.arange(TOKENS)
+    blocks = places.tensor_split(2 * size)
+    contiguous = [*places[: TOKENS - 3].tensor_split(size - 1), places[TOKENS - 3 :]]
+    zigzag = [torch.cat([blocks[r], blocks[-1 - r]]) for r in range(size)]
+    striped = [places[r::size].flip(0) for r in range(size)]
+    return {"ulysses": contiguous, "zigzag": zigzag, "striped": striped}
+
+
+class CountedBytes:
+    """Counts the bytes that a rank receives through the collectives the library uses."""
+
+    def __init__(self):
+        self.received = 0
+        self.gather, self.reduce, self.all_gather = dist.gather, dist.reduce, dist.all_gather
+
+    def __enter__(self):
+        def gather(tensor, parts, **options):
+            if parts is not None:
+                self.received += (len(parts) - 1) * tensor.nbytes
+            return self.gather(tensor, parts, **options)
+
+        def reduce(tensor, dst, group):
+            # Every other rank's share reaches the owner once, directly or already summed.
+            if dist.get_rank() == dst:
+                self.received += (group.size() - 1) * tensor.nbytes
+            return self.reduce(tensor, dst=dst, group=group)
+
+        def all_gather(parts, tensor, group):
+            # Positions, lengths and results are not counted: they do not scale with width.
+            if tensor.dim() == 4:
+                self.received += (len(parts) - 1) * tensor.nbytes
+            return self.all_gather(parts, tensor, group=group)
+
+        dist.gather, dist.reduce, dist.all_gather = gather, reduce, all_gather
+        return self
+
+    def __exit__(self, *_):
+        dist.gather, dist.reduce, dist.all_gather = self.gather, self.reduce, self.all_gather
+
+
+def own_entropies(rank, size):
+    query, key, mask, sinks = batch()
+    world = dist.group.WORLD
+    found = {}
+    for layout, places in shards(size).items():
+        own = places[rank]
+        for number, options in enumerate(OPTIONS):
+            found[layout, number] = (
+                own,
+                tw.sequence_parallel_entropy(
+                    query[:, :, own],
+                    key[:, :, own],
+                    own,
+                    group=world,
+                    key_mask=mask[:, own],
+                    sinks=sinks,
+                    **options,
+                ),
+            )
+    heads = slice(rank * HEADS // size, (rank + 1) * HEADS // size)
+    kv_heads = slice(rank * KV_HEADS // size, (rank + 1) * KV_HEADS // size)
+    for exchange in ("rows", "distribution", "auto"):
+        for number, options in enumerate(OPTIONS):
+            found[exchange, number] = tw.tensor_parallel_entropy(
+                query[:, heads, 4:],
+                key[:, kv_heads],
+                group=world,
+                key_mask=mask,
+                sinks=sinks[heads],
+                exchange=exchange,
+                **options,
+            )
+    whole = torch.ones_like(mask)
+    clean_query, clean_key = query.nan_to_num(), key.nan_to_num()
+    for exchange in ("rows", "distribution"):
+        with CountedBytes() as counted:
+            tw.tensor_parallel_entropy(
+                clean_query[:, heads], clean_key[:, kv_heads], group=world, exchange=exchange
+            )
+        found["bytes", exchange] = counted.received
+    with CountedBytes() as counted:
+        own = shards(size)["zigzag"][rank]
+        tw.sequence_parallel_entropy(
+            clean_query[:, :, own], clean_key[:, :, own], own, group=world, key_mask=whole[:, own]
+        )
+    found["bytes", "sequence"] = counted.received
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_agree_with_one_process_and_move_the_bytes_they_say(size):
+    query, key, mask, sinks = batch()
+    results = on_ranks(own_entropies, size)
+    for number, options in enumerate(OPTIONS):
+        expected = tw.attention_entropy(query, key, key_mask=mask, sinks=sinks, **options)
+        for layout in shards(size):
+            got = torch.full_like(expected, torch.nan)
+            for result in results:
+                own, entropy = result[layout, number]
+                got[:, own] = entropy
+            torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+        for exchange in ("rows", "distribution", "auto"):
+            for result in results:
+                torch.testing.assert_close(
+                    result[exchange, number], expected[:, 4:], atol=2e-6, rtol=1e-5
+                )
+    shape = {"batch": 2, "kv_heads": KV_HEADS, "dim": DIM, "ranks": size, "element_bytes": 4}
+    said = tw.tensor_parallel_bytes(queries=TOKENS, keys=TOKENS, heads=HEADS, **shape)
+    received = {
+        name: sum(result["bytes", name] for result in results) / size
+        for name in ("rows", "distribution", "sequence")
+    }
+    assert received["distribution"] == pytest.approx(said.distribution, rel=0.01)
+    # Blocks of rows differ by a row where they do not divide.
+    assert received["rows"] == pytest.approx(said.rows, rel=0.05)
+    # Shards travel padded to the longest one.
+    said = tw.sequence_parallel_bytes(keys=TOKENS, **shape)
+    assert said <= received["sequence"] <= said * 1.1
+
+
+def test_short_sequences_move_weights_and_long_ones_move_rows():
+    shape = {"batch": 1, "heads": 32, "kv_heads": 8, "dim": 128, "ranks": 8, "element_bytes": 2}
+    short = tw.tensor_parallel_bytes(queries=256, keys=256, **shape)
+    long = tw.tensor_parallel_bytes(queries=16384, keys=16384, **shape)
+    assert short.distribution < short.rows and long.rows < long.distribution
+
+
+def test_positions_that_miss_a_token_are_refused():
+    query, key, *_ = batch()
+    with pytest.raises(tw.TokenWeightsError, match="permutation"):
+        tw.sequence_parallel_entropy(query, key, torch.arange(1, TOKENS + 1))
+
+
+@pytest.mark.parametrize("exchange", ["rows", "distribution"])
+def test_non_finite_scores_are_refused(exchange):
+    query = torch.full((1, 2, 3, 4), torch.nan)
+    with pytest.raises(tw.TokenWeightsError, match="finite"):
+        tw.tensor_parallel_entropy(query, torch.ones(1, 2, 3, 4), exchange=exchange)

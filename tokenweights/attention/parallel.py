@@ -1,0 +1,369 @@
+"""Attention entropy where the sequence or the heads are spread over ranks, exact on any layout.
+
+The head average sits inside the logarithm, so entropies of parts cannot be combined. What travels
+is therefore the cheaper of keys and queries, from which a rank computes whole rows alone, or the
+averaged weights themselves.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tokenweights._typing import typed
+from tokenweights.attention.api import attention_entropy
+from tokenweights.attention.given_weights import attention_entropy_from_weights
+from tokenweights.attention.reference import visible_keys
+from tokenweights.attention.statistics import EntropyKind
+from tokenweights.distributed import gathered
+
+Exchange = Literal["auto", "rows", "distribution"]
+
+
+@typed
+@torch.no_grad()
+def sequence_parallel_entropy(
+    query: Float[Tensor, "batch heads token dim"],
+    key: Float[Tensor, "batch kv_heads token dim"],
+    positions: Int[Tensor, " token"],
+    *,
+    group: dist.ProcessGroup | None = None,
+    key_mask: Bool[Tensor, "batch token"] | None = None,
+    kind: EntropyKind = "normalized",
+    top_k: int = 256,
+    fixed_k: int = 256,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float[Tensor, " heads"] | None = None,
+) -> Float[Tensor, "batch token"]:
+    """Attention entropy of this rank's tokens of a sequence-parallel batch, in nats.
+
+    Query rows with all their heads are local: under Ulysses before its all-to-all, under ring and
+    zigzag attention always. Only keys travel, once; see `sequence_parallel_bytes`. Rows are worked
+    off in runs of consecutive positions, so contiguous and zigzag shards cost one and two sweeps.
+    No gradient. Memory is the keys of the whole sequence and a block of rows.
+
+    Args:
+        query: Queries of this rank's tokens.
+        key: Keys of this rank's tokens.
+        positions: Position of each of them in the sequence, padding counted; over all ranks every
+            position from 0 occurs once. In any order.
+        group: The ranks that share the sequence, all of which have to call; None if this is all.
+        key_mask: True at this rank's real tokens; None if there is no padding on any rank.
+        kind: As in `attention_entropy`.
+        top_k: As in `attention_entropy`.
+        fixed_k: As in `attention_entropy`.
+        scale: As in `attention_entropy`.
+        window: As in `attention_entropy`.
+        softcap: As in `attention_entropy`.
+        sinks: As in `attention_entropy`.
+
+    Returns:
+        The entropies of this rank's tokens, in their order.
+
+    Raises:
+        TokenWeightsError: As `attention_entropy`, or if positions are not a permutation.
+
+    Example:
+        >>> query, key = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8)
+        >>> sequence_parallel_entropy(query, key, torch.tensor([2, 0, 1]), kind="raw")
+        tensor([[1.0986, 0.0000, 0.6931]])
+    """
+    keys = gathered(key, positions, dim=2, group=group)
+    mask = None
+    if key_mask is not None:
+        mask = gathered(key_mask.to(torch.uint8), positions, dim=1, group=group).bool()
+    entropy = torch.zeros(query.shape[0], query.shape[2], device=query.device)
+    order = positions.argsort()
+    for start, stop in _runs(positions[order]):
+        rows = order[start:stop]
+        seen = int(positions[rows[-1]]) + 1
+        entropy[:, rows] = attention_entropy(
+            query[:, :, rows],
+            keys[:, :, :seen],
+            kind=kind,
+            top_k=top_k,
+            fixed_k=fixed_k,
+            scale=scale,
+            key_mask=None if mask is None else mask[:, :seen],
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+        )
+    return entropy
+
+
+@typed
+@torch.no_grad()
+def tensor_parallel_entropy(
+    query: Float[Tensor, "batch heads query dim"],
+    key: Float[Tensor, "batch kv_heads key dim"],
+    *,
+    group: dist.ProcessGroup | None = None,
+    key_mask: Bool[Tensor, "batch key"] | None = None,
+    kind: EntropyKind = "normalized",
+    top_k: int = 256,
+    fixed_k: int = 256,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float[Tensor, " heads"] | None = None,
+    exchange: Exchange = "auto",
+) -> Float[Tensor, "batch query"]:
+    """Attention entropy where each rank holds some of the heads, the same on every rank, in nats.
+
+    Rows are dealt out in blocks, an early and a late one to each rank, since late rows see more
+    keys. The owner of a block either receives its queries and all keys (`"rows"`), or the averaged
+    weights that the other ranks computed for their heads (`"distribution"`), which is cheaper for
+    short sequences only; see `tensor_parallel_bytes`. No gradient. Memory is the keys of all heads,
+    or a block of rows by the number of keys.
+
+    Args:
+        query: Queries of this rank's heads, as many on every rank.
+        key: Keys of this rank's heads.
+        group: The ranks that share the heads, all of which have to call; None if this is all.
+        key_mask: True at real keys, the same on every rank.
+        kind: As in `attention_entropy`.
+        top_k: As in `attention_entropy`.
+        fixed_k: As in `attention_entropy`.
+        scale: As in `attention_entropy`.
+        window: As in `attention_entropy`.
+        softcap: As in `attention_entropy`.
+        sinks: Sinks of this rank's heads.
+        exchange: What travels; `"auto"` takes what moves fewer bytes.
+
+    Returns:
+        The entropies of all queries.
+
+    Raises:
+        TokenWeightsError: As `attention_entropy`.
+
+    Example:
+        >>> query, key = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8)
+        >>> tensor_parallel_entropy(query, key, kind="raw")
+        tensor([[0.0000, 0.6931, 1.0986]])
+    """
+    ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
+    if exchange == "auto":
+        moved = tensor_parallel_bytes(
+            batch=query.shape[0],
+            queries=query.shape[2],
+            keys=key.shape[2],
+            heads=query.shape[1] * ranks,
+            kv_heads=key.shape[1] * ranks,
+            dim=query.shape[3],
+            ranks=ranks,
+            element_bytes=query.element_size(),
+        )
+        exchange = "rows" if moved.rows <= moved.distribution else "distribution"
+    whole_heads = exchange == "rows"
+    all_keys = _all_heads(key, 1, group) if whole_heads else key
+    all_sinks = _all_heads(sinks, 0, group) if whole_heads and sinks is not None else sinks
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    entropies, owned = [], []
+    for owner, rows in _dealt_blocks(query.shape[2], ranks):
+        seen = key.shape[2] - query.shape[2] + rows.stop
+        mask = None if key_mask is None else key_mask[:, :seen]
+        block, keys = query[:, :, rows], all_keys[:, :, :seen]
+        if whole_heads:
+            part = _gathered_on(owner, block, group)
+        else:
+            part = _mean_weights(block, keys, mask, scale, softcap, window, sinks)
+            part = _summed_on(owner, part, group)
+        if owner != rank:
+            continue
+        if whole_heads:
+            entropy = attention_entropy(
+                part,
+                keys,
+                kind=kind,
+                top_k=top_k,
+                fixed_k=fixed_k,
+                scale=scale,
+                key_mask=mask,
+                window=window,
+                softcap=softcap,
+                sinks=all_sinks,
+            )
+        else:
+            entropy = attention_entropy_from_weights(
+                part[:, None],
+                kind=kind,
+                top_k=top_k,
+                fixed_k=fixed_k,
+                key_mask=mask,
+                window=window,
+            )
+        entropies.append(entropy)
+        owned.append(torch.arange(rows.start, rows.stop, device=query.device))
+    return gathered(torch.cat(entropies, 1), torch.cat(owned), dim=1, group=group)
+
+
+@dataclass(frozen=True)
+class ExchangeBytes:
+    """Bytes that each rank receives on average, by what travels.
+
+    Attributes:
+        rows: Keys of all heads, and the queries of the rank's rows.
+        distribution: Averaged weights of the rank's rows, float32.
+    """
+
+    rows: int
+    distribution: int
+
+
+@typed
+def tensor_parallel_bytes(
+    *,
+    batch: int,
+    queries: int,
+    keys: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    ranks: int,
+    element_bytes: int,
+) -> ExchangeBytes:
+    """Bytes that `tensor_parallel_entropy` moves, per rank on average, results excluded.
+
+    Args:
+        batch: Rows of the batch.
+        queries: Queries of each row.
+        keys: Keys of each row.
+        heads: Query heads over all ranks.
+        kv_heads: Key heads over all ranks.
+        dim: Width of a head.
+        ranks: Ranks that share the heads.
+        element_bytes: Bytes of one number of query and key.
+
+    Returns:
+        Bytes for either exchange.
+
+    Example:
+        >>> tensor_parallel_bytes(
+        ...     batch=1,
+        ...     queries=16384,
+        ...     keys=16384,
+        ...     heads=32,
+        ...     kv_heads=8,
+        ...     dim=128,
+        ...     ranks=8,
+        ...     element_bytes=2,
+        ... )
+        ExchangeBytes(rows=44040192, distribution=499122176)
+    """
+    others = ranks - 1
+    key_numbers = batch * keys * kv_heads * dim
+    query_numbers = batch * queries * heads * dim // ranks
+    weights = sum(
+        (rows.stop - rows.start) * (keys - queries + rows.stop)
+        for _, rows in _dealt_blocks(queries, ranks)
+    )
+    return ExchangeBytes(
+        rows=others * (key_numbers + query_numbers) * element_bytes // ranks,
+        distribution=others * batch * weights * 4 // ranks,
+    )
+
+
+@typed
+def sequence_parallel_bytes(
+    *, batch: int, keys: int, kv_heads: int, dim: int, ranks: int, element_bytes: int
+) -> int:
+    """Bytes that `sequence_parallel_entropy` moves, per rank on average, positions excluded.
+
+    Args:
+        batch: Rows of the batch.
+        keys: Tokens of the whole sequence.
+        kv_heads: Key heads.
+        dim: Width of a head.
+        ranks: Ranks that share the sequence.
+        element_bytes: Bytes of one number of the keys.
+
+    Returns:
+        Bytes.
+
+    Example:
+        >>> sequence_parallel_bytes(
+        ...     batch=1, keys=16384, kv_heads=8, dim=128, ranks=8, element_bytes=2
+        ... )
+        29360128
+    """
+    return batch * keys * kv_heads * dim * element_bytes * (ranks - 1) // ranks
+
+
+def _runs(positions: Int[Tensor, " token"]) -> Iterator[tuple[int, int]]:
+    """Bounds of the stretches in which ascending positions are consecutive."""
+    breaks = (positions.diff() != 1).nonzero().flatten() + 1
+    bounds = [0, *breaks.tolist(), len(positions)]
+    yield from ((start, stop) for start, stop in itertools.pairwise(bounds) if stop)
+
+
+def _dealt_blocks(queries: int, ranks: int) -> Iterator[tuple[int, slice]]:
+    """Blocks of rows and their owners: rank r owns the r-th block and the r-th from the end."""
+    for block in range(2 * ranks):
+        owner = min(block, 2 * ranks - 1 - block)
+        yield owner, slice(block * queries // (2 * ranks), (block + 1) * queries // (2 * ranks))
+
+
+def _all_heads(values: Tensor, dim: int, group: dist.ProcessGroup | None) -> Tensor:
+    own = values.shape[dim]
+    first = 0 if group is None else group.rank() * own
+    places = torch.arange(first, first + own, device=values.device)
+    return gathered(values, places, dim=dim, group=group)
+
+
+def _gathered_on(owner: int, block: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The queries of a block with the heads of all ranks, on the owner; anything elsewhere."""
+    block = block.contiguous()
+    if group is None:
+        return block
+    parts = [torch.empty_like(block) for _ in range(group.size())]
+    receiver = dist.get_global_rank(group, owner)
+    dist.gather(block, parts if group.rank() == owner else None, dst=receiver, group=group)
+    return torch.cat(parts, 1)
+
+
+def _summed_on(owner: int, weights: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The mean over ranks, on the owner; anything elsewhere."""
+    if group is None:
+        return weights
+    dist.reduce(weights, dst=dist.get_global_rank(group, owner), group=group)
+    return weights / group.size()
+
+
+def _mean_weights(
+    query: Float[Tensor, "batch heads query dim"],
+    key: Float[Tensor, "batch kv_heads key dim"],
+    key_mask: Bool[Tensor, "batch key"] | None,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    sinks: Float[Tensor, " heads"] | None,
+) -> Float[Tensor, "batch query key"]:
+    """Attention weights of a block of rows, averaged over this rank's heads."""
+    if key_mask is None:
+        key_mask = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
+    visible = visible_keys(key_mask, queries=query.shape[2], causal=True, window=window)
+    # Padding may hold anything, NaN included: 0 * NaN must not enter a product.
+    key = torch.where(key_mask[:, None, :, None], key, 0).float()
+    asked = key_mask[:, None, key.shape[2] - query.shape[2] :, None]
+    query = torch.where(asked, query, 0).float()
+    group = query.shape[1] // key.shape[1]
+    total = query.new_zeros(visible.shape)
+    for head in range(query.shape[1]):
+        score = query[:, head] @ key[:, head // group].transpose(1, 2) * scale
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        score = score.masked_fill(~visible, -torch.inf)
+        denominator = score.logsumexp(-1, keepdim=True)
+        if sinks is not None:
+            denominator = torch.logaddexp(denominator, sinks[head].float())
+        # A padded query sees nothing: -inf - -inf. At real positions a NaN stays, to be refused.
+        total += torch.where(visible, (score - denominator).exp(), 0.0)
+    return total / query.shape[1]
