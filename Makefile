@@ -49,10 +49,10 @@ bench: $(READY)  ## Run the benchmarks on this machine
 	@$(BIN)/python -m pytest benchmarks --benchmark-only -o filterwarnings=default
 
 docs: $(READY)  ## Build the documentation site into site/, warnings being errors
-	@$(BIN)/zensical build --strict
+	@PYTHONPATH=docs/extensions $(BIN)/zensical build --clean --strict
 
 policy: $(READY)  ## Train the embedded policy anew, from nothing
 	@$(BIN)/python -m tokenweights_lab.warm_start
 
 clean:  ## Remove the virtual environment and everything that was built
-	rm -rf $(VENV) build site runs .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build site runs .cache .pytest_cache .ruff_cache .hypothesis .benchmarks

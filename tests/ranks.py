@@ -1,8 +1,12 @@
-"""Runs a function on real gloo ranks, each a process of its own."""
+"""Runs functions on real gloo ranks, each a process of its own."""
 
+import io
 import tempfile
+import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -10,20 +14,73 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
+class Ranks:
+    """A pool of gloo ranks that live until the context ends, so that many calls cost one start."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self._folder = tempfile.TemporaryDirectory()
+        context = mp.get_context("spawn")
+        self._pipes, self._processes = [], []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            arguments = (rank, size, self._folder.name, theirs)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Results of `function(rank, size, *arguments)` on every rank, in rank order."""
+        task = _packed((function, arguments))
+        for pipe in self._pipes:
+            pipe.send_bytes(task)
+        answers = [_unpacked(pipe.recv_bytes()) for pipe in self._pipes]
+        for failed, answer in answers:
+            if failed:
+                raise AssertionError(f"a rank failed:\n{answer}")
+        return [answer for _, answer in answers]
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join()
+        self._folder.cleanup()
+
+
 def on_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:
-    """Results of `function(rank, size, *arguments)` on every rank, in rank order."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(
-            _rank, args=(size, folder, function, arguments), nprocs=size, start_method="spawn"
-        )
-        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(size)]
+    """Results of `function(rank, size, *arguments)` on `size` fresh ranks, in rank order."""
+    with Ranks(size) as ranks:
+        return ranks(function, *arguments)
 
 
-def _rank(rank: int, size: int, folder: str, function: Callable, arguments: tuple) -> None:
+def _serve(rank: int, size: int, folder: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size
-    )
-    torch.save(function(rank, size, *arguments), Path(folder) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    store = f"file://{Path(folder)}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+    while True:
+        function, arguments = _unpacked(pipe.recv_bytes())
+        try:
+            answer = (False, function(rank, size, *arguments))
+        except Exception:
+            answer = (True, traceback.format_exc())
+        pipe.send_bytes(_packed(answer))
+
+
+def _packed(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpacked(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), weights_only=False)

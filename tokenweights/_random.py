@@ -19,7 +19,7 @@ def random_keys(
 
 
 def _mixed(values: Tensor) -> Tensor:
-    """The finaliser of SplitMix64, in int64 arithmetic that wraps around."""
+    """The finalizer of SplitMix64, in int64 arithmetic that wraps around."""
     values = values + _GOLDEN
     values = (values ^ _shifted(values, 30)) * _signed(0xBF58476D1CE4E5B9)
     values = (values ^ _shifted(values, 27)) * _signed(0x94D049BB133111EB)

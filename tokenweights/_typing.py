@@ -13,8 +13,9 @@
 """
 
 import functools
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar, cast
+import random
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec, TypeVar, cast, get_args, get_origin
 
 import torch
 from beartype import BeartypeConf, beartype
@@ -49,6 +50,8 @@ def typed(function: Callable[P, R]) -> Callable[P, R]:
         6.0
     """
     checked = jaxtyped(function, typechecker=_checker)
+    if any(_holds_items(hint) for hint in function.__annotations__.values()):
+        checked = _leaving_random_alone(checked)
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -57,3 +60,27 @@ def typed(function: Callable[P, R]) -> Callable[P, R]:
         return checked(*args, **kwargs)
 
     return cast("Callable[P, R]", wrapper)
+
+
+def _leaving_random_alone(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, with Python's random state put back after its arguments were checked.
+
+    Of a sequence the checker looks at one random item, drawn from the global generator.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        state = random.getstate()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            random.setstate(state)
+
+    return wrapper
+
+
+def _holds_items(hint: Any) -> bool:
+    origin = get_origin(hint)
+    if isinstance(origin, type) and issubclass(origin, Iterable):
+        return True
+    return any(_holds_items(part) for part in get_args(hint))

@@ -1,7 +1,7 @@
 """Taps query and key of chosen layers of a transformers model, under any attention backend.
 
 A transformers attention module looks its attention function up at every forward and hands it query
-and key after normalisation and rotary embedding, before grouped heads are repeated. The tap stands
+and key after normalization and rotary embedding, before grouped heads are repeated. The tap stands
 in for that function, under the same registry key, and passes every call on unchanged: the model
 computes what it always does, with the mask it always builds.
 """

@@ -66,9 +66,9 @@ def constant_schedule(value: float) -> Schedule:
 
 @typed
 def linear_schedule(init_value: float, end_value: float, transition_steps: int) -> Schedule:
-    """A straight line from `init_value` at step 0 to `end_value` at `transition_steps`, then flat.
+    r"""A straight line from `init_value` at step 0 to `end_value` at `transition_steps`, then flat.
 
-    This is Eq. 29 and Eq. 30: $v(s) = v_0 + r_s (v_1 - v_0)$ with $r_s = min(s / S, 1)$.
+    This is Eq. 29 and Eq. 30: $v(s) = v_0 + r_s (v_1 - v_0)$ with $r_s = \min(s / S, 1)$.
 
     Args:
         init_value: Value at step 0.
@@ -92,9 +92,9 @@ def linear_schedule(init_value: float, end_value: float, transition_steps: int) 
 
 @typed
 def cosine_schedule(init_value: float, end_value: float, transition_steps: int) -> Schedule:
-    """Half a cosine from `init_value` at step 0 to `end_value` at `transition_steps`, then flat.
+    r"""Half a cosine from `init_value` at step 0 to `end_value` at `transition_steps`, then flat.
 
-    $v(s) = v_0 + (1 - cos(pi r_s)) / 2 * (v_1 - v_0)$ with $r_s = min(s / S, 1)$.
+    $v(s) = v_0 + \tfrac{1}{2} (1 - \cos \pi r_s) (v_1 - v_0)$ with $r_s = \min(s / S, 1)$.
 
     Args:
         init_value: Value at step 0.
@@ -179,8 +179,8 @@ def low_to_high(warmup_steps: int) -> EndpointSchedule:
     """The paper's Low2High: weight moves from low-scored to high-scored tokens (Eq. 29, 30).
 
     Args:
-        warmup_steps: Steps from `Endpoints(1, 0)` to `Endpoints(0, 1)`. The paper does not print
-            its value.
+        warmup_steps: Steps from `Endpoints(1, 0)` to `Endpoints(0, 1)`. The paper's text does
+            not give its value.
 
     Returns:
         `step -> Endpoints`.

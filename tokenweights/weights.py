@@ -46,17 +46,20 @@ def score_extrema(
         group: The ranks that share the rollout batch; None if these tokens are all there is.
 
     Returns:
-        The same extrema on every rank.
+        The same float64 extrema on every rank.
 
     Raises:
         TokenWeightsError: If a valid score is not finite.
 
     Example:
-        >>> score_extrema(torch.tensor([[0.2, 0.9]]), torch.ones(1, 2, dtype=torch.bool))
-        ScoreExtrema(minimum=tensor(0.2000), maximum=tensor(0.9000))
+        >>> extrema = score_extrema(torch.tensor([[0.25, 0.75]]), torch.ones(1, 2).bool())
+        >>> extrema.minimum.item(), extrema.maximum.item()
+        (0.25, 0.75)
     """
     require_finite("score_extrema", "scores", scores, mask)
-    return ScoreExtrema(*global_extrema(*masked_extrema(scores.detach(), mask), group=group))
+    # One dtype whatever the scores' own, so that a rank without rows cannot disagree on it.
+    wide = scores.detach().to(accumulator_dtype(scores.device))
+    return ScoreExtrema(*global_extrema(*masked_extrema(wide, mask), group=group))
 
 
 @typed
@@ -108,7 +111,7 @@ def endpoint_weights(
 
     Eq. 28: $w_t = (1 - \bar\alpha_t) w_{low} + \bar\alpha_t w_{high}$, where $\bar\alpha$ is the
     softmax of the scores rescaled to [0, 1] over the rollout batch (Eq. 26, 27). The softmax's
-    normaliser cancels, so the stable form computes
+    normalizer cancels, so the stable form computes
     $\bar\alpha_t = \mathrm{expm1}((H_t - H_{\min})/\tau) / \mathrm{expm1}((H_{\max} -
     H_{\min})/\tau)$ without overflow at any temperature. A small $\tau$ raises only the top scores;
     a large one gives plain min-max scaling. If all scores are equal, $\bar\alpha = 0$.
@@ -123,7 +126,7 @@ def endpoint_weights(
         scores: One score for each response token, finite under the mask.
         mask: True for valid response tokens.
         endpoints: Weights at the lowest and at the highest score.
-        temperature: $\tau > 0$, in the scores' unit. The paper does not print its value.
+        temperature: $\tau > 0$, in the scores' unit. The paper's text does not give its value.
         extrema: Extrema over the rollout batch; taken from these scores, over `group`, if None.
             Pass them whenever `scores` is only a part of the batch.
         form: `"stable"` or `"literal"`.

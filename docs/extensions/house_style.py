@@ -14,8 +14,11 @@ class HouseStyle(griffe.Extension):
         if obj.docstring is not None:
             obj.docstring.value = obj.docstring.value.replace("\nExample:\n", "\nExamples:\n")
 
-    def on_function(self, *, func: griffe.Function, **options: Any) -> None:
-        pass
-
-    def on_function_node(self, *, node: Any, agent: Any, **options: Any) -> None:
-        pass
+    def on_function_instance(
+        self, *, node: ast.FunctionDef, func: griffe.Function, **options: Any
+    ) -> None:
+        """Takes annotations with a `#` as they stand; it would begin a comment in a type."""
+        for argument in (*node.args.args, *node.args.kwonlyargs):
+            source = ast.unparse(argument.annotation) if argument.annotation else ""
+            if "#" in source:
+                func.parameters[argument.arg].annotation = source

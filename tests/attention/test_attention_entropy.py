@@ -78,6 +78,10 @@ def test_known_weights_give_the_entropies_of_the_paper():
     assert entropy["raw"] == pytest.approx(1.75 * math.log(2), abs=1e-6)
     assert entropy["normalized"] == pytest.approx(1.75 / 2, abs=1e-6)
     assert entropy["topk"] == pytest.approx(two_thirds, abs=1e-6)
+    support = attention_statistics(
+        query, key, kinds=("support_size",), scale=1.0, support_mass=(0.4, 0.6, 0.8, 0.95, 1.0)
+    )
+    assert support.support_size.tolist() == [[[1, 2, 3, 4, 4]]]
     first_three = torch.tensor([4.0, 2.0, 1.0]) / 7
     assert entropy["fixed"] == pytest.approx(float(torch.special.entr(first_three).sum()), abs=1e-6)
 

@@ -1,6 +1,7 @@
 """The reference lists every public name once, and the navigation every page once."""
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
@@ -44,3 +45,16 @@ def test_the_navigation_lists_every_page_once():
     navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
     existing = [page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")]
     assert sorted(pages(navigation)) == sorted(existing)
+
+
+def test_the_glossary_explains_every_axis_of_the_public_functions():
+    annotation = re.compile(r"\[Tensor, ['\"]([^'\"]*)['\"]\]")
+    used = set()
+    for label in tokenweights.__all__:
+        value = getattr(tokenweights, label)
+        if not (inspect.isclass(value) and issubclass(value, Exception)):
+            for axes in annotation.findall(str(inspect.signature(value))):
+                used |= set(re.sub("[#*]", "", axes).split())
+    rows = re.findall(r"^\| (`.*?) \|", (DOCS / "shapes.md").read_text(), re.M)
+    assert {"batch", "token"} < used
+    assert used == set(re.findall(r"`(\w+)`", " ".join(rows)))

@@ -59,8 +59,8 @@ def attention_entropy(
 
     - `raw`: $H_t = -\sum_j a_{t,j} \log a_{t,j}$, in $[0, \log N_t]$;
     - `normalized`: $H_t / \log N_t$, in $[0, 1]$, and 0 where $N_t = 1$;
-    - `topk`: the entropy of the `top_k` largest weights, renormalised;
-    - `fixed`: the entropy of the first `fixed_k` visible keys, renormalised.
+    - `topk`: the entropy of the `top_k` largest weights, renormalized;
+    - `fixed`: the entropy of the first `fixed_k` visible keys, renormalized.
 
     The queries are the last positions of the keys. Positions count real tokens, so every layout of
     the same tokens gives the same numbers; a query at a padded position has value 0, and padded
@@ -80,7 +80,7 @@ def attention_entropy(
         window: Number of keys a query sees, itself included (sliding-window attention).
         softcap: Bounds the scaled scores: `softcap * tanh(score / softcap)`.
         sinks: One extra logit per head in the denominator. The averaged weights are then
-            renormalised over the visible keys.
+            renormalized over the visible keys.
         lse: Natural log of the softmax denominators of these logits, sinks included, as flash
             attention returns it. Saves work, above all for `fixed`, which then reads `fixed_k` keys
             per query. It is verified: the weights of each row must sum to one within 1e-3 (for
@@ -246,7 +246,7 @@ def attention_statistics(
     of keys whose weights sum to a share of the visible mass (`batch query mass`);
     `mean_distance` $\sum_j a_{t,j} |t - j|$ in real tokens; `local_mass`, the share of mass at
     distances below `local_window`, and `nonlocal_mass`, the rest; `max_weight`; and `row_mass`, the
-    sum of the weights before renormalisation. Ranges: support sizes in $[1, N_t]$, shares in
+    sum of the weights before renormalization. Ranges: support sizes in $[1, N_t]$, shares in
     $[0, 1]$. A support size may be off by one where the cumulative mass meets the threshold within
     float32 rounding. Only what is asked for is computed; `support_size` sorts every row and costs
     most. No gradient. Memory as in `attention_entropy`.

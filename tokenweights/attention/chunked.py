@@ -52,7 +52,7 @@ class Workspace:
         self._flat: dict[str, Tensor] = {}
 
     def buffer(self, name: str, *shape: int) -> Tensor:
-        """An uninitialised contiguous tensor, overwritten by the next call with this name."""
+        """An uninitialized contiguous tensor, overwritten by the next call with this name."""
         size = math.prod(shape)
         flat = self._flat.get(name)
         if flat is None or flat.numel() < size:

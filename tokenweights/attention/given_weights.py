@@ -37,7 +37,7 @@ def attention_entropy_from_weights(
 
     The entropies of `attention_entropy` (Eq. 2, 12-15) for a model that returns its attention
     probabilities. Which keys a query sees, and so $N_t$, follows from the same arguments; weights
-    outside are ignored, and the averaged weights are renormalised over the visible keys. No
+    outside are ignored, and the averaged weights are renormalized over the visible keys. No
     gradient. Memory beyond the matrix itself is a block of its rows.
 
     Args:

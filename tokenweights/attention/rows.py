@@ -153,7 +153,7 @@ def row_statistics(
     if "max_weight" in kinds:
         results["max_weight"] = weights.amax(-1) / mass
     if kinds & {"raw", "normalized"}:
-        raw = _renormalised_entropy(weights, count)
+        raw = _renormalized_entropy(weights, count)
         # A single visible key has entropy 0 and log N_t = 0: the quotient is 0 by convention.
         results |= {"raw": raw, "normalized": raw / count.float().log().clamp_min(TINY)}
     if "fixed" in kinds:
@@ -178,7 +178,7 @@ def log_row_statistics(
         first = log_weights.masked_fill(hidden, torch.finfo(log_weights.dtype).min / 2)
         first = (first - first.amax(-1, keepdim=True)).exp()
         bound = block.visible_count.clamp_max(request.fixed_k)
-        results["fixed"] = _renormalised_entropy(first, bound)
+        results["fixed"] = _renormalized_entropy(first, bound)
     return results
 
 
@@ -190,7 +190,7 @@ def _fixed_entropy(
         weights = weights[..., :fixed_k]
     else:
         weights = weights * _is_first_key(block, fixed_k)
-    entropy = _renormalised_entropy(weights, block.visible_count.clamp_max(fixed_k))
+    entropy = _renormalized_entropy(weights, block.visible_count.clamp_max(fixed_k))
     return torch.where(weights.sum(-1) > least_mass, entropy, torch.nan)
 
 
@@ -198,10 +198,10 @@ def _is_first_key(block: RowBlock, fixed_k: int) -> Bool[Tensor, "query key"]:
     return block.key_position < (block.first_visible + fixed_k)[:, None]
 
 
-def _renormalised_entropy(
+def _renormalized_entropy(
     weights: Float[Tensor, "heads query key"], bound: Int[Tensor, " query"]
 ) -> Float[Tensor, "heads query"]:
-    # With M the sum of the weights, H = log M - (sum p log p) / M needs no normalised copy.
+    # With M the sum of the weights, H = log M - (sum p log p) / M needs no normalized copy.
     mass = weights.sum(-1)
     log_weights = weights.clamp_min(TINY).log_()
     return _clamp_entropy(mass.log() - log_weights.mul_(weights).sum(-1) / mass, bound)
@@ -233,7 +233,7 @@ def _selections(
     else:
         largest = weights
     if "topk" in request.kinds:
-        results["topk"] = _renormalised_entropy(largest, count.clamp_max(request.top_k))
+        results["topk"] = _renormalized_entropy(largest, count.clamp_max(request.top_k))
     return results
 
 

@@ -44,14 +44,14 @@ class AttentionStatistics:
     Attributes:
         raw: Entropy in nats (Eq. 12).
         normalized: Entropy over the logarithm of the number of visible keys, in [0, 1] (Eq. 13).
-        topk: Entropy in nats of the k largest weights, renormalised (Eq. 14).
-        fixed: Entropy in nats of the first K visible keys, renormalised (Eq. 15).
+        topk: Entropy in nats of the k largest weights, renormalized (Eq. 14).
+        fixed: Entropy in nats of the first K visible keys, renormalized (Eq. 15).
         support_size: For each mass, the least number of keys whose weights sum to it.
         mean_distance: Mean distance from query to key, in real tokens.
         local_mass: Share of the visible mass on keys nearer than the local window.
         nonlocal_mass: The remaining share.
         max_weight: Largest weight.
-        row_mass: Sum of the weights before renormalisation: 1 up to rounding, less with sinks.
+        row_mass: Sum of the weights before renormalization: 1 up to rounding, less with sinks.
     """
 
     raw: Float[Tensor, "batch *heads query"] | None = None

@@ -14,8 +14,8 @@ def recipe_description(made: "Recipe") -> str:
         kinds = {
             "raw": "H = -sum a log a  (Eq. 12)",
             "normalized": "H = -sum a log a / log N  (Eq. 13)",
-            "topk": f"H over the {made.top_k} largest a, renormalised  (Eq. 14)",
-            "fixed": f"H over the first {made.fixed_k} positions, renormalised  (Eq. 15)",
+            "topk": f"H over the {made.top_k} largest a, renormalized  (Eq. 14)",
+            "fixed": f"H over the first {made.fixed_k} positions, renormalized  (Eq. 15)",
         }
         lines.append(f"signal   attention entropy, {kinds[made.entropy_kind]}")
         lines.append(f"         layer {layers}, {made.alignment} row of each token")

@@ -76,10 +76,10 @@ class Recipe:
         high: Weight at the highest score, at the start and at the end of the schedule.
         schedule: `"linear"` (Eq. 29, 30), `"cosine"`, `"step"` (a jump at `warmup_steps`), or
             `"constant"` (the start values for good).
-        warmup_steps: Length of the schedule. The paper does not print its value; 100 is ours.
-        temperature: Of the softmax in Eq. 26. The paper does not print its value; 1 is ours.
+        warmup_steps: Length of the schedule. The paper's text does not give its value; 100 is ours.
+        temperature: Of the softmax in Eq. 26. The paper's text does not give its value; 1 is ours.
         form: `"stable"`, or `"literal"` for Eq. 26 and 27 as printed.
-        eps: Epsilon of the literal form. The paper does not print its value.
+        eps: Epsilon of the literal form. The paper's text does not give its value.
         layers: Attention layers that are probed; None for the middle layer.
         layer_reduction: How scores of several layers become one: their mean, or the mean of their
             ranks within the response, scaled to [0, 1].

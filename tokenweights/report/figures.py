@@ -45,7 +45,7 @@ def learning_figure(metrics: Metrics, evaluations: Metrics = ()) -> "matplotlib.
         ['Training reward', 'Held-out accuracy']
     """
     names = accuracy_names(evaluations)
-    colours = (style.ACCENT, style.SECOND, style.INK, style.MUTED)
+    colors = (style.ACCENT, style.SECOND, style.INK, style.MUTED)
     with style.figure_style():
         figure = _figure(width=8.0, height=3.1)
         reward, accuracy = figure.subplots(1, 2)
@@ -59,8 +59,8 @@ def learning_figure(metrics: Metrics, evaluations: Metrics = ()) -> "matplotlib.
         _draw(reward, [("", style.ACCENT, steps, values)])
         accuracy.set_title("Held-out accuracy")
         lines = [
-            (name, colour, *_series(evaluations, f"accuracy/{name}"))
-            for name, colour in zip(names, colours * len(names), strict=False)
+            (name, color, *_series(evaluations, f"accuracy/{name}"))
+            for name, color in zip(names, colors * len(names), strict=False)
         ]
         accuracy.yaxis.set_major_formatter(_percent)
         _draw(accuracy, lines, from_zero=True)
@@ -96,13 +96,13 @@ def dynamics_figure(metrics: Metrics) -> "matplotlib.figure.Figure":
         entropy, length = figure.subplots(1, 2, width_ratios=(3, 2))
         entropy.set_title("Attention entropy, mean ± std of tokens")
         lines = []
-        for label, colour, key in groups:
+        for label, color, key in groups:
             steps, mean = _series(metrics, f"{key}_mean")
             spread = dict(zip(*_series(metrics, f"{key}_std"), strict=True))
             low = [m - spread.get(step, math.nan) for step, m in zip(steps, mean, strict=True)]
             high = [m + spread.get(step, math.nan) for step, m in zip(steps, mean, strict=True)]
-            entropy.fill_between(steps, low, high, color=colour, alpha=0.13, linewidth=0)
-            lines.append((label, colour, steps, mean))
+            entropy.fill_between(steps, low, high, color=color, alpha=0.13, linewidth=0)
+            lines.append((label, color, steps, mean))
         _draw(entropy, lines)
         length.set_title("Mean response length, tokens")
         _draw(
@@ -213,18 +213,18 @@ def _draw(
     *,
     from_zero: bool = False,
 ) -> None:
-    """Draws `(name, colour, steps, values)` lines named at their ends, or says "not recorded"."""
+    """Draws `(name, color, steps, values)` lines named at their ends, or says "not recorded"."""
     from matplotlib.ticker import MaxNLocator
 
     labels = []
-    for name, colour, steps, values in lines:
+    for name, color, steps, values in lines:
         ends = [(x, y) for x, y in zip(steps, values, strict=True) if y == y][-1:]
         if not ends:
             continue
         # A line shows no single point, so a short series gets a dot per value.
         marker = "o" if len(values) <= _DOTTED else ""
-        axes.plot(steps, values, color=colour, marker=marker, markersize=4, clip_on=False)
-        labels += [(*end, name, colour) for end in ends]
+        axes.plot(steps, values, color=color, marker=marker, markersize=4, clip_on=False)
+        labels += [(*end, name, color) for end in ends]
     if not labels:
         place = {"transform": axes.transAxes, "ha": "center", "va": "center"}
         axes.text(0.5, 0.5, "not recorded", color=style.MUTED, **place)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Blue and orange stay apart under every common colour blindness, and in grey by lightness.
+# Blue and orange stay apart under every common color blindness, and in grey by lightness.
 INK, MUTED, GRID = "#1c1e21", "#62666d", "#e6e5e0"
 ANCHOR, EXPLORER, ALL = "#1f6fb2", "#c8560b", "#6b7079"
 ACCENT, SECOND = "#2f5d62", "#8a4f7d"
@@ -74,24 +74,24 @@ def figure_style() -> Iterator[None]:
 
 
 def label_lines(axes: "Axes", labels: Sequence[tuple[float, float, str, str]]) -> None:
-    """Writes each line's name at its right end, in its colour, moved apart where names would touch.
+    """Writes each line's name at its right end, in its color, moved apart where names would touch.
 
     Args:
         axes: Axes whose vertical limits are final.
-        labels: `(x, y, text, colour)` of each line's last point.
+        labels: `(x, y, text, color)` of each line's last point.
     """
     low, high = axes.get_ylim()
     height = axes.get_window_extent().height / axes.figure.dpi * 72
     points = sorted(labels, key=lambda label: label[1])
     heights = _apart([(y - low) / (high - low) * height for _, y, _, _ in points], gap=11.5)
-    for (x, y, text, colour), placed in zip(points, heights, strict=True):
+    for (x, y, text, color), placed in zip(points, heights, strict=True):
         offset = placed - (y - low) / (high - low) * height
         axes.annotate(
             text,
             (x, y),
             xytext=(6, offset),
             textcoords="offset points",
-            color=colour,
+            color=color,
             fontsize=9,
             va="center",
             annotation_clip=False,
@@ -100,9 +100,9 @@ def label_lines(axes: "Axes", labels: Sequence[tuple[float, float, str, str]]) -
 
 
 def figure_svg(figure: "Figure", *, name: str) -> str:
-    """A figure as an SVG element that follows the colours of the page around it.
+    """A figure as an SVG element that follows the colors of the page around it.
 
-    The colours of this file become CSS variables with the drawn colour as fallback, and text stays
+    The colors of this file become CSS variables with the drawn color as fallback, and text stays
     text. Ids carry `name`, so that several figures can stand in one page.
 
     Args:
@@ -119,8 +119,8 @@ def figure_svg(figure: "Figure", *, name: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r"(\bid=\"|url\(#|href=\"#)", rf"\1{name}-", text)
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, f"var(--{variable}, {colour})")
+    for color, variable in _VARIABLES.items():
+        text = text.replace(color, f"var(--{variable}, {color})")
     return text
 
 

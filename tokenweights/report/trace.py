@@ -42,9 +42,9 @@ def token_trace_html(
     caption: str = "",
     entropy_kind: EntropyKind = "normalized",
 ) -> str:
-    """One response as a self-contained HTML page, coloured by attention entropy.
+    """One response as a self-contained HTML page, colored by attention entropy.
 
-    The colours run from the lowest to the highest attention entropy of the response. Hovering or
+    The colors run from the lowest to the highest attention entropy of the response. Hovering or
     focusing a token shows all its values. Token text is shown as text whatever it holds.
 
     Args:
@@ -102,7 +102,7 @@ def token_trace_html(
 
 @typed
 def trace_page_html(records: Iterable[TokenRecord], *, title: str = "Token traces") -> str:
-    """Several responses on one self-contained HTML page, with common colour and bar scales.
+    """Several responses on one self-contained HTML page, with common color and bar scales.
 
     Args:
         records: Responses in the order of the page, all with one `entropy_kind`.

@@ -20,14 +20,19 @@ from tokenweights.report import (
     run_report_html,
     weights_figure,
 )
-from tokenweights_lab import load_policy, load_tokenizer, problem, problems
-from tokenweights_lab.evaluation import accuracy
+from tokenweights_lab import (
+    MAX_COMPLETION_TOKENS,
+    accuracy,
+    load_policy,
+    load_tokenizer,
+    problems,
+)
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer
 
-PROMPTS, SAMPLES, MAX_LENGTH = 16, 8, 64
+PROMPTS, SAMPLES = 16, 8
 HELD_OUT = 48
 FIGURES = {"learning": learning_figure, "dynamics": dynamics_figure, "weights": weights_figure}
 
@@ -40,6 +45,7 @@ class Progress(TrainerCallback):
         self.bar = tqdm(total=steps, desc="training", unit="step")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Record and show what TRL logged for a step."""
         if not logs or "reward" not in logs:
             return
         append_metrics(self.metrics, {"step": state.global_step} | _numbers(logs))
@@ -72,6 +78,7 @@ def main() -> int:
 
     class Evaluations(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            """Evaluate on the way, every 20 steps."""
             if state.global_step % 20 == 0 and state.global_step < options.steps:
                 evaluate(state.global_step)
 
@@ -120,7 +127,7 @@ def _rewards(completions: list[str], answer: list[str], **_: Any) -> list[float]
 
 
 def _prompts(options: argparse.Namespace) -> Dataset:
-    drawn = [problem(options.seed, index) for index in range(PROMPTS * options.steps)]
+    drawn = problems("train", PROMPTS * options.steps, seed=options.seed)
     return Dataset.from_list([{"prompt": p.prompt, "answer": p.answer} for p in drawn])
 
 
@@ -133,9 +140,9 @@ def _arguments(options: argparse.Namespace, folder: Path) -> TokenWeightsGRPOCon
         loss_type="dapo",
         per_device_train_batch_size=PROMPTS * SAMPLES,
         num_generations=SAMPLES,
-        max_completion_length=MAX_LENGTH,
+        max_completion_length=MAX_COMPLETION_TOKENS,
         max_steps=options.steps,
-        learning_rate=2e-4,
+        learning_rate=1e-4,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=min(5, options.steps),
         epsilon=0.2,

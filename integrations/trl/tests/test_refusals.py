@@ -2,7 +2,7 @@
 
 import pytest
 import tiny
-from tokenweights._errors import TokenWeightsError
+from tokenweights import TokenWeightsError
 from transformers import OPTConfig, OPTForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 

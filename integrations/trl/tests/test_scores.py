@@ -13,12 +13,13 @@ class Recorder(TokenWeightsGRPOTrainer):
         return super()._weighted(output, scores)
 
 
-def rollout(folder, model=None, **changes):
+def rollout(folder, model=None, prepare=lambda model: None, **changes):
     """One rollout batch of eight different prompts, and its scores."""
     trainer = tiny.trainer(
         Recorder, TokenWeightsGRPOConfig, folder, model=model, **{"recipe": "low2high", **changes}
     )
     trainer.model.train()
+    prepare(trainer.model)
     torch.manual_seed(3)
     output = trainer._generate_and_score_completions([{"prompt": p} for p in tiny.PROMPTS])
     return trainer, output, trainer.seen[1]
@@ -84,6 +85,35 @@ def test_a_sliding_window_that_drops_keys_needs_a_scoring_pass(tmp_path):
     assert scores.isfinite().all()
 
 
+def test_tokens_that_a_tool_wrote_count_nowhere(tmp_path):
+    """A rollout function generates elsewhere, and says which tokens are the policy's."""
+    ids = [[3, 4, 5, 6, 7, 1], [3, 4, 5, 1], [8, 9, 1], [10, 1]]
+    own = [[1, 0, 0, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1], [1, 1]]
+
+    def rollout_func(prompts, trainer):
+        prompt_ids = [tiny.tokenizer()(prompt).input_ids for prompt in prompts]
+        log_probs = [[0.0] * len(row) for row in ids * 2]
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": ids * 2,
+            "logprobs": log_probs,
+            "env_mask": own * 2,
+        }
+
+    trainer, output, scores = rollout(tmp_path, rollout_func=rollout_func)
+    assert trainer.score_source == "scoring_pass"
+    mask = output["tool_mask"].bool() & output["completion_mask"].bool()
+    assert mask.sum() == 2 * sum(map(sum, own)) < output["completion_mask"].sum()
+    assert (scores - eager_entropy(trainer.model, output, (2,)))[mask].abs().max() <= 1e-5
+    assert (output["advantages"] == 0)[~mask].all()
+    # At step 0 the lowest of the counted scores weighs 1, and the highest 0.
+    low, high = scores[mask].min(), scores[mask].max()
+    rescaled = torch.expm1(scores - low) / torch.expm1(high - low)
+    plain = trainer.seen[0]["advantages"][:, None]
+    expected = torch.where(mask, plain * (1 - rescaled), 0.0)
+    torch.testing.assert_close(output["advantages"], expected)
+
+
 @pytest.mark.parametrize("steps_per_generation", [2, 4])
 def test_predictive_entropy_is_that_of_the_sampling_distribution(tmp_path, steps_per_generation):
     trainer, output, scores = rollout(
@@ -104,21 +134,38 @@ def test_predictive_entropy_is_that_of_the_sampling_distribution(tmp_path, steps
     assert (scores - expected)[mask].abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("steps_per_generation", [2, 4])
-def test_the_reference_pass_is_not_mistaken_for_the_policy(tmp_path, steps_per_generation):
+@pytest.mark.parametrize(
+    ("steps_per_generation", "alignment", "source"),
+    [
+        (2, "deciding", "generation"),
+        (2, "own", "scoring_pass"),
+        (4, "deciding", "old_log_prob_pass"),
+    ],
+)
+def test_the_reference_pass_is_not_mistaken_for_the_policy(
+    tmp_path, steps_per_generation, alignment, source
+):
     """With an adapter the reference runs on the policy's own modules, adapter switched off."""
     peft = pytest.importorskip("peft")
-    tiny.policy().save_pretrained(tmp_path / "model")
-    adapter = peft.LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM")
-    model = peft.get_peft_model(tiny.policy(), adapter)
+
+    def train_the_adapter(model):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if ".default." in name:
+                    parameter += torch.full_like(parameter, 0.3)
+
     trainer, output, scores = rollout(
         tmp_path,
-        model=model,
+        model=peft.get_peft_model(tiny.policy(), peft.LoraConfig(r=4, task_type="CAUSAL_LM")),
+        prepare=train_the_adapter,
         beta=0.1,
         steps_per_generation=steps_per_generation,
-        recipe={"name": "low2high"},
+        recipe={"name": "low2high", "alignment": alignment},
     )
+    assert trainer.score_source == source
     mask = output["completion_mask"].bool()
-    assert not torch.equal(output["ref_per_token_logps"], output.get("old_per_token_logps"))
-    merged = trainer.model.merge_and_unload()
-    assert (scores - eager_entropy(merged, output, (2,)))[mask].abs().max() <= 1e-5
+    policy = trainer.model.merge_and_unload()
+    expected = eager_entropy(policy, output, (2,), alignment)
+    assert (scores - expected)[mask].abs().max() <= 1e-5
+    reference = eager_entropy(tiny.policy(), output, (2,), alignment)
+    assert (scores - reference)[mask].abs().max() > 1e-3

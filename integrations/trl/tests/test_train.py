@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 from datasets import Dataset, DatasetDict
-from tokenweights._errors import TokenWeightsError
+from tokenweights import TokenWeightsError
 
 from tokenweights_trl.train import TrainArguments, boxed_reward, training_dataset
 

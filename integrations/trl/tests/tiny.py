@@ -66,11 +66,12 @@ def arguments(config_class, folder, **changes):
     return config_class(**(settings | changes))
 
 
-def trainer(trainer_class, config_class, folder, *, model=None, reward_funcs=reward, **changes):
+def trainer(trainer_class, config_class, folder, *, model=None, rollout_func=None, **changes):
     return trainer_class(
         model if model is not None else policy(),
-        reward_funcs,
+        reward,
         arguments(config_class, folder, **changes),
         Dataset.from_dict({"prompt": PROMPTS}),
         processing_class=tokenizer(),
+        rollout_func=rollout_func,
     )

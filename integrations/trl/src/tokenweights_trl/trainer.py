@@ -66,13 +66,15 @@ class TokenWeightsMixin(_Base):
         self.recipe = self.args.token_recipe
         self.score_source: str | None = None
         self._source = "none"
+        self._listening = False
         self._heard: tuple[Tensor | None, list[Tensor]] | None = None
         self._generation_is_readable = True
         self._next_record_step = 0
-        model = self.accelerator.unwrap_model(self.model)
-        depth = model.config.get_text_config().num_hidden_layers
-        self.probe_layers: tuple[int, ...] = self.recipe.probe_layers(depth)
-        if self.probe_layers:
+        self.probe_layers: tuple[int, ...] = ()
+        if self.recipe.signal == "attention_entropy":
+            model = self.accelerator.unwrap_model(self.model)
+            depth = model.config.get_text_config().num_hidden_layers
+            self.probe_layers = self.recipe.probe_layers(depth)
             with capture_attention(model, self.probe_layers):  # refuses what it cannot tap
                 pass
 
@@ -94,12 +96,14 @@ class TokenWeightsMixin(_Base):
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)
         self._source, self._heard = self._planned_source(), None
+        self._listening = self._source == "old_log_prob_pass"
         output = super()._generate_and_score_completions(inputs)
         scores = self._scores(output)
         if self._source != self.score_source and self.accelerator.is_main_process:
             level = logging.WARNING if self._source == "scoring_pass" else logging.INFO
             logger.log(level, "Token weights: %s.", SOURCES[self._source])
-        self.score_source, self._source, self._heard = self._source, "none", None
+        self.score_source, self._source = self._source, "none"
+        self._listening, self._heard = False, None
         return self._weighted(output, scores)
 
     def _planned_source(self) -> str:
@@ -143,8 +147,7 @@ class TokenWeightsMixin(_Base):
     ) -> Any:
         forward = super()._get_per_token_logps_and_entropies
         arguments = (model, input_ids, attention_mask, logits_to_keep, *args)
-        listening = self._source in ("old_log_prob_pass", "scoring_pass") and self._heard is None
-        if not listening or model is not self.model:
+        if not self._listening or self._heard is not None or model is not self.model:
             return forward(*arguments, **kwargs)
         if not self.probe_layers:
             outputs = forward(*arguments, **{**kwargs, "compute_entropy": True})
@@ -170,13 +173,13 @@ class TokenWeightsMixin(_Base):
             # All ranks must agree: a scoring pass of a sharded model is collective.
             ranks = torch.tensor([missing], device=self.accelerator.device)
             most = int(self.accelerator.gather(ranks).max())
-            self._generation_is_readable = most < (self.pad_to_multiple_of or 1)
+            heard = self._generation_is_readable = most < (self.pad_to_multiple_of or 1)
             scores = [torch.nn.functional.pad(layer, (0, missing)) for layer in scores]
-        # With an adapter the reference pass runs the policy's modules: it must not be taken for it.
-        other_pass = log_probs is None or output.get("old_per_token_logps") is not log_probs
-        unheard = not self._generation_is_readable if self._source == "generation" else other_pass
-        if unheard:
-            self._source, self._heard = "scoring_pass", None
+        else:
+            # With an adapter the reference pass runs the policy's modules; this tells them apart.
+            heard = log_probs is not None and output.get("old_per_token_logps") is log_probs
+        if not heard:
+            self._source, self._listening, self._heard = "scoring_pass", True, None
             scores = self._scores_of_one_more_pass(output)
         return self.recipe.merged_layers(scores, _response_mask(output))
 

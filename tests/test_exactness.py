@@ -1,0 +1,443 @@
+"""The exactness contract: the same batch gives the same weights, loss and gradients on any layout.
+
+Every layout below runs the library's own path from queries and keys to parameter gradients and is
+compared with one process that holds the whole batch right-padded. `test_a_local_merge_is_noticed`
+replaces each merge by a local statistic and expects the comparison to fail.
+"""
+
+from dataclasses import dataclass
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ranks import Ranks
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+import tokenweights as tw
+
+FEATURES, HEADS, KV_HEADS, DIM = 6, 4, 2, 4
+RECIPES = {
+    "low2high": {"name": "low2high", "temperature": 0.3},
+    "literal": {"name": "low2high", "form": "literal", "eps": 1e-2},
+    "mass": {"name": "high2low", "match_mass": True},
+    "anchor20": {"name": "anchor20"},
+    "random20": {"name": "random20"},
+    "weight_sum": {"name": "static_explorer", "denominator": "weight_sum"},
+}
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}
+STEP = 30
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and response: a feature vector for each of its tokens."""
+
+    number: int
+    features: Tensor
+    prompt_length: int
+    advantage: float
+
+    @property
+    def response_length(self) -> int:
+        return len(self.features) - self.prompt_length
+
+
+def samples(seed: int, lengths: list[tuple[int, int]], dtype: torch.dtype) -> list[Sample]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Sample(
+            number,
+            torch.randn(prompt + response, FEATURES, generator=generator, dtype=dtype),
+            prompt,
+            float(torch.randn((), generator=generator)),
+        )
+        for number, (prompt, response) in enumerate(lengths)
+    ]
+
+
+class Policy(torch.nn.Module):
+    """Queries and keys for the probe, log-probabilities for the loss."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        generator = torch.Generator().manual_seed(7)
+
+        def matrix(width: int) -> Tensor:
+            return torch.randn(FEATURES, width, generator=generator, dtype=dtype)
+
+        self.query, self.key = matrix(HEADS * DIM), matrix(KV_HEADS * DIM)
+        self.hidden = torch.nn.Parameter(matrix(5))
+        self.output = torch.nn.Parameter(torch.randn(5, generator=generator, dtype=dtype))
+
+    def heads(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        query = (features @ self.query).unflatten(-1, (HEADS, DIM))
+        return query, (features @ self.key).unflatten(-1, (KV_HEADS, DIM))
+
+    def log_probs(self, features: Tensor) -> Tensor:
+        return torch.nn.functional.logsigmoid((features @ self.hidden).tanh() @ self.output)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Response-aligned rows of some samples, whatever layout they came from."""
+
+    scores: Tensor
+    mask: Tensor
+    log_probs: Tensor
+    advantages: Tensor
+    numbers: Tensor
+
+
+def right_padded(policy: Policy, batch: list[Sample]) -> Rows:
+    features, key_mask = padded([s.features for s in batch])
+    query, key = (heads.transpose(1, 2) for heads in policy.heads(features))
+    entropy = tw.attention_entropy(query, key, key_mask=key_mask)
+    width = max(s.response_length for s in batch)
+    lengths = torch.tensor([s.prompt_length for s in batch])
+    options = {"response_length": width, "prompt_length": lengths}
+    return rows(
+        batch,
+        tw.align_to_decision(entropy, **options),
+        tw.align_to_decision(policy.log_probs(features), **options),
+    )
+
+
+def left_padded(policy: Policy, batch: list[Sample]) -> Rows:
+    """Prompts end, and responses start, in the same column of every row, as trainers have it."""
+    prompt = max(s.prompt_length for s in batch)
+    width = max(s.response_length for s in batch)
+    features = torch.full((len(batch), prompt + width, FEATURES), torch.nan)
+    features = features.to(batch[0].features.dtype)
+    for row, sample in enumerate(batch):
+        start = prompt - sample.prompt_length
+        features[row, start : start + len(sample.features)] = sample.features
+    key_mask = ~features.isnan().any(-1)
+    query, key = (heads.transpose(1, 2) for heads in policy.heads(features))
+    entropy = tw.attention_entropy(query[:, :, -width - 1 :], key, key_mask=key_mask)
+    # Padding must not poison the gradient either, so the policy never sees it.
+    log_probs = policy.log_probs(torch.where(key_mask[..., None], features, 0.0))
+    align = {"response_length": width}
+    return rows(
+        batch,
+        tw.align_to_decision(entropy, **align),
+        tw.align_to_decision(log_probs, **align),
+    )
+
+
+def packed(policy: Policy, batch: list[Sample]) -> Rows:
+    features = torch.cat([s.features for s in batch])
+    lengths = torch.tensor([0, *(len(s.features) for s in batch)])
+    query, key = policy.heads(features)
+    bounds = lengths.cumsum(0)
+    entropy = tw.attention_entropy_varlen(query, key, cu_seqlens_q=bounds, cu_seqlens_k=bounds)
+    log_probs = policy.log_probs(features)
+    decided = [
+        slice(start + s.prompt_length - 1, stop - 1)
+        for s, start, stop in zip(batch, bounds.tolist(), bounds[1:].tolist(), strict=False)
+    ]
+    return rows(
+        batch,
+        padded([entropy[place] for place in decided])[0],
+        padded([log_probs[place] for place in decided])[0],
+    )
+
+
+LAYOUTS = {"right": right_padded, "left": left_padded, "packed": packed}
+
+
+def padded(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    mask = pad_sequence([torch.ones(len(p), dtype=torch.bool) for p in parts], batch_first=True)
+    return pad_sequence(parts, batch_first=True), mask
+
+
+def rows(batch: list[Sample], scores: Tensor, log_probs: Tensor) -> Rows:
+    lengths = torch.tensor([s.response_length for s in batch])[:, None]
+    mask = torch.arange(scores.shape[1]) < lengths
+    # Whatever stands under the mask must not matter.
+    return Rows(
+        torch.where(mask, scores, torch.nan),
+        mask,
+        log_probs,
+        torch.tensor([s.advantage for s in batch], dtype=log_probs.dtype)[:, None],
+        torch.tensor([s.number for s in batch]),
+    )
+
+
+def no_rows(policy: Policy, dtype: torch.dtype) -> Rows:
+    """A rank without a single response still has to enter every collective."""
+    nothing = torch.zeros(0, 3, dtype=dtype)
+    log_probs = policy.log_probs(torch.zeros(0, 3, FEATURES, dtype=dtype))
+    return Rows(
+        nothing, nothing.bool(), log_probs, nothing[:, :1], torch.zeros(0, dtype=torch.long)
+    )
+
+
+def token_loss(own: Rows, weights: Tensor) -> Tensor:
+    old = own.log_probs.detach() - 0.1
+    advantages = own.advantages * weights
+    return tw.clipped_surrogate_loss(own.log_probs, old, advantages, mask=own.mask)
+
+
+def outcome(
+    policy: Policy,
+    own: Rows,
+    recipe: tw.Recipe,
+    *,
+    group: dist.ProcessGroup | None = None,
+    mine: Tensor | None = None,
+    micro_batch: int | None = None,
+) -> tuple[dict[int, Tensor], Tensor, list[Tensor]]:
+    """Weights by sample, and this rank's share of the loss and of the gradients."""
+    weights = recipe.token_weights(
+        own.scores, own.mask, step=STEP, sample_ids=own.numbers, group=group
+    ) if recipe.signal != "none" else recipe.token_weights(
+        None, own.mask, step=STEP, sample_ids=own.numbers, group=group
+    )  # fmt: skip
+    count = tw.loss_denominator(own.mask, weights, denominator=recipe.denominator, group=group)
+    counted = own.mask if mine is None else own.mask & mine
+    losses = token_loss(own, weights)
+    step = micro_batch or max(len(losses), 1)
+    loss = sum(
+        (
+            tw.weighted_token_mean(losses[at : at + step], counted[at : at + step], count=count)
+            for at in range(0, len(losses), step)
+        ),
+        losses.sum() * 0,
+    )
+    gradients = torch.autograd.grad(loss, list(policy.parameters()))
+    by_sample = {
+        int(number): row[valid]
+        for number, row, valid in zip(own.numbers, weights, own.mask, strict=True)
+    }
+    return by_sample, loss.detach(), list(gradients)
+
+
+def expected(batch: list[Sample], recipe: tw.Recipe, dtype: torch.dtype):
+    policy = Policy(dtype)
+    return outcome(policy, right_padded(policy, batch), recipe)
+
+
+def agree(got, want, dtype: torch.dtype) -> bool:
+    """Whether weights, loss and gradients agree, relative to their largest entry."""
+    pairs = [(got[0][number], want[0][number]) for number in want[0]]
+    pairs += [(got[1], want[1]), *zip(got[2], want[2], strict=True)]
+    for one, other in pairs:
+        scale = max(float(other.abs().max()), 1e-3) if other.numel() else 1.0
+        if other.numel() and float((one - other).abs().max()) > TOLERANCE[dtype] * scale:
+            return False
+    return True
+
+
+def merged(parts):
+    """The whole batch's outcome from those of its parts."""
+    weights = {number: row for part in parts for number, row in part[0].items()}
+    return (
+        weights,
+        sum(part[1] for part in parts),
+        [sum(gradients) for gradients in zip(*(part[2] for part in parts), strict=True)],
+    )
+
+
+LENGTHS = st.lists(st.tuples(st.integers(1, 4), st.integers(0, 7)), min_size=1, max_size=6).filter(
+    lambda lengths: sum(response for _, response in lengths) > 1
+)
+SEEDS = st.integers(0, 10_000)
+DTYPES = st.sampled_from([torch.float64, torch.float32])
+NAMES = st.sampled_from(sorted(RECIPES))
+
+
+@given(SEEDS, LENGTHS, DTYPES, NAMES, st.sampled_from(sorted(LAYOUTS)))
+def test_padding_and_packing(seed, lengths, dtype, name, layout):
+    batch, recipe, policy = samples(seed, lengths, dtype), tw.recipe(RECIPES[name]), Policy(dtype)
+    got = outcome(policy, LAYOUTS[layout](policy, batch), recipe)
+    assert agree(got, expected(batch, recipe, dtype), dtype)
+
+
+@given(SEEDS, LENGTHS, DTYPES, NAMES, st.integers(1, 6))
+def test_micro_batch_splits(seed, lengths, dtype, name, size):
+    batch, recipe, policy = samples(seed, lengths, dtype), tw.recipe(RECIPES[name]), Policy(dtype)
+    got = outcome(policy, left_padded(policy, batch), recipe, micro_batch=size)
+    assert agree(got, expected(batch, recipe, dtype), dtype)
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request):
+    with Ranks(request.param) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    with Ranks(2) as pool:
+        yield pool
+
+
+def data_parallel(rank, size, batch, recipe, dtype, layout, owners, mutation=None):
+    with mutated(mutation):
+        policy = Policy(dtype)
+        own = [s for s in batch if owners[s.number] % size == rank]
+        own_rows = LAYOUTS[layout](policy, own) if own else no_rows(policy, dtype)
+        return outcome(policy, own_rows, recipe, group=dist.group.WORLD)
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=SEEDS,
+    lengths=LENGTHS,
+    dtype=DTYPES,
+    name=NAMES,
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    owners=st.lists(st.integers(0, 2), min_size=6, max_size=6),
+)
+def test_data_parallel_ranks(ranks, seed, lengths, dtype, name, layout, owners):
+    # With owners 0, 1 and 2 the last of four ranks never has a response.
+    batch, recipe = samples(seed, lengths, dtype), tw.recipe(RECIPES[name])
+    parts = ranks(data_parallel, batch, recipe, dtype, layout, owners)
+    assert agree(merged(parts), expected(batch, recipe, dtype), dtype)
+
+
+def sequence_parallel(rank, size, batch, recipe, dtype, style, mutation=None):
+    """Contiguous shards as under Ulysses, or zigzag shards as under ring attention."""
+    with mutated(mutation):
+        policy = Policy(dtype)
+        features, key_mask = padded([s.features for s in batch])
+        blocks = torch.arange(features.shape[1]).tensor_split(2 * size if style == "ring" else size)
+        own = torch.cat([blocks[rank], blocks[-1 - rank]]) if style == "ring" else blocks[rank]
+        query, key = (heads.transpose(1, 2) for heads in policy.heads(features[:, own]))
+        world = dist.group.WORLD
+        entropy = tw.sequence_parallel_entropy(
+            query, key, own, group=world, key_mask=key_mask[:, own]
+        )
+        whole = tw.gathered(entropy, own, dim=1, group=world)
+        width = max(s.response_length for s in batch)
+        lengths = torch.tensor([s.prompt_length for s in batch])
+        options = {"response_length": width, "prompt_length": lengths}
+        every = rows(
+            batch,
+            tw.align_to_decision(whole, **options),
+            tw.align_to_decision(policy.log_probs(features), **options),
+        )
+        # A rank's loss covers the tokens that its own positions decide.
+        holds = torch.zeros(features.shape[:2]).index_fill_(1, own, 1.0)
+        mine = tw.align_to_decision(holds, **options) > 0
+        return outcome(policy, every, recipe, mine=mine)
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=SEEDS,
+    lengths=LENGTHS,
+    dtype=DTYPES,
+    name=NAMES,
+    style=st.sampled_from(["ulysses", "ring"]),
+)
+def test_sequence_parallel_ranks(two_ranks, seed, lengths, dtype, name, style):
+    batch, recipe = samples(seed, lengths, dtype), tw.recipe(RECIPES[name])
+    parts = two_ranks(sequence_parallel, batch, recipe, dtype, style)
+    assert agree(merged(parts), expected(batch, recipe, dtype), dtype)
+
+
+def tensor_parallel(rank, size, batch, recipe, dtype, exchange, mutation=None):
+    with mutated(mutation):
+        policy = Policy(dtype)
+        features, key_mask = padded([s.features for s in batch])
+        query, key = (
+            heads.transpose(1, 2).chunk(size, 1)[rank] for heads in policy.heads(features)
+        )
+        entropy = tw.tensor_parallel_entropy(
+            query, key, group=dist.group.WORLD, key_mask=key_mask, exchange=exchange
+        )
+        width = max(s.response_length for s in batch)
+        lengths = torch.tensor([s.prompt_length for s in batch])
+        options = {"response_length": width, "prompt_length": lengths}
+        every = rows(
+            batch,
+            tw.align_to_decision(entropy, **options),
+            tw.align_to_decision(policy.log_probs(features), **options),
+        )
+        return outcome(policy, every, recipe)
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=SEEDS,
+    lengths=LENGTHS,
+    dtype=DTYPES,
+    name=NAMES,
+    exchange=st.sampled_from(["rows", "distribution"]),
+)
+def test_tensor_parallel_ranks(two_ranks, seed, lengths, dtype, name, exchange):
+    batch, recipe = samples(seed, lengths, dtype), tw.recipe(RECIPES[name])
+    want = expected(batch, recipe, dtype)
+    for got in two_ranks(tensor_parallel, batch, recipe, dtype, exchange):
+        assert agree(got, want, dtype)
+
+
+def local_sum(values, *, group=None):
+    return values.detach().clone()
+
+
+def local_extrema(minimum, maximum, *, group=None):
+    return minimum, maximum
+
+
+def local_keys(values, positions, *, dim, group=None):
+    """Other ranks' keys read as zeros."""
+    size = int(tw.gathered(positions, positions, dim=0, group=group).shape[0])
+    shape = list(values.shape)
+    shape[dim] = size
+    return values.new_zeros(shape).index_copy(dim, positions, values)
+
+
+def local_weights(owner, weights, group):
+    return weights
+
+
+def mutated(mutation):
+    """The library with one merge replaced by a local statistic; unchanged for None."""
+    if mutation is None:
+        return mock.patch.object(tw, "__doc__", tw.__doc__)
+    module, name, local = mutation
+    return mock.patch(f"tokenweights.{module}.{name}", local)
+
+
+MUTATIONS = {
+    "extrema": ("weights", "global_extrema", local_extrema, "low2high"),
+    "softmax partition": ("weights", "global_sum", local_sum, "literal"),
+    "mass": ("weights", "global_sum", local_sum, "mass"),
+    "all-token count": ("losses", "global_sum", local_sum, "low2high"),
+    "selected-token count": ("losses", "global_sum", local_sum, "anchor20"),
+    "weight sum": ("losses", "global_sum", local_sum, "weight_sum"),
+}
+UNEVEN = [(2, 7), (3, 5), (1, 1), (4, 6), (2, 3)]
+
+
+@pytest.mark.parametrize("merge", MUTATIONS)
+def test_a_local_merge_is_noticed(two_ranks, merge):
+    *mutation, name = MUTATIONS[merge]
+    batch, recipe = samples(0, UNEVEN, torch.float64), tw.recipe(RECIPES[name])
+    arguments = (batch, recipe, torch.float64, "left", [0, 0, 0, 1, 1, 1])
+    want = expected(batch, recipe, torch.float64)
+    assert agree(merged(two_ranks(data_parallel, *arguments)), want, torch.float64)
+    parts = two_ranks(data_parallel, *arguments, tuple(mutation))
+    assert not agree(merged(parts), want, torch.float64)
+
+
+@pytest.mark.parametrize("style", ["ulysses", "ring"])
+def test_keys_that_do_not_travel_are_noticed(two_ranks, style):
+    batch, recipe = samples(0, UNEVEN, torch.float64), tw.recipe(RECIPES["low2high"])
+    mutation = ("attention.parallel", "gathered", local_keys)
+    parts = two_ranks(sequence_parallel, batch, recipe, torch.float64, style, mutation)
+    assert not agree(merged(parts), expected(batch, recipe, torch.float64), torch.float64)
+
+
+def test_weights_that_do_not_travel_are_noticed(two_ranks):
+    batch, recipe = samples(0, UNEVEN, torch.float64), tw.recipe(RECIPES["low2high"])
+    mutation = ("attention.parallel", "_summed_on", local_weights)
+    want = expected(batch, recipe, torch.float64)
+    results = two_ranks(tensor_parallel, batch, recipe, torch.float64, "distribution", mutation)
+    assert not any(agree(got, want, torch.float64) for got in results)
