@@ -40,8 +40,6 @@ FLOOR = -60.0
 # Keys that together hold less than this, because a sink or later keys take the rest, would show the
 # floor: their rows are computed again from logarithms.
 FAINT_MASS = 1e-16
-# A sink that far above every score is cut, lest the exponential overflow. Its rows are faint.
-LARGEST_SINK = 80.0
 
 
 class Workspace:
@@ -118,6 +116,7 @@ class _Scores:
                 yield tile, torch.ones_like(self.lse[taken])
                 continue
             if all(self.small[taken]):
+                # Only for speed: the exponential of HIDDEN would be 0 as well, but slow.
                 for columns, _ in self.block.hidden:
                     tile[..., columns].clamp_min_(FLOOR)
                 shift = torch.zeros((), device=tile.device)
@@ -126,7 +125,8 @@ class _Scores:
                 tile.sub_(shift).clamp_min_(FLOOR)
             total = tile.exp_().sum(-1, keepdim=True)
             if self.sinks is not None:
-                total += (self.sinks[taken] - shift).clamp_max_(LARGEST_SINK).exp_()
+                # A sink that overflows here leaves its head no weight, which is then exact.
+                total += (self.sinks[taken] - shift).exp_()
             yield tile, total.reciprocal_()
 
     def mean_weights(self) -> Float[Tensor, "1 query key"]:
@@ -191,7 +191,7 @@ def sequence_statistics(
     lse = None if lse is None else lse.float()[:, :, None]
     queries, keys = query.shape[1], key.shape[1]
     rows = _row_count(query.device, keys, request, rows, workspace_bytes)
-    small = _small_heads(query, key, logits, sinks)
+    small = _small_heads(query, key, logits)
     results = []
     for taken, block in row_blocks(
         queries=queries, keys=keys, rows=rows, logits=logits, device=query.device
@@ -259,7 +259,6 @@ def _small_heads(
     query: Float[Tensor, "heads query dim"],
     key: Float[Tensor, "kv_heads key dim"],
     logits: Logits,
-    sinks: Float[Tensor, "heads 1 1"] | None,
 ) -> tuple[bool, ...]:
     """Whether no score of a head can leave the small range, by the Cauchy-Schwarz inequality."""
     longest_query = torch.linalg.vector_norm(query, dim=-1).amax(-1)
@@ -268,8 +267,6 @@ def _small_heads(
     bound = longest_query * longest_key.repeat_interleave(group) * abs(logits.scale)
     if logits.softcap is not None:
         bound = bound.clamp_max(logits.softcap)
-    if sinks is not None:
-        bound = torch.maximum(bound, sinks.abs().flatten())
     return tuple((bound <= SMALL_SCORE).tolist())
 
 
