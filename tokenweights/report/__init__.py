@@ -14,6 +14,7 @@ from tokenweights.report.records import (
     append_token_records,
     read_metrics,
     read_token_records,
+    token_records,
 )
 from tokenweights.report.trace import token_trace_html, trace_page_html
 
@@ -28,6 +29,7 @@ __all__ = [
     "read_token_records",
     "run_from_directory",
     "run_report_html",
+    "token_records",
     "token_trace_html",
     "trace_page_html",
     "weights_figure",

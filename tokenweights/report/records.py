@@ -12,12 +12,16 @@ as NaN, because a run may well log one and should still leave a trace of its oth
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
 from tokenweights._errors import TokenWeightsError, invalid
 from tokenweights._typing import typed
+from tokenweights.partition import bottom_fraction, top_fraction
 
 EntropyKind = Literal["raw", "normalized", "topk", "fixed"]
 Alignment = Literal["deciding", "own"]
@@ -105,6 +109,98 @@ class TokenRecord:
                 expected = f"as long as `tokens` ({len(self.tokens)})"
                 raise invalid("TokenRecord", name, expected, f"{len(values)} values", hint)
             _check(name, values, condition, valid)
+
+
+@typed
+def token_records(
+    attention_entropy: Float[Tensor, "batch token"],
+    mask: Bool[Tensor, "batch token"],
+    *,
+    step: int,
+    sample_ids: Int[Tensor, " batch"],
+    prompts: Sequence[str],
+    token_ids: Int[Tensor, "batch token"],
+    decode: Callable[[list[int]], str],
+    weights: Float[Tensor, "batch token"],
+    advantages: Float[Tensor, "batch #token"],
+    layer: int | tuple[int, ...],
+    entropy_kind: EntropyKind,
+    alignment: Alignment,
+    predictive_entropy: Float[Tensor, "batch token"] | None = None,
+    log_probs: Float[Tensor, "batch token"] | None = None,
+) -> list[TokenRecord]:
+    """Records of a batch of responses; the bottom and top 20 % by entropy are labeled.
+
+    Args:
+        attention_entropy: Attention entropy of each token, in nats or normalized.
+        mask: True for valid response tokens; the others are left out.
+        step: Training step of the rollout.
+        sample_ids: A number for each response that no other response of the run has.
+        prompts: Text of each prompt.
+        token_ids: Vocabulary index of each token.
+        decode: Turns a list of token ids into text.
+        weights: Token weights.
+        advantages: Advantages before weighting, one for each token or for each response.
+        layer: As in `TokenRecord`.
+        entropy_kind: As in `TokenRecord`.
+        alignment: As in `TokenRecord`.
+        predictive_entropy: Predictive entropy of each token, in nats.
+        log_probs: Log-probability of each token.
+
+    Returns:
+        One record for each response.
+
+    Example:
+        >>> import torch
+        >>> ones = torch.ones(1, 2)
+        >>> (record,) = token_records(
+        ...     torch.tensor([[0.9, 0.1]]),
+        ...     ones.bool(),
+        ...     step=0,
+        ...     sample_ids=torch.tensor([7]),
+        ...     prompts=["1+1="],
+        ...     token_ids=torch.tensor([[5, 9]]),
+        ...     decode=lambda ids: {5: "2", 9: "."}[ids[0]],
+        ...     weights=ones,
+        ...     advantages=ones,
+        ...     layer=2,
+        ...     entropy_kind="normalized",
+        ...     alignment="deciding",
+        ... )
+        >>> record.tokens, record.group
+        (('2', '.'), ('explorer', 'anchor'))
+    """
+    anchors = bottom_fraction(attention_entropy, mask)
+    labels = anchors.long() + 2 * (top_fraction(attention_entropy, mask) & ~anchors)
+    names = ("middle", "anchor", "explorer")
+
+    def values(rows: Tensor, row: int) -> tuple[float, ...]:
+        return tuple(rows.expand(mask.shape)[row][mask[row]].tolist())
+
+    records = []
+    for row, prompt in enumerate(prompts):
+        ids = token_ids[row][mask[row]].tolist()
+        records.append(
+            TokenRecord(
+                step=step,
+                sample_id=int(sample_ids[row]),
+                prompt=prompt,
+                tokens=tuple(decode([token]) for token in ids),
+                token_ids=tuple(ids),
+                attention_entropy=values(attention_entropy, row),
+                weights=values(weights, row),
+                advantages=values(advantages, row),
+                layer=layer,
+                entropy_kind=entropy_kind,
+                alignment=alignment,
+                predictive_entropy=None
+                if predictive_entropy is None
+                else values(predictive_entropy, row),
+                log_probs=None if log_probs is None else values(log_probs, row),
+                group=tuple(names[label] for label in labels[row][mask[row]].tolist()),
+            )
+        )
+    return records
 
 
 @typed

@@ -1,6 +1,6 @@
 """Trains the embedded policy with TRL under a token-weight recipe and writes a report.
 
-python integrations/trl/examples/demo.py --steps 60 --recipe low2high --output runs/demo
+python integrations/trl/examples/demo.py --steps 50 --recipe low2high --output runs/demo
 """
 
 import argparse
@@ -28,7 +28,7 @@ from tokenweights_lab import (
     problems,
 )
 from tqdm import tqdm
-from transformers import ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer
 
@@ -106,7 +106,7 @@ def main() -> int:
         train_dataset=_prompts(options),
         callbacks=[Progress(folder, options.steps), Evaluations()],
     )
-    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
     interrupted = False
     try:
         trainer.train()
@@ -142,7 +142,7 @@ def _arguments(options: argparse.Namespace, folder: Path) -> TokenWeightsGRPOCon
         num_generations=SAMPLES,
         max_completion_length=MAX_COMPLETION_TOKENS,
         max_steps=options.steps,
-        learning_rate=1e-4,
+        learning_rate=5e-5,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=min(5, options.steps),
         epsilon=0.2,
@@ -194,7 +194,7 @@ def _numbers(logs: dict[str, Any]) -> dict[str, float]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=50, help="optimizer steps")
     parser.add_argument("--recipe", default="low2high", help="name of a recipe")
     parser.add_argument("--output", default="runs/demo", help="folder of the run")
     parser.add_argument("--seed", type=int, default=0)

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
 
 import torch
 from tokenweights.capture import CapturedAttention, capture_attention
@@ -64,7 +64,8 @@ def generation_scores(
     """A context in which `model.generate` on left-padded prompts leaves scores behind.
 
     In decoding over a growing cache, the query of each forward pass is the row that decides the
-    next token: the passes that generate already hold every deciding row.
+    next token: the passes that generate already hold every deciding row. One query for each token
+    is kept until generation ends, a small part of what the cache holds.
 
     Args:
         model: The module that generates.
@@ -79,22 +80,26 @@ def generation_scores(
         grows by one key (sliding or static caches, beams, assisted decoding).
     """
     padding = (prompt_width - prompt_lengths)[:, None]
+    latest: dict[int, CapturedAttention] = {}
 
-    def entropy(captured: CapturedAttention) -> tuple[int, Tensor | None]:
-        keys = captured.key.shape[2]
-        if captured.query.shape[0] != len(padding):
-            return -1, None
-        key_mask = torch.arange(keys, device=padding.device) >= padding
-        return keys, _entropy(captured, key_mask, recipe)
+    def query(captured: CapturedAttention) -> tuple[int, Tensor]:
+        # The cache grows by appending, so its last state holds the keys of every step.
+        latest[captured.layer] = captured
+        return captured.key.shape[2], captured.query.clone()
 
     scores: list[Tensor] = []
-    with capture_attention(model, layers, rows=1, reduce=entropy) as capture:
+    with capture_attention(model, layers, rows=1, reduce=query) as capture:
         yield scores
-    calls: list[list[Any]] = [capture.calls[layer] for layer in layers]
+    calls: list[list[tuple[int, Tensor]]] = [capture.calls[layer] for layer in layers]
     steps = len(calls[0])
     growing = list(range(prompt_width, prompt_width + steps))
-    if steps and all([keys for keys, _ in row] == growing for row in calls):
-        scores.extend(torch.cat([entropies for _, entropies in row], dim=1) for row in calls)
+    same_rows = all(part.shape[0] == len(padding) for row in calls for _, part in row)
+    if not steps or not same_rows or any([keys for keys, _ in row] != growing for row in calls):
+        return
+    key_mask = torch.arange(growing[-1], device=padding.device) >= padding
+    for layer, row in zip(layers, calls, strict=True):
+        queries = torch.cat([part for _, part in row], dim=2)
+        scores.append(_entropy(replace(latest[layer], query=queries), key_mask, recipe))
 
 
 def _entropy(captured: CapturedAttention, key_mask: Tensor, recipe: Recipe) -> Tensor:

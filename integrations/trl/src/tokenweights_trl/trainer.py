@@ -8,6 +8,7 @@ import torch
 from tokenweights._errors import invalid
 from tokenweights.capture import capture_attention
 from tokenweights.diagnostics import token_weight_metrics
+from tokenweights.report.records import append_token_records, token_records
 from torch import Tensor
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -214,7 +215,7 @@ class TokenWeightsMixin(_Base):
         if metrics and self.recipe.rule == "endpoints":
             endpoints = self.recipe.endpoints(step)
             metrics |= {"endpoint_low": endpoints.low, "endpoint_high": endpoints.high}
-        if self.args.token_records and metrics and self.accelerator.is_main_process:
+        if metrics:
             self._append_records(output, scores, weights, sample_ids)
         for name, value in metrics.items():
             self._metrics["train"][f"token_weights/{name}"].append(value)
@@ -240,33 +241,42 @@ class TokenWeightsMixin(_Base):
         self, output: dict[str, Any], scores: Tensor | None, weights: Tensor, sample_ids: Tensor
     ) -> None:
         """Token records of the first prompt's responses, every `token_records_steps` steps."""
-        from tokenweights.report.records import TokenRecord, append_token_records
-
-        step = self.state.global_step
-        if scores is None or step < self._next_record_step:
+        step, path = self.state.global_step, self.args.token_records
+        if path is None or scores is None or step < self._next_record_step:
             return
         self._next_record_step = step + self.args.token_records_steps
-        records, decode, layers = [], self._tokenizer.decode, self.probe_layers
-        for row in range(min(self.num_generations, len(scores))):
-            valid = output["completion_mask"][row].bool()
-            ids = output["completion_ids"][row, valid].tolist()
-            advantages = output["advantages"][row].expand(weights.shape[1])
-            records.append(
-                TokenRecord(
-                    step=step,
-                    sample_id=int(sample_ids[row]),
-                    prompt=decode(output["prompt_ids"][row, output["prompt_mask"][row].bool()]),
-                    tokens=tuple(decode([token]) for token in ids),
-                    token_ids=tuple(ids),
-                    attention_entropy=tuple(scores[row, valid].tolist()),
-                    weights=tuple(weights[row, valid].tolist()),
-                    advantages=tuple(advantages[valid].tolist()),
-                    layer=layers[0] if len(layers) == 1 else layers,
-                    entropy_kind=self.recipe.entropy_kind,
-                    alignment=self.recipe.alignment,
-                )
+        rows = slice(0, self.num_generations)
+        ids, mask = output["completion_ids"][rows], output["completion_mask"][rows]
+        prompts, prompt_mask = output["prompt_ids"][rows], output["prompt_mask"][rows].bool()
+        with torch.no_grad():  # on every rank: the forward pass of a sharded model is collective
+            log_probs, entropies, *_ = super()._get_per_token_logps_and_entropies(
+                self.model,
+                torch.cat([prompts, ids], dim=1),
+                torch.cat([prompt_mask, mask], dim=1),
+                ids.shape[1],
+                compute_entropy=True,
             )
-        append_token_records(self.args.token_records, records)
+        if not self.accelerator.is_main_process:
+            return
+        decode = self._tokenizer.decode
+        advantages = output["advantages"][rows]
+        records = token_records(
+            scores[rows],
+            mask.bool(),
+            step=step,
+            sample_ids=sample_ids[rows],
+            prompts=[decode(row[real]) for row, real in zip(prompts, prompt_mask, strict=True)],
+            token_ids=ids,
+            decode=decode,
+            weights=weights[rows],
+            advantages=advantages if advantages.dim() == 2 else advantages[:, None],
+            layer=self.probe_layers[0] if len(self.probe_layers) == 1 else self.probe_layers,
+            entropy_kind=self.recipe.entropy_kind,
+            alignment=self.recipe.alignment,
+            predictive_entropy=entropies,
+            log_probs=log_probs,
+        )
+        append_token_records(path, records)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if "token_weights" in inputs:
