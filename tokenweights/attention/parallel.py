@@ -149,6 +149,7 @@ def tensor_parallel_entropy(
         >>> tensor_parallel_entropy(query, key, kind="raw")
         tensor([[0.0000, 0.6931, 1.0986]])
     """
+    factor = query.shape[3] ** -0.5 if scale is None else scale
     ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
     if exchange == "auto":
         moved = tensor_parallel_bytes(
@@ -165,7 +166,6 @@ def tensor_parallel_entropy(
     whole_heads = exchange == "rows"
     all_keys = _all_heads(key, 1, group) if whole_heads else key
     all_sinks = _all_heads(sinks, 0, group) if whole_heads and sinks is not None else sinks
-    scale = query.shape[3] ** -0.5 if scale is None else scale
     entropies, owned = [], []
     for owner, rows in _dealt_blocks(query.shape[2], ranks):
         seen = key.shape[2] - query.shape[2] + rows.stop
@@ -174,7 +174,7 @@ def tensor_parallel_entropy(
         if whole_heads:
             part = _gathered_on(owner, block, group)
         else:
-            part = _mean_weights(block, keys, mask, scale, softcap, window, sinks)
+            part = _mean_weights(block, keys, mask, factor, softcap, window, sinks)
             part = _summed_on(owner, part, group)
         if owner != rank:
             continue
@@ -185,7 +185,7 @@ def tensor_parallel_entropy(
                 kind=kind,
                 top_k=top_k,
                 fixed_k=fixed_k,
-                scale=scale,
+                scale=factor,
                 key_mask=mask,
                 window=window,
                 softcap=softcap,

@@ -87,5 +87,7 @@ def rank_correlation(
     require_finite("rank_correlation", "second", second, mask)
     last = (mask.sum(-1, keepdim=True) - 1).clamp(min=1).double()
     several = mask & (mask.sum(-1, keepdim=True) > 1)
-    ranks = [masked_ranks(scores, mask) / last - 0.5 for scores in (first, second)]
-    return pearson_correlation(*ranks, several, group=group)
+    first_ranks, second_ranks = (
+        masked_ranks(scores, mask) / last - 0.5 for scores in (first, second)
+    )
+    return pearson_correlation(first_ranks, second_ranks, several, group=group)

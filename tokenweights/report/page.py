@@ -4,7 +4,7 @@ A run directory holds up to four files, each optional but the metrics:
 
 | file | content |
 |---|---|
-| `run.json` | `title`, `description` and `settings`, see `Run` |
+| `run.json` | `title`, `description`, `recipe` and `settings`, see `Run` |
 | `metrics.jsonl` | one line per training step, `append_metrics` |
 | `evaluations.jsonl` | one line per evaluation with keys `accuracy/<name>`, `append_metrics` |
 | `tokens.jsonl` | token records, `append_token_records` |
@@ -44,7 +44,8 @@ class Run:
     Attributes:
         title: Title of the report.
         description: What was trained and how, as plain text; an empty line starts a paragraph.
-        settings: Names and values, such as the recipe's, shown as they are.
+        recipe: The recipe in words, such as `Recipe.describe` gives; its line breaks are kept.
+        settings: Names and values, shown as they are.
         metrics: One flat dictionary per training step, with the key `step`.
         evaluations: One flat dictionary per evaluation, with `step` and keys `accuracy/<name>`.
         records: Responses; the report shows one of the first step and one of the last.
@@ -57,6 +58,7 @@ class Run:
 
     title: str = "Training run"
     description: str = ""
+    recipe: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     metrics: Sequence[Mapping[str, float]] = ()
     evaluations: Sequence[Mapping[str, float]] = ()
@@ -129,6 +131,7 @@ def run_report_html(run: Run | FilePath) -> str:
         "page.html",
         title=escaped(run.title),
         description="\n".join(f"<p>{escaped(part)}</p>" for part in paragraphs if part.strip()),
+        recipe=f'<pre class="recipe">{escaped(run.recipe)}</pre>' if run.recipe else "",
         settings=facts_html(run.settings),
         accuracy=_accuracy_html(run.evaluations),
         traces=trace.traces_html(records) if records else _absent("No response"),
@@ -141,7 +144,7 @@ def run_report_html(run: Run | FilePath) -> str:
 def _described(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    kinds = {"title": str, "description": str, "settings": dict}
+    kinds = {"title": str, "description": str, "recipe": str, "settings": dict}
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -151,7 +154,7 @@ def _described(path: Path) -> dict[str, Any]:
         name in kinds and isinstance(value, kinds[name]) for name, value in described.items()
     )
     if not valid:
-        condition = "to hold the texts `title` and `description` and the object `settings`"
+        condition = "to hold the texts `title`, `description`, `recipe` and the object `settings`"
         raise invalid("run_from_directory", "run.json", condition, path, "Leave other keys out.")
     return described
 

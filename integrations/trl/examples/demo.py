@@ -6,6 +6,7 @@ python integrations/trl/examples/demo.py --steps 50 --recipe low2high --output r
 import argparse
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,11 @@ from tokenweights_lab import (
 )
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
+from transformers.utils.logging import disable_progress_bar
 
 from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer
 
 PROMPTS, SAMPLES = 16, 8
-HELD_OUT = 48
 FIGURES = {"learning": learning_figure, "dynamics": dynamics_figure, "weights": weights_figure}
 
 
@@ -57,9 +58,15 @@ class Progress(TrainerCallback):
         self.bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
         self.bar.update(state.global_step - self.bar.n)
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Close the bar."""
+        self.bar.close()
+
 
 def main() -> int:
     """Evaluate, train, evaluate, and say where the report is."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    disable_progress_bar()
     options = _options()
     folder = Path(options.output)
     _fresh(folder)
@@ -70,7 +77,7 @@ def main() -> int:
     def evaluate(step: int) -> dict[str, float]:
         scores = {"step": step}
         for split in ("easy", "hard"):
-            held_out = problems(split, HELD_OUT, seed=1)
+            held_out = problems(split, options.held_out, seed=1)
             result = accuracy(model, tokenizer, held_out, samples=SAMPLES)
             scores[f"accuracy/{split}"] = result.mean_at_k
         append_metrics(folder / "evaluations.jsonl", scores)
@@ -89,22 +96,24 @@ def main() -> int:
         "steps": options.steps,
         "seed": options.seed,
     }
-    (folder / "run.json").write_text(
-        json.dumps(
-            {"title": f"{made.name} on the running total", "description": made.describe(),
-             "settings": settings},
-            indent=1,
-        )
-    )  # fmt: skip
+    described = {
+        "title": f"{made.name} on the running total",
+        "description": "A tiny policy learns to solve sums step by step. Each token's advantage is "
+        "weighted by how widely the policy attends when it decides that token.",
+        "recipe": made.describe(),
+        "settings": settings,
+    }
+    (folder / "run.json").write_text(json.dumps(described, indent=1))
     print("evaluating the warm-started policy on held-out prompts")
     before = evaluate(0)
+    progress = Progress(folder, options.steps)
     trainer = TokenWeightsGRPOTrainer(
         model=model,
         processing_class=tokenizer,
         reward_funcs=_rewards,
         args=_arguments(options, folder),
         train_dataset=_prompts(options),
-        callbacks=[Progress(folder, options.steps), Evaluations()],
+        callbacks=[progress, Evaluations()],
     )
     trainer.remove_callback(PrinterCallback)
     interrupted = False
@@ -112,7 +121,8 @@ def main() -> int:
         trainer.train()
     except KeyboardInterrupt:
         interrupted = True
-        print("\ninterrupted: reporting what there is")
+        progress.bar.close()
+        print("interrupted: reporting what there is")
     step = trainer.state.global_step
     after = evaluate(step)
     _write_report(folder)
@@ -197,10 +207,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=50, help="optimizer steps")
     parser.add_argument("--recipe", default="low2high", help="name of a recipe")
     parser.add_argument("--output", default="runs/demo", help="folder of the run")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--held-out", type=int, default=48, help="held-out prompts of each split")
+    parser.add_argument("--seed", type=int, default=0, help="seed of prompts and sampling")
     options = parser.parse_args()
-    if options.steps < 1:
-        parser.error("--steps must be at least 1")
+    if options.steps < 1 or options.held_out < 1:
+        parser.error("--steps and --held-out must be at least 1")
     try:
         options.recipe = recipe(options.recipe)
         if options.recipe.rule == "endpoints":
