@@ -31,6 +31,8 @@ from tokenweights.distributed import global_extrema as global_extrema
 from tokenweights.distributed import global_sum as global_sum
 from tokenweights.gradients import GradientGeometry as GradientGeometry
 from tokenweights.gradients import GroupGradients as GroupGradients
+from tokenweights.gradients import expected_random_cosine as expected_random_cosine
+from tokenweights.gradients import expected_random_error as expected_random_error
 from tokenweights.gradients import gradient_geometry as gradient_geometry
 from tokenweights.gradients import group_gradients as group_gradients
 from tokenweights.losses import aggregate_loss as aggregate_loss
@@ -121,6 +123,8 @@ __all__ = [
     "cosine_schedule",
     "endpoint_schedule",
     "endpoint_weights",
+    "expected_random_cosine",
+    "expected_random_error",
     "front_fraction",
     "gathered",
     "global_extrema",

@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
 from tokenweights.distributed import global_sum
-from tokenweights.masked import accumulator_dtype, masked_sum
+from tokenweights.masked import accumulator_dtype, masked_sum, row_chunks
 
 Denominator = Literal["all_tokens", "selected_tokens", "weight_sum"]
 AggregationMode = Literal[
@@ -155,8 +155,13 @@ def weighted_token_mean(
     """
     if count is None:
         count = loss_denominator(mask, weights, denominator=denominator)
-    weighted = token_loss if weights is None else token_loss * torch.where(mask, weights, 0.0)
-    return _quotient(masked_sum(weighted, mask), count)
+    total = token_loss.new_zeros(())
+    for rows in row_chunks(mask.shape):
+        part = torch.where(mask[rows], token_loss[rows], 0.0)
+        if weights is not None:
+            part = part * torch.where(mask[rows], weights[rows], 0.0)
+        total = total + part.sum()
+    return _quotient(total, count)
 
 
 @typed

@@ -3,6 +3,8 @@
 Values under a False mask, NaN included, never change a result, and receive a zero gradient.
 """
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -10,10 +12,20 @@ from torch import Tensor
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
 
+CHUNK_TOKENS = 2**21
+
 
 def accumulator_dtype(device: torch.device) -> torch.dtype:
     """The widest float of the device: float64, or float32 on MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def row_chunks(shape: torch.Size) -> Iterator[slice]:
+    """Slices of whole rows, a few million tokens each, that bound what temporaries cost."""
+    rows, tokens = shape
+    step = max(CHUNK_TOKENS // max(tokens, 1), 1)
+    for start in range(0, max(rows, 1), step):  # once even for no rows, to keep a graph
+        yield slice(start, start + step)
 
 
 def require_finite(function: str, argument: str, values: Tensor, mask: Tensor) -> None:

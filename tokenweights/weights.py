@@ -10,7 +10,13 @@ from torch import Tensor
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
 from tokenweights.distributed import global_extrema, global_sum
-from tokenweights.masked import accumulator_dtype, masked_extrema, masked_sum, require_finite
+from tokenweights.masked import (
+    accumulator_dtype,
+    masked_extrema,
+    masked_sum,
+    require_finite,
+    row_chunks,
+)
 from tokenweights.partition import quantile_bins
 from tokenweights.schedules import Endpoints
 
@@ -57,9 +63,10 @@ def score_extrema(
         (0.25, 0.75)
     """
     require_finite("score_extrema", "scores", scores, mask)
+    low, high = masked_extrema(scores.detach(), mask)
     # One dtype whatever the scores' own, so that a rank without rows cannot disagree on it.
-    wide = scores.detach().to(accumulator_dtype(scores.device))
-    return ScoreExtrema(*global_extrema(*masked_extrema(wide, mask), group=group))
+    dtype = accumulator_dtype(scores.device)
+    return ScoreExtrema(*global_extrema(low.to(dtype), high.to(dtype), group=group))
 
 
 @typed
@@ -90,8 +97,11 @@ def softmax_partition(
         >>> softmax_partition(scores, mask, score_extrema(scores, mask))
         tensor(2., dtype=torch.float64)
     """
-    wide = scores.detach().to(accumulator_dtype(scores.device))
-    return global_sum(masked_sum(((wide - extrema.maximum) / temperature).exp(), mask), group=group)
+    total = extrema.maximum.new_zeros(())
+    for rows in row_chunks(scores.shape):
+        wide = scores[rows].detach().to(total.dtype)
+        total += masked_sum(((wide - extrema.maximum) / temperature).exp(), mask[rows])
+    return global_sum(total, group=group)
 
 
 @typed
@@ -154,6 +164,8 @@ def endpoint_weights(
         raise invalid(
             "endpoint_weights", "form", "'stable' or 'literal'", repr(form), "Choose one of them."
         )
+    if form == "stable":
+        partition = None
     own = score_extrema(scores, mask, group=group if extrema is None else None)
     if extrema is None:
         extrema = own
@@ -165,23 +177,30 @@ def endpoint_weights(
             f"{extrema.minimum.item():g}..{extrema.maximum.item():g}",
             "Take them over the whole rollout batch with `score_extrema`.",
         )
-    dtype = accumulator_dtype(scores.device)
-    minimum, maximum = extrema.minimum.to(dtype), extrema.maximum.to(dtype)
-    below_top = (torch.where(mask, scores.detach().to(dtype), minimum) - maximum) / temperature
-    bottom = (minimum - maximum) / temperature
-    if form == "stable":
+    if form == "literal" and partition is None:
+        partition = softmax_partition(scores, mask, extrema, temperature=temperature, group=group)
+    weights = torch.zeros(scores.shape, device=scores.device)
+    for rows in row_chunks(scores.shape):
+        wide = scores[rows].detach().to(extrema.minimum.dtype)
+        wide = torch.where(mask[rows], wide, extrema.minimum)
+        alpha = _rescaled_softmax(wide, extrema, temperature, eps, partition)
+        part = endpoints.low + alpha * (endpoints.high - endpoints.low)
+        weights[rows] = torch.where(mask[rows], part, 0.0).float()
+    return weights
+
+
+def _rescaled_softmax(
+    scores: Tensor, extrema: ScoreExtrema, temperature: float, eps: float, partition: Tensor | None
+) -> Tensor:
+    """The softmax of Eq. 26 rescaled by Eq. 27; literally so if a partition is given."""
+    below_top = (scores - extrema.maximum) / temperature
+    bottom = (extrema.minimum - extrema.maximum) / temperature
+    if partition is None:
         # expm1(x) / expm1(X) = exp(x - X) expm1(-x) / expm1(-X), and x - X <= 0 cannot overflow.
         alpha = below_top.exp() * torch.expm1(bottom - below_top) / torch.expm1(bottom)
-        alpha = torch.where(bottom < 0, alpha, 0.0)
-    else:
-        if partition is None:
-            partition = softmax_partition(
-                scores, mask, extrema, temperature=temperature, group=group
-            )
-        numerator = (below_top.exp() - bottom.exp()) / (partition + eps)
-        alpha = numerator / ((1 - bottom.exp()) / (partition + eps) + eps)
-    weights = endpoints.low + alpha * (endpoints.high - endpoints.low)
-    return torch.where(mask, weights, 0.0).float()
+        return torch.where(bottom < 0, alpha, 0.0)
+    numerator = (below_top.exp() - bottom.exp()) / (partition + eps)
+    return numerator / ((1 - bottom.exp()) / (partition + eps) + eps)
 
 
 @typed

@@ -17,9 +17,16 @@ from tokenweights.attention.checks import (
     check_request,
     check_results,
     check_shape,
+    check_workspace,
 )
-from tokenweights.attention.dispatch import Backend, backend_used, packed_reference, sweep
-from tokenweights.attention.layout import packed_sequences, padded_sequences
+from tokenweights.attention.dispatch import (
+    WORKSPACE_BYTES,
+    Backend,
+    backend_used,
+    packed_reference,
+    sweep,
+)
+from tokenweights.attention.layout import packed_batch, padded_batch
 from tokenweights.attention.reference import reference_statistics
 from tokenweights.attention.results import empty_results, over_heads
 from tokenweights.attention.statistics import (
@@ -51,6 +58,7 @@ def attention_entropy(
     lse: Float[Tensor, "batch heads query"] | None = None,
     heads: Heads = "mean_distribution",
     backend: Backend = "auto",
+    workspace_bytes: int = WORKSPACE_BYTES,
 ) -> Float[Tensor, "batch query"] | Float[Tensor, "batch heads query"]:
     r"""Entropy of the head-averaged attention distribution of every query, `batch query`, in nats.
 
@@ -87,14 +95,18 @@ def attention_entropy(
             `fixed` alone this is tested on the last query of each row). `reference` ignores it.
         heads: `mean_distribution` averages probabilities, as the paper does; `mean_entropy`
             averages the entropies of the heads; `none` returns `batch heads query`.
-        backend: `auto`, `chunked`, or `reference` (dense, float64 result).
+        backend: `triton` (NVIDIA GPUs, compute capability 8.0 or above), `chunked` (torch, any
+            device), `reference` (dense, float64 result), or `auto`: `triton` where it can serve,
+            else `chunked`.
+        workspace_bytes: Bound on the weights that are held at a time.
 
     Returns:
         The entropies, float32.
 
     Raises:
         TokenWeightsError: If shapes or parameters do not fit together, if `query` or `key` is not
-            finite at real positions, or if `lse` belongs to other queries and keys.
+            finite at real positions, if `lse` belongs to other queries and keys, or if `backend`
+            cannot serve the request.
 
     Example:
         Equal scores spread the attention evenly over all visible keys:
@@ -117,6 +129,7 @@ def attention_entropy(
         lse=lse,
         heads=heads,
         backend=backend,
+        workspace_bytes=workspace_bytes,
     )
     return results[kind]
 
@@ -140,6 +153,7 @@ def attention_entropy_varlen(
     lse: Float[Tensor, "heads total_q"] | None = None,
     heads: Heads = "mean_distribution",
     backend: Backend = "auto",
+    workspace_bytes: int = WORKSPACE_BYTES,
 ) -> Float[Tensor, " total_q"] | Float[Tensor, "heads total_q"]:
     r"""Attention entropy of every query of a packed batch, ` total_q`, in nats.
 
@@ -165,6 +179,7 @@ def attention_entropy_varlen(
         lse: As in `attention_entropy`, laid out `heads total_q` as flash attention returns it.
         heads: As in `attention_entropy`; `none` returns `heads total_q`.
         backend: As in `attention_entropy`.
+        workspace_bytes: As in `attention_entropy`.
 
     Returns:
         The entropies, float32.
@@ -199,22 +214,34 @@ def attention_entropy_varlen(
     query_bounds, key_bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     check_bounds(function, "cu_seqlens_q", query_bounds, query.shape[0])
     check_bounds(function, "cu_seqlens_k", key_bounds, key.shape[0])
-    sequences = list(packed_sequences(query, key, query_bounds, key_bounds, lse))
-    for sequence in sequences:
+    batch = packed_batch(query, key, query_bounds, key_bounds, lse)
+    for sequence in batch.sequences:
         check_positions(function, sequence.query.shape[1], sequence.key.shape[1])
     request = Request((kind,), top_k, fixed_k)
     logits = _logits(query, scale, softcap, causal, window)
     check_request(function, request, heads)
     check_logits(function, logits)
-    check_finite(function, sequences)
+    check_workspace(function, workspace_bytes)
+    check_finite(function, batch)
     per_head = heads != "mean_distribution"
     shape = (1, query.shape[1] if per_head else 1, query.shape[0])
-    if backend_used(function, backend) == "reference":
+    used = backend_used(function, backend, query, key)
+    if used == "reference":
         results = empty_results(request, shape, query, torch.float64)
-        packed_reference(sequences, request, logits, results, per_head=per_head, sinks=sinks)
+        packed_reference(batch, request, logits, results, per_head=per_head, sinks=sinks)
     else:
         results = empty_results(request, shape, query)
-        sweep(function, sequences, request, logits, results, per_head=per_head, sinks=sinks)
+        sweep(
+            function,
+            used,
+            batch,
+            request,
+            logits,
+            results,
+            per_head=per_head,
+            sinks=sinks,
+            workspace_bytes=workspace_bytes,
+        )
     check_results(function, results)
     return over_heads(results, heads)[kind][0]
 
@@ -239,6 +266,7 @@ def attention_statistics(
     lse: Float[Tensor, "batch heads query"] | None = None,
     heads: Heads = "mean_distribution",
     backend: Backend = "auto",
+    workspace_bytes: int = WORKSPACE_BYTES,
 ) -> AttentionStatistics:
     r"""Statistics of the attention distribution of every query, each `batch query`, in one sweep.
 
@@ -269,6 +297,7 @@ def attention_statistics(
         heads: As in `attention_entropy`; `none` gives every field a head axis, `mean_entropy`
             is for entropies only.
         backend: As in `attention_entropy`.
+        workspace_bytes: As in `attention_entropy`.
 
     Returns:
         The record of the statistics; fields that were not asked for are None.
@@ -300,6 +329,7 @@ def attention_statistics(
         lse=lse,
         heads=heads,
         backend=backend,
+        workspace_bytes=workspace_bytes,
     )
     return AttentionStatistics(**results)
 
@@ -316,21 +346,34 @@ def _padded(
     lse: Tensor | None,
     heads: Heads,
     backend: Backend,
+    workspace_bytes: int,
 ) -> dict[str, Tensor]:
     check_padded(function, query, key, key_mask, lse, sinks)
     check_request(function, request, heads)
     check_logits(function, logits)
-    sequences = list(padded_sequences(query, key, key_mask, lse))
-    check_finite(function, sequences)
+    check_workspace(function, workspace_bytes)
+    batch = padded_batch(query, key, key_mask, lse)
+    check_finite(function, batch)
     per_head = heads != "mean_distribution"
-    if backend_used(function, backend) == "reference":
+    used = backend_used(function, backend, query, key)
+    if used == "reference":
         results = reference_statistics(
             query, key, request, logits, key_mask=key_mask, sinks=sinks, per_head=per_head
         )
     else:
-        batch, all_heads, queries, _ = query.shape
-        results = empty_results(request, (batch, all_heads if per_head else 1, queries), query)
-        sweep(function, sequences, request, logits, results, per_head=per_head, sinks=sinks)
+        rows, all_heads, queries, _ = query.shape
+        results = empty_results(request, (rows, all_heads if per_head else 1, queries), query)
+        sweep(
+            function,
+            used,
+            batch,
+            request,
+            logits,
+            results,
+            per_head=per_head,
+            sinks=sinks,
+            workspace_bytes=workspace_bytes,
+        )
     check_results(function, results)
     return over_heads(results, heads)
 

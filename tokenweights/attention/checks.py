@@ -1,14 +1,13 @@
 """Refusals: every argument that a type annotation cannot judge."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokenweights._errors import invalid
-from tokenweights.attention.layout import TokenSequence
+from tokenweights.attention.layout import TokenBatch
 from tokenweights.attention.statistics import ENTROPY_KINDS, Heads, Logits, Request
 
 MASS_TOLERANCE = 1e-3
@@ -114,15 +113,23 @@ def check_bounds(function: str, argument: str, bounds: list[int], total: int) ->
         raise invalid(function, argument, condition, bounds, hint)
 
 
-def check_finite(function: str, sequences: Sequence[TokenSequence]) -> None:
+def check_workspace(function: str, workspace_bytes: int) -> None:
+    """Refuse a bound that nothing can keep."""
+    if workspace_bytes < 1:
+        hint = "At least one row of float32 weights is held whatever the bound."
+        raise invalid(function, "workspace_bytes", "to be >= 1", workspace_bytes, hint)
+
+
+def check_finite(function: str, batch: TokenBatch) -> None:
     """Refuse non-finite numbers at real positions."""
+    # A sum is one cheap pass and finite only if all its terms are. Padding may hold anything, and
+    # sums may overflow: only then the sequences are looked at one by one.
+    totals = [values.sum(dtype=torch.float32) for values in (batch.query, batch.key)]
+    if bool(torch.stack(totals).isfinite().all()):
+        return
     for argument in ("query", "key"):
-        values = [getattr(sequence, argument) for sequence in sequences]
-        # A sum is one cheap pass and finite only if all its terms are, short of an overflow.
-        sums = [value.sum(dtype=torch.float32) for value in values]
-        if sums and not bool(torch.stack(sums).isfinite().all()):
-            if all(bool(value.isfinite().all()) for value in values):
-                continue
+        values = [getattr(sequence, argument) for sequence in batch.sequences]
+        if not all(bool(value.isfinite().all()) for value in values):
             hint = "A real position holds NaN or infinity: mask it, or repair what produced it."
             condition = "to be finite at real positions"
             raise invalid(function, argument, condition, "NaN or infinity", hint)

@@ -1,6 +1,5 @@
 """Which implementation computes a sweep over unpadded sequences, and the checks around it."""
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -9,49 +8,91 @@ from torch import Tensor
 
 from tokenweights._errors import invalid
 from tokenweights.attention.checks import check_total_mass
-from tokenweights.attention.chunked import Workspace, reads_first_keys, sequence_statistics
-from tokenweights.attention.layout import TokenSequence
+from tokenweights.attention.chunked import (
+    WORKSPACE_BYTES,
+    Workspace,
+    reads_first_keys,
+    sequence_statistics,
+)
+from tokenweights.attention.layout import TokenBatch
 from tokenweights.attention.reference import reference_statistics
 from tokenweights.attention.results import write_results
 from tokenweights.attention.statistics import Logits, Request
+from tokenweights.attention.triton_configuration import triton_refusal
 
 Backend = Literal["auto", "chunked", "reference", "triton"]
+UsedBackend = Literal["chunked", "reference", "triton"]
 
 
-def backend_used(function: str, backend: Backend) -> Literal["chunked", "reference"]:
-    """The implementation behind a `backend` argument; `auto` is `chunked` on every device."""
-    if backend == "triton":
-        hint = 'This build has no Triton kernels; pass "chunked" or "auto".'
-        raise invalid(function, "backend", "to be auto, chunked or reference", '"triton"', hint)
-    return "reference" if backend == "reference" else "chunked"
+def backend_used(function: str, backend: Backend, query: Tensor, key: Tensor) -> UsedBackend:
+    """The implementation behind a `backend` argument; `auto` takes Triton for what it can serve."""
+    if backend == "auto":
+        serves = query.device.type == "cuda" and triton_refusal(query, key) is None
+        return "triton" if serves else "chunked"
+    if backend == "triton" and (refusal := triton_refusal(query, key)) is not None:
+        hint = f'Here {refusal}; pass "chunked" or "auto".'
+        raise invalid(function, "backend", "to serve these tensors", '"triton"', hint)
+    return backend
 
 
 def sweep(
     function: str,
-    sequences: Sequence[TokenSequence],
+    backend: UsedBackend,
+    batch: TokenBatch,
     request: Request,
     logits: Logits,
     results: dict[str, Tensor],
     *,
     per_head: bool,
     sinks: Float[Tensor, " heads"] | None,
+    workspace_bytes: int,
 ) -> None:
-    """Write the statistics of all sequences into `results`, with the chunked implementation.
+    """Write the statistics of all sequences into `results`.
 
     Args:
         function: Public name for error messages.
-        sequences: Sequences without padding.
+        backend: Which implementation, `chunked` or `triton`.
+        batch: Queries, keys and sequences without padding.
         request: What to compute.
         logits: How scores become logits.
         results: `batch heads query` per kind, with a single head unless `per_head`.
         per_head: Keep heads apart instead of averaging their distributions.
         sinks: Extra logits in the denominator.
+        workspace_bytes: Bound on the weights that are held at a time.
     """
-    if not sequences:
+    if not batch.sequences:
         return
-    workspace = Workspace(sequences[0].query.device)
+    run = chunked_sweep
+    if backend == "triton":
+        # Imported when needed: triton is large, and not everywhere.
+        from tokenweights.attention.triton_backend import triton_sweep as run
+    run(
+        function,
+        batch,
+        request,
+        logits,
+        results,
+        per_head=per_head,
+        sinks=sinks,
+        workspace_bytes=workspace_bytes,
+    )
+
+
+def chunked_sweep(
+    function: str,
+    batch: TokenBatch,
+    request: Request,
+    logits: Logits,
+    results: dict[str, Tensor],
+    *,
+    per_head: bool,
+    sinks: Float[Tensor, " heads"] | None,
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> None:
+    """As `sweep`, one sequence after another in plain torch."""
+    workspace = Workspace(batch.query.device)
     totals: list[Tensor] = []
-    for sequence in sequences:
+    for sequence in batch.sequences:
         query, key, lse = sequence.query, sequence.key, sequence.lse
         asked = request
         if lse is not None and reads_first_keys(request, lse):
@@ -64,6 +105,7 @@ def sweep(
                 per_head=True,
                 lse=lse[:, -1:],
                 workspace=workspace,
+                workspace_bytes=workspace_bytes,
             )
             totals.append(last["row_mass"] + _sink_share(sinks, lse[:, -1:], per_head=True))
         elif lse is not None:
@@ -77,6 +119,7 @@ def sweep(
             sinks=sinks,
             lse=lse,
             workspace=workspace,
+            workspace_bytes=workspace_bytes,
         )
         if lse is not None and "row_mass" in found:
             totals.append(found["row_mass"] + _sink_share(sinks, lse, per_head=per_head))
@@ -86,7 +129,7 @@ def sweep(
 
 
 def packed_reference(
-    sequences: Sequence[TokenSequence],
+    batch: TokenBatch,
     request: Request,
     logits: Logits,
     results: dict[str, Tensor],
@@ -95,7 +138,7 @@ def packed_reference(
     sinks: Float[Tensor, " heads"] | None,
 ) -> None:
     """Write the reference's statistics of each sequence alone into `results`."""
-    for sequence in sequences:
+    for sequence in batch.sequences:
         found = reference_statistics(
             sequence.query[None],
             sequence.key[None],

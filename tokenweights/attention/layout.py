@@ -34,6 +34,19 @@ class TokenSequence:
     slots: Slots
 
 
+@dataclass(frozen=True)
+class TokenBatch:
+    """A batch as it was given, and the sequences it holds, each with at least one query.
+
+    A packed batch is a single row of sequences.
+    """
+
+    query: Float[Tensor, "batch heads query dim"]
+    key: Float[Tensor, "batch kv_heads key dim"]
+    lse: Float[Tensor, "batch heads query"] | None
+    sequences: tuple[TokenSequence, ...]
+
+
 def token_slots(
     batch: int, queries: int, keys: int, key_mask: Bool[Tensor, "batch key"] | None
 ) -> Iterator[Slots]:
@@ -51,40 +64,51 @@ def token_slots(
             yield Slots(row=row, query=asked, key=real)
 
 
-def padded_sequences(
+def padded_batch(
     query: Float[Tensor, "batch heads query dim"],
     key: Float[Tensor, "batch kv_heads key dim"],
     key_mask: Bool[Tensor, "batch key"] | None,
     lse: Float[Tensor, "batch heads query"] | None,
-) -> Iterator[TokenSequence]:
-    """The sequences of a padded batch that have at least one real query."""
-    for slots in token_slots(query.shape[0], query.shape[2], key.shape[2], key_mask):
-        yield TokenSequence(
+) -> TokenBatch:
+    """A padded batch, cut to the real tokens of its rows."""
+    sequences = (
+        TokenSequence(
             query=query[slots.row][:, slots.query],
             key=key[slots.row][:, slots.key],
             lse=None if lse is None else lse[slots.row][:, slots.query],
             slots=slots,
         )
+        for slots in token_slots(query.shape[0], query.shape[2], key.shape[2], key_mask)
+    )
+    return TokenBatch(query, key, lse, tuple(sequences))
 
 
-def packed_sequences(
+def packed_batch(
     query: Float[Tensor, "total_q heads dim"],
     key: Float[Tensor, "total_k kv_heads dim"],
     query_bounds: list[int],
     key_bounds: list[int],
     lse: Float[Tensor, "heads total_q"] | None,
-) -> Iterator[TokenSequence]:
-    """The sequences of a packed batch that have at least one query."""
+) -> TokenBatch:
+    """A packed batch, cut at its bounds."""
+    sequences = []
     for index in range(len(query_bounds) - 1):
         asked = slice(query_bounds[index], query_bounds[index + 1])
         real = slice(key_bounds[index], key_bounds[index + 1])
         if asked.start < asked.stop:
-            yield TokenSequence(
+            sequence = TokenSequence(
                 query=query[asked].transpose(0, 1),
                 key=key[real].transpose(0, 1),
                 lse=None if lse is None else lse[:, asked],
                 slots=Slots(row=0, query=asked, key=real),
             )
+            sequences.append(sequence)
+    return TokenBatch(
+        query=query.transpose(0, 1)[None],
+        key=key.transpose(0, 1)[None],
+        lse=None if lse is None else lse[None],
+        sequences=tuple(sequences),
+    )
 
 
 def _real_slots(key_mask: Bool[Tensor, "batch key"]) -> list[Indices]:
