@@ -110,9 +110,9 @@ def loss_denominator(
     """
     dtype = accumulator_dtype(mask.device)
     if weights is None or denominator == "all_tokens":
-        own = mask.sum().to(dtype)
+        own = mask.count_nonzero().to(dtype)  # a sum would first make integers of the mask
     elif denominator == "selected_tokens":
-        own = (mask & (weights > 0)).sum().to(dtype)
+        own = (mask & (weights > 0)).count_nonzero().to(dtype)
     else:
         own = masked_sum(weights.to(dtype), mask)
     return global_sum(own, group=group)

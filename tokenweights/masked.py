@@ -12,7 +12,7 @@ from torch import Tensor
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
 
-CHUNK_TOKENS = 2**21
+CHUNK_TOKENS = 2**18
 
 
 def accumulator_dtype(device: torch.device) -> torch.dtype:
@@ -21,7 +21,7 @@ def accumulator_dtype(device: torch.device) -> torch.dtype:
 
 
 def row_chunks(shape: torch.Size) -> Iterator[slice]:
-    """Slices of whole rows, a few million tokens each, that bound what temporaries cost."""
+    """Slices of whole rows, a few hundred thousand tokens each, that bound what temporaries cost."""
     rows, tokens = shape
     step = max(CHUNK_TOKENS // max(tokens, 1), 1)
     for start in range(0, max(rows, 1), step):  # once even for no rows, to keep a graph
@@ -40,16 +40,18 @@ def require_finite(function: str, argument: str, values: Tensor, mask: Tensor) -
     Raises:
         TokenWeightsError: If a valid value is not finite; it names the first place.
     """
-    bad = mask & ~torch.isfinite(values)
-    if bool(bad.any()):
-        place = tuple(bad.nonzero()[0].tolist())
-        raise invalid(
-            function,
-            argument,
-            "finite under a True mask",
-            f"{values[place].item()} at index {place}",
-            "Mask that token out, or find out why its value is not finite.",
-        )
+    for rows in row_chunks(mask.shape):
+        bad = mask[rows] & ~torch.isfinite(values[rows])
+        if bool(bad.any()):
+            row, token = bad.nonzero()[0].tolist()
+            place = (row + rows.start, token)
+            raise invalid(
+                function,
+                argument,
+                "finite under a True mask",
+                f"{values[place].item()} at index {place}",
+                "Mask that token out, or find out why its value is not finite.",
+            )
 
 
 @typed

@@ -47,7 +47,7 @@ def recipe_names() -> tuple[str, ...]:
 
     Example:
         >>> recipe_names()[:4]
-        ('full', 'random20', 'anchor20', 'explorer20')
+        ('full', 'random20', 'bernoulli20', 'anchor20')
     """
     return tuple(_RECIPES)
 
@@ -64,9 +64,15 @@ _RECIPES: dict[str, Recipe] = {
     for made in (
         Recipe(name="full", rule="uniform", signal="none"),
         _hard("random20", "random"),
+        _hard("bernoulli20", "bernoulli"),
         _hard("anchor20", "bottom", _ATTENTION),
         _hard("explorer20", "top", _ATTENTION),
+        Recipe(name="anchor20_all_tokens", rule="bottom"),
+        Recipe(name="explorer20_all_tokens", rule="top"),
         Recipe(name="low2high"),
+        Recipe(name="low2high_layer8", layers=(8,)),
+        Recipe(name="low2high_layer20", layers=(20,)),
+        Recipe(name="low2high_layer31", layers=(31,)),
         Recipe(name="high2low", low=(0.0, 1.0), high=(1.0, 0.0)),
         Recipe(name="static_anchor", schedule="constant"),
         Recipe(name="static_explorer", low=(0.0, 0.0), high=(1.0, 1.0), schedule="constant"),
