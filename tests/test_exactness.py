@@ -96,13 +96,15 @@ def right_padded(policy: Policy, batch: list[Sample]) -> Rows:
     features, key_mask = padded([s.features for s in batch])
     query, key = (heads.transpose(1, 2) for heads in policy.heads(features))
     entropy = tw.attention_entropy(query, key, key_mask=key_mask)
-    width = max(s.response_length for s in batch)
-    lengths = torch.tensor([s.prompt_length for s in batch])
-    options = {"response_length": width, "prompt_length": lengths}
-    return rows(
-        batch,
-        tw.align_to_decision(entropy, **options),
-        tw.align_to_decision(policy.log_probs(features), **options),
+    return rows(batch, decided(batch, entropy), decided(batch, policy.log_probs(features)))
+
+
+def decided(batch: list[Sample], values: Tensor) -> Tensor:
+    """The values of right-padded sequences at the positions that decide the response tokens."""
+    return tw.align_to_decision(
+        values,
+        response_length=max(s.response_length for s in batch),
+        prompt_length=torch.tensor([s.prompt_length for s in batch]),
     )
 
 
@@ -135,14 +137,14 @@ def packed(policy: Policy, batch: list[Sample]) -> Rows:
     bounds = lengths.cumsum(0)
     entropy = tw.attention_entropy_varlen(query, key, cu_seqlens_q=bounds, cu_seqlens_k=bounds)
     log_probs = policy.log_probs(features)
-    decided = [
+    places = [
         slice(start + s.prompt_length - 1, stop - 1)
         for s, start, stop in zip(batch, bounds.tolist(), bounds[1:].tolist(), strict=False)
     ]
     return rows(
         batch,
-        padded([entropy[place] for place in decided])[0],
-        padded([log_probs[place] for place in decided])[0],
+        padded([entropy[place] for place in places])[0],
+        padded([log_probs[place] for place in places])[0],
     )
 
 
@@ -192,11 +194,8 @@ def outcome(
     micro_batch: int | None = None,
 ) -> tuple[dict[int, Tensor], Tensor, list[Tensor]]:
     """Weights by sample, and this rank's share of the loss and of the gradients."""
-    weights = recipe.token_weights(
-        own.scores, own.mask, step=STEP, sample_ids=own.numbers, group=group
-    ) if recipe.signal != "none" else recipe.token_weights(
-        None, own.mask, step=STEP, sample_ids=own.numbers, group=group
-    )  # fmt: skip
+    scores = None if recipe.signal == "none" else own.scores
+    weights = recipe.token_weights(scores, own.mask, step=STEP, sample_ids=own.numbers, group=group)
     count = tw.loss_denominator(own.mask, weights, denominator=recipe.denominator, group=group)
     counted = own.mask if mine is None else own.mask & mine
     losses = token_loss(own, weights)
@@ -313,17 +312,11 @@ def sequence_parallel(rank, size, batch, recipe, dtype, style, mutation=None):
             query, key, own, group=world, key_mask=key_mask[:, own]
         )
         whole = tw.gathered(entropy, own, dim=1, group=world)
-        width = max(s.response_length for s in batch)
-        lengths = torch.tensor([s.prompt_length for s in batch])
-        options = {"response_length": width, "prompt_length": lengths}
-        every = rows(
-            batch,
-            tw.align_to_decision(whole, **options),
-            tw.align_to_decision(policy.log_probs(features), **options),
-        )
+        log_probs = policy.log_probs(features)
+        every = rows(batch, decided(batch, whole), decided(batch, log_probs))
         # A rank's loss covers the tokens that its own positions decide.
         holds = torch.zeros(features.shape[:2]).index_fill_(1, own, 1.0)
-        mine = tw.align_to_decision(holds, **options) > 0
+        mine = decided(batch, holds) > 0
         return outcome(policy, every, recipe, mine=mine)
 
 
@@ -351,14 +344,8 @@ def tensor_parallel(rank, size, batch, recipe, dtype, exchange, mutation=None):
         entropy = tw.tensor_parallel_entropy(
             query, key, group=dist.group.WORLD, key_mask=key_mask, exchange=exchange
         )
-        width = max(s.response_length for s in batch)
-        lengths = torch.tensor([s.prompt_length for s in batch])
-        options = {"response_length": width, "prompt_length": lengths}
-        every = rows(
-            batch,
-            tw.align_to_decision(entropy, **options),
-            tw.align_to_decision(policy.log_probs(features), **options),
-        )
+        log_probs = policy.log_probs(features)
+        every = rows(batch, decided(batch, entropy), decided(batch, log_probs))
         return outcome(policy, every, recipe)
 
 

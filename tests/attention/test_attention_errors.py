@@ -28,7 +28,7 @@ def changed(tensor, index, value):
         ({"top_k": 0}, "expected `top_k` to be >= 1, got 0."),
         ({"fixed_k": -1}, "expected `fixed_k` to be >= 1, got -1."),
         ({"scale": float("inf")}, "expected `scale` to be finite, got inf."),
-        ({"backend": "triton"}, "expected `backend` to be auto, chunked or reference"),
+        ({"backend": "triton"}, "expected `backend` to serve these tensors"),
     ],
 )
 def test_parameter_out_of_range_is_refused(arguments, message):
