@@ -60,3 +60,9 @@ def test_ranks_agree_with_one_process(size):
     torch.testing.assert_close(torch.cat([own for own, _ in results]), rows)
     for _, own in results:
         torch.testing.assert_close(own, scalars, rtol=1e-6, atol=1e-9)
+
+
+def test_positions_have_to_fit_the_axis():
+    for values, dim in ((torch.arange(5.0)[None], 1), (torch.arange(3.0)[None], 2)):
+        with pytest.raises(tw.TokenWeightsError, match="entries along axis"):
+            tw.gathered(values, torch.arange(3), dim=dim)

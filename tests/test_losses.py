@@ -129,6 +129,38 @@ def test_aggregation_modes_agree_with_numpy(denominator, case):
         assert normed.item() == pytest.approx(sums / 8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_adds_up_in_float32(dtype):
+    token_loss = torch.full((10, 7000), 0.5, dtype=dtype, requires_grad=True)
+    mask = torch.ones(10, 7000, dtype=torch.bool)
+    loss = tw.weighted_token_mean(token_loss, mask, torch.ones(10, 7000))
+    assert loss.dtype == torch.float32 and loss.item() == 0.5
+    (gradient,) = torch.autograd.grad(loss, token_loss)
+    assert gradient.float().mean().item() == pytest.approx(1 / 70000, rel=0.01)
+    assert tw.masked_mean(token_loss, mask).item() == 0.5
+    assert tw.aggregate_loss(token_loss, mask, mode="seq-mean-token-mean").item() == 0.5
+
+
+def test_a_large_ratio_does_not_turn_weight_zero_into_nan():
+    log_probs = torch.tensor([[100.0]], requires_grad=True)
+    loss = tw.clipped_surrogate_loss(log_probs, torch.zeros(1, 1), torch.zeros(1, 1))
+    (gradient,) = torch.autograd.grad(loss.sum(), log_probs)
+    assert loss.item() == 0 and gradient.item() == 0
+
+
+def test_weights_off_the_mask_do_not_count_as_selected():
+    mask = torch.tensor([[True, False]])
+    count = tw.loss_denominator(mask, torch.ones(1, 2), denominator="selected_tokens")
+    assert count.item() == 1
+
+
+def test_losses_compile_in_one_graph():
+    torch.compiler.reset()
+    mask, token_loss = torch.tensor([[True, True, False]]), torch.tensor([[1.0, 2.0, 4.0]])
+    compiled = torch.compile(tw.weighted_token_mean, backend="eager", fullgraph=True)
+    assert compiled(token_loss, mask, torch.ones(1, 3)).item() == 1.5
+
+
 ONE = torch.ones(1, 2, dtype=torch.bool)
 LOSS = torch.rand(1, 2)
 
@@ -141,6 +173,12 @@ LOSS = torch.rand(1, 2)
         lambda: tw.clipped_surrogate_loss(LOSS, LOSS, LOSS, dual_clip=1.0),
         lambda: tw.aggregate_loss(LOSS, ONE, mode="seq-mean-token-sum-norm"),
         lambda: tw.aggregate_loss(LOSS, ONE, mode="seq-mean-token-sum", max_length=3),
+        lambda: tw.aggregate_loss(LOSS, ONE, mode="seq-mean-token-sum-norm", max_length=0),
+        lambda: tw.aggregate_loss(LOSS, ONE, -LOSS),
+        lambda: tw.aggregate_loss(LOSS, ONE, mode="seq-mean-token-sum", count=math.nan),
+        lambda: tw.weighted_token_mean(LOSS, ONE, -LOSS, denominator="weight_sum"),
+        lambda: tw.weighted_token_mean(LOSS, ONE, count=math.nan),
+        lambda: tw.weighted_token_mean(LOSS, ONE, count=-3.0),
         lambda: tw.aggregate_loss(LOSS, ONE, mode="seq-mean-token-sum", denominator="weight_sum"),
     ],
 )

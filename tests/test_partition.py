@@ -138,6 +138,18 @@ def test_matched_random_keeps_the_count_of_every_group(case, seed):
         assert torch.equal((chosen & members).sum(-1), (subset & members).sum(-1))
 
 
+def test_seed_and_sample_id_are_not_interchangeable():
+    mask = torch.ones(1, 200, dtype=torch.bool)
+    one = tw.random_fraction(mask, fraction=0.5, seed=1, sample_ids=torch.tensor([4]))
+    other = tw.random_fraction(mask, fraction=0.5, seed=2, sample_ids=torch.tensor([3]))
+    assert not torch.equal(one, other)
+
+
+def test_a_tiny_fraction_still_takes_a_token():
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    assert tw.bottom_fraction(torch.rand(1, 5), mask, fraction=1e-7).sum() == 1
+
+
 def test_matched_random_draws_uniformly_within_a_group():
     mask = torch.ones(4000, 6, dtype=torch.bool)
     groups = torch.tensor([0, 0, 0, 0, 1, 1]).expand(4000, 6)
@@ -173,6 +185,7 @@ ONE = torch.ones(1, 2, dtype=torch.bool)
         lambda: tw.random_fraction(ONE, fraction=2.0, seed=0),
         lambda: tw.bernoulli_subset(ONE, probability=2.0, seed=0),
         lambda: tw.quantile_bins(torch.rand(1, 2), ONE, bins=0),
+        lambda: tw.quantile_bins(torch.rand(1, 2), ONE, bins=10**19),
         lambda: tw.bottom_fraction(torch.tensor([[0.0, math.nan]]), ONE),
         lambda: tw.top_fraction(torch.tensor([[0.0, math.inf]]), ONE),
         lambda: tw.median_quadrants(torch.tensor([[0.0, math.nan]]), torch.rand(1, 2), ONE),

@@ -95,6 +95,9 @@ def test_bootstrap_leaves_the_global_generator_alone():
         lambda: tw.overlong_penalty(torch.tensor([1]), max_length=10, buffer_length=0),
         lambda: tw.overlong_penalty(torch.tensor([1]), max_length=10, buffer_length=11),
         lambda: tw.overlong_penalty(torch.tensor([1]), max_length=9, buffer_length=1, factor=-1.0),
+        lambda: tw.overlong_penalty(
+            torch.tensor([1]), max_length=9, buffer_length=1, factor=float("nan")
+        ),
         lambda: tw.mean_at_k(torch.zeros(0, 8, dtype=torch.bool)),
         lambda: tw.pass_at_k(torch.zeros(0, 8, dtype=torch.bool), k=1),
         lambda: tw.pass_at_k(torch.zeros(1, 8, dtype=torch.bool), k=9),

@@ -62,6 +62,13 @@ def test_alignment_of_right_padded_sequences():
     assert own.tolist() == [[2.0, 3.0, 4.0], [14.0, 0.0, 0.0]]
 
 
+def test_nothing_to_align():
+    nothing = torch.zeros(2, 0)
+    lengths = torch.zeros(2, dtype=torch.long)
+    aligned = tw.align_to_own(nothing, response_length=3, prompt_length=lengths)
+    assert aligned.tolist() == [[0.0] * 3] * 2
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -29,7 +29,7 @@ def test_equations_26_to_28_by_hand():
     torch.testing.assert_close(weights, torch.tensor([[1.0, 2.0, 3.0]]))
 
 
-@given(scored_masks(), TEMPERATURES, st.sampled_from([0.0, 1e-8, 1e-2]))
+@given(scored_masks(), TEMPERATURES, st.sampled_from([1e-8, 1e-2]))
 def test_both_forms_agree_with_the_printed_equations(case, temperature, eps):
     scores, mask = case
     ends = Endpoints(0.25, 2.0)
@@ -45,9 +45,8 @@ def test_both_forms_agree_with_the_printed_equations(case, temperature, eps):
     # At 1e4 the NumPy line cancels to about 1e-12; expm1 in the library does not.
     np.testing.assert_allclose(stable[mask].numpy(), 0.25 + 1.75 * exact, rtol=2e-6, atol=1e-7)
     literal = tw.endpoint_weights(scores, mask, ends, form="literal", eps=eps, **options)
-    if eps > 0:
-        expected = 0.25 + 1.75 * literal_alpha(valid, temperature, eps)
-        np.testing.assert_allclose(literal[mask].numpy(), expected, rtol=2e-6, atol=1e-7)
+    expected = 0.25 + 1.75 * literal_alpha(valid, temperature, eps)
+    np.testing.assert_allclose(literal[mask].numpy(), expected, rtol=2e-6, atol=1e-7)
 
 
 def test_the_literal_form_shrinks_with_the_batch_and_the_stable_one_does_not():
@@ -92,6 +91,30 @@ def test_extreme_temperatures():
     hot = tw.endpoint_weights(scores, mask, ends, temperature=1e4)
     assert cold.tolist() == [[0.0, 0.0, 1.0]]
     torch.testing.assert_close(hot, scores, atol=1e-4, rtol=0)
+
+
+def test_the_smallest_temperature_does_not_overflow():
+    scores, mask = torch.tensor([[0.0, 0.5, 1.0]]), torch.ones(1, 3, dtype=torch.bool)
+    weights = tw.endpoint_weights(scores, mask, Endpoints(0.0, 1.0), temperature=1e-310)
+    assert weights.tolist() == [[0.0, 0.0, 1.0]]
+
+
+def test_equal_scores_take_the_low_endpoint_in_both_forms():
+    scores, mask = torch.full((1, 3), 0.4), torch.ones(1, 3, dtype=torch.bool)
+    for form in ("stable", "literal"):
+        assert (tw.endpoint_weights(scores, mask, Endpoints(0.5, 1.0), form=form) == 0.5).all()
+
+
+def test_weights_compile_in_one_graph():
+    torch.compiler.reset()
+    scores, mask = torch.tensor([[0.0, 0.5, 1.0]]), torch.ones(1, 3, dtype=torch.bool)
+    ends = Endpoints(0.0, 1.0)
+    compiled = torch.compile(
+        lambda s, m: tw.endpoint_weights(s, m, ends), backend="eager", fullgraph=True
+    )
+    torch.testing.assert_close(
+        compiled(scores, mask), tw.endpoint_weights(scores, mask, ends), atol=0, rtol=0
+    )
 
 
 def test_ten_million_tokens_by_their_extrema():
@@ -154,7 +177,12 @@ HALF = torch.tensor([[0.0, 0.5]])
         lambda: tw.endpoint_weights(HALF, ONE, Endpoints(0, 1), temperature=0.0),
         lambda: tw.endpoint_weights(HALF, ONE, Endpoints(0, 1), temperature=-1.0),
         lambda: tw.endpoint_weights(HALF, ONE, Endpoints(0, 1), temperature=math.inf),
-        lambda: tw.endpoint_weights(HALF, ONE, Endpoints(0, 1), form="exact"),
+        lambda: tw.endpoint_weights(HALF, ONE, Endpoints(0, 1), form="literal", eps=0.0),
+        lambda: tw.endpoint_weights(HALF, ONE, Endpoints(0, 1), form="literal", eps=math.nan),
+        lambda: tw.softmax_partition(HALF, ONE, tw.score_extrema(HALF, ONE), temperature=0.0),
+        lambda: tw.softmax_partition(HALF * math.nan, ONE, tw.score_extrema(HALF, ONE)),
+        lambda: Endpoints(1e300, 0.0),
+        lambda: tw.match_mass(HALF, ONE, count=-3.0, mass=1.0),
         lambda: tw.endpoint_weights(HALF * math.nan, ONE, Endpoints(0, 1)),
         lambda: tw.endpoint_weights(
             HALF,

@@ -86,12 +86,20 @@ def gathered(
         The whole tensor in the order of positions, the same on every rank.
 
     Raises:
-        TokenWeightsError: If the ranks' positions are not a permutation.
+        TokenWeightsError: If the ranks' positions are not a permutation, or do not fit the axis.
 
     Example:
         >>> gathered(torch.tensor([[30.0, 10.0, 20.0]]), torch.tensor([2, 0, 1]), dim=1)
         tensor([[10., 20., 30.]])
     """
+    if not -values.dim() <= dim < values.dim() or values.shape[dim] != len(positions):
+        raise invalid(
+            "gathered",
+            "values",
+            f"with {len(positions)} entries along axis {dim}, one for each position",
+            f"shape {tuple(values.shape)}",
+            "Name the sharded axis.",
+        )
     lengths = _shard_lengths(len(positions), values.device, group)
     order = torch.cat(_shards(positions, 0, lengths, group))
     if not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):

@@ -10,7 +10,15 @@ from torch import Tensor
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
 from tokenweights.distributed import global_sum
-from tokenweights.masked import accumulator_dtype, masked_sum, row_chunks
+from tokenweights.masked import (
+    accumulator_dtype,
+    masked_sum,
+    require_weights,
+    row_chunks,
+    sum_dtype,
+)
+
+MAX_LOG_RATIO = 80.0
 
 Denominator = Literal["all_tokens", "selected_tokens", "weight_sum"]
 AggregationMode = Literal[
@@ -71,7 +79,8 @@ def clipped_surrogate_loss(
         log_probs, old_log_probs, advantages = (
             torch.where(mask, values, 0.0) for values in (log_probs, old_log_probs, advantages)
         )
-    ratio = (log_probs - old_log_probs).exp()
+    # Bounded where exp would overflow: 0 * inf would be NaN for a token of weight 0.
+    ratio = (log_probs - old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -torch.minimum(ratio * advantages, clipped * advantages)
     if dual_clip is not None:
@@ -143,7 +152,11 @@ def weighted_token_mean(
             trainer averages gradients over ranks, multiply by their number.
 
     Returns:
-        A scalar; 0, with zero gradients, if the denominator is 0.
+        A scalar of the dtype of `token_loss`, but float32 for half precision; 0, with zero
+        gradients, if the denominator is 0.
+
+    Raises:
+        TokenWeightsError: If a valid weight is negative or not finite, or `count` is.
 
     Example:
         >>> token_loss, mask = torch.tensor([[1.0, 3.0]]), torch.ones(1, 2, dtype=torch.bool)
@@ -153,14 +166,17 @@ def weighted_token_mean(
         >>> weighted_token_mean(token_loss, mask, weights, denominator="selected_tokens")
         tensor(3.)
     """
+    if weights is not None:
+        require_weights("weighted_token_mean", weights, mask)
     if count is None:
         count = loss_denominator(mask, weights, denominator=denominator)
-    total = token_loss.new_zeros(())
+    _require_count("weighted_token_mean", count)
+    total = token_loss.new_zeros((), dtype=sum_dtype(token_loss.dtype))
     for rows in row_chunks(mask.shape):
         part = torch.where(mask[rows], token_loss[rows], 0.0)
         if weights is not None:
             part = part * torch.where(mask[rows], weights[rows], 0.0)
-        total = total + part.sum()
+        total = total + part.sum(dtype=total.dtype)
     return _quotient(total, count)
 
 
@@ -228,8 +244,15 @@ def aggregate_loss(
             f"{max_length} with mode {mode!r}",
             "Pass the longest response length of the run.",
         )
-    weight = mask.to(token_loss.dtype) if weights is None else torch.where(mask, weights, 0.0)
-    per_response = torch.where(mask, token_loss * weight, 0.0).sum(-1)
+    if max_length is not None and max_length < 1:
+        raise invalid("aggregate_loss", "max_length", ">= 1", max_length, "It is a length.")
+    if weights is not None:
+        require_weights("aggregate_loss", weights, mask)
+    if count is not None:
+        _require_count("aggregate_loss", count)
+    dtype = sum_dtype(token_loss.dtype)
+    weight = mask.to(dtype) if weights is None else torch.where(mask, weights, 0.0)
+    per_response = torch.where(mask, token_loss * weight, 0.0).sum(-1, dtype=dtype)
     if mode == "seq-mean-token-mean":
         per_token = {
             "all_tokens": mask,
@@ -246,4 +269,11 @@ def aggregate_loss(
 def _quotient(numerator: Tensor, denominator: Tensor | float) -> Tensor:
     """The quotient, or 0 with zero gradients where the denominator is 0."""
     bottom = torch.as_tensor(denominator, device=numerator.device).to(numerator.dtype)
-    return torch.where(bottom > 0, numerator, 0.0) / torch.where(bottom > 0, bottom, 1.0)
+    nothing = bottom == 0
+    return torch.where(nothing, 0.0, numerator) / torch.where(nothing, 1.0, bottom)
+
+
+def _require_count(function: str, count: Tensor | float) -> None:
+    if not torch.compiler.is_compiling() and not 0 <= float(count) < float("inf"):
+        hint = "Take it over the whole batch with `loss_denominator`."
+        raise invalid(function, "count", "finite and >= 0", float(count), hint)

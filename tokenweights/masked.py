@@ -20,8 +20,13 @@ def accumulator_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which values add up: their own, but at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def row_chunks(shape: torch.Size) -> Iterator[slice]:
-    """Slices of whole rows, a few hundred thousand tokens each, that bound what temporaries cost."""
+    """Slices of whole rows, a few hundred thousand tokens each, to keep temporaries small."""
     rows, tokens = shape
     step = max(CHUNK_TOKENS // max(tokens, 1), 1)
     for start in range(0, max(rows, 1), step):  # once even for no rows, to keep a graph
@@ -29,7 +34,7 @@ def row_chunks(shape: torch.Size) -> Iterator[slice]:
 
 
 def require_finite(function: str, argument: str, values: Tensor, mask: Tensor) -> None:
-    """Raise if any value under a True mask is NaN or infinite.
+    """Raise if any value under a True mask is NaN or infinite; no check under `torch.compile`.
 
     Args:
         function: Name of the public function that checks its input.
@@ -40,6 +45,8 @@ def require_finite(function: str, argument: str, values: Tensor, mask: Tensor) -
     Raises:
         TokenWeightsError: If a valid value is not finite; it names the first place.
     """
+    if torch.compiler.is_compiling():
+        return  # an error that depends on data has no place in a graph
     for rows in row_chunks(mask.shape):
         bad = mask[rows] & ~torch.isfinite(values[rows])
         if bool(bad.any()):
@@ -54,6 +61,32 @@ def require_finite(function: str, argument: str, values: Tensor, mask: Tensor) -
             )
 
 
+def require_weights(function: str, weights: Tensor, mask: Tensor) -> None:
+    """Raise if any weight under a True mask is negative or not finite.
+
+    Args:
+        function: Name of the public function that checks its input.
+        weights: Token weights.
+        mask: True where a weight counts.
+
+    Raises:
+        TokenWeightsError: If a valid weight is negative or not finite.
+    """
+    require_finite(function, "weights", weights, mask)
+    if torch.compiler.is_compiling():
+        return
+    for rows in row_chunks(mask.shape):
+        negative = mask[rows] & (weights[rows] < 0)
+        if bool(negative.any()):
+            raise invalid(
+                function,
+                "weights",
+                ">= 0, since the sign of the advantage picks the clip side",
+                weights[rows][negative].min().item(),
+                "To drop tokens, give them weight 0.",
+            )
+
+
 @typed
 def masked_sum(
     values: Float[Tensor, "batch token"], mask: Bool[Tensor, "batch token"]
@@ -61,18 +94,19 @@ def masked_sum(
     """Sum of the valid values.
 
     Args:
-        values: Any float dtype, which is also the dtype of the result.
+        values: Any float dtype.
         mask: True where a value counts.
 
     Returns:
-        A scalar, 0 for an empty mask; differentiable in `values`.
+        A scalar of the dtype of `values`, but float32 for half precision; 0 for an empty mask.
+        Differentiable in `values`.
 
     Example:
         >>> values = torch.tensor([[1.0, 2.0, float("nan")]])
         >>> masked_sum(values, torch.tensor([[True, True, False]]))
         tensor(3.)
     """
-    return torch.where(mask, values, 0.0).sum()
+    return torch.where(mask, values, 0.0).sum(dtype=sum_dtype(values.dtype))
 
 
 @typed
@@ -82,18 +116,18 @@ def masked_mean(
     """Mean of the valid values, over all rows at once.
 
     Args:
-        values: Any float dtype, which is also the dtype of the result.
+        values: Any float dtype.
         mask: True where a value counts.
 
     Returns:
-        A scalar, 0 for an empty mask; differentiable in `values`.
+        A scalar as in `masked_sum`; 0 for an empty mask.
 
     Example:
         >>> values = torch.tensor([[1.0, 2.0], [6.0, float("nan")]])
         >>> masked_mean(values, torch.tensor([[True, True], [True, False]]))
         tensor(3.)
     """
-    return masked_sum(values, mask) / mask.sum().clamp(min=1)
+    return masked_sum(values, mask) / mask.count_nonzero().clamp(min=1)
 
 
 @typed

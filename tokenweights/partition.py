@@ -16,6 +16,8 @@ from tokenweights._random import KEY_BITS, random_keys
 from tokenweights._typing import typed
 from tokenweights.masked import masked_order, masked_ranks, require_finite
 
+MAX_BINS = 10**6
+
 
 @typed
 def bottom_fraction(
@@ -274,15 +276,15 @@ def quantile_bins(
         Bin numbers in `[0, bins)`, -1 off the mask.
 
     Raises:
-        TokenWeightsError: If `bins` < 1 or a valid score is not finite.
+        TokenWeightsError: If `bins` is out of range or a valid score is not finite.
 
     Example:
         >>> scores = torch.tensor([[0.9, 0.1, 0.5, 0.3]])
         >>> quantile_bins(scores, torch.tensor([[True, True, True, False]]), bins=3)
         tensor([[ 2,  0,  1, -1]])
     """
-    if bins < 1:
-        raise invalid("quantile_bins", "bins", ">= 1", bins, "Pass 10 for deciles.")
+    if not 1 <= bins <= MAX_BINS:
+        raise invalid("quantile_bins", "bins", f"in [1, {MAX_BINS}]", bins, "Pass 10 for deciles.")
     require_finite("quantile_bins", "scores", scores, mask)
     lengths = mask.sum(-1, keepdim=True).clamp(min=1)
     return torch.where(mask, masked_ranks(scores, mask) * bins // lengths, -1)
@@ -347,7 +349,7 @@ def _keys(mask: Tensor, seed: int, sample_ids: Tensor | None) -> Tensor:
 def _ratio(function: str, fraction: float) -> Fraction:
     if not 0 <= fraction <= 1:
         raise invalid(function, "fraction", "in [0, 1]", fraction, "Pass a share, 0.2 for 20 %.")
-    return Fraction(fraction).limit_denominator(10**6)
+    return Fraction(fraction).limit_denominator(10**9)
 
 
 def _counts(function: str, mask: Tensor, fraction: float) -> Tensor:

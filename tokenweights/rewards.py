@@ -96,8 +96,10 @@ def overlong_penalty(
             buffer_length,
             "It is the last part of `max_length`.",
         )
-    if factor < 0:
-        raise invalid("overlong_penalty", "factor", ">= 0", factor, "Its sign is built in.")
+    if not 0 <= factor < math.inf:
+        raise invalid(
+            "overlong_penalty", "factor", "finite and >= 0", factor, "Its sign is built in."
+        )
     return ((max_length - buffer_length - lengths) / buffer_length * factor).clamp(max=0.0)
 
 

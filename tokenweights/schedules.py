@@ -14,6 +14,9 @@ from tokenweights._typing import typed
 
 Schedule = Callable[[int], float]
 
+# Weights are float32.
+MAX_WEIGHT = 1e30
+
 
 @dataclass(frozen=True)
 class Endpoints:
@@ -29,11 +32,11 @@ class Endpoints:
 
     def __post_init__(self) -> None:
         for name, value in (("low", self.low), ("high", self.high)):
-            if not (math.isfinite(value) and value >= 0):
+            if not 0 <= value <= MAX_WEIGHT:
                 raise invalid(
                     "Endpoints",
                     name,
-                    "finite and >= 0, since the sign of the advantage picks the clip side",
+                    "in [0, 1e30], since the sign of the advantage picks the clip side",
                     value,
                     "To drop tokens, give them weight 0.",
                 )

@@ -175,5 +175,7 @@ def _aligned(
             "A response needs a position that decides its first token.",
         )
     columns = torch.arange(response_length, device=scores.device) + prompt_length[:, None] - shift
+    if width == 0:
+        return scores.new_zeros(columns.shape)
     inside = columns < width
-    return torch.where(inside, scores.gather(-1, columns.clamp(max=max(width - 1, 0))), 0.0)
+    return torch.where(inside, scores.gather(-1, columns.clamp(max=width - 1)), 0.0)

@@ -1,6 +1,8 @@
 """How much each token counts: endpoint weights, subset weights, and what a set of weights does."""
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from tokenweights.masked import (
     masked_extrema,
     masked_sum,
     require_finite,
+    require_weights,
     row_chunks,
 )
 from tokenweights.partition import quantile_bins
@@ -92,11 +95,16 @@ def softmax_partition(
     Returns:
         A detached scalar, the same on every rank.
 
+    Raises:
+        TokenWeightsError: If `temperature` is not positive or a valid score is not finite.
+
     Example:
         >>> scores, mask = torch.tensor([[0.5, 0.5]]), torch.ones(1, 2, dtype=torch.bool)
         >>> softmax_partition(scores, mask, score_extrema(scores, mask))
         tensor(2., dtype=torch.float64)
     """
+    _require_temperature("softmax_partition", temperature)
+    require_finite("softmax_partition", "scores", scores, mask)
     total = extrema.maximum.new_zeros(())
     for rows in row_chunks(scores.shape):
         wide = scores[rows].detach().to(total.dtype)
@@ -112,7 +120,7 @@ def endpoint_weights(
     *,
     temperature: float = 1.0,
     extrema: ScoreExtrema | None = None,
-    form: str = "stable",
+    form: Literal["stable", "literal"] = "stable",
     eps: float = 1e-8,
     partition: Float[Tensor, ""] | None = None,
     group: dist.ProcessGroup | None = None,
@@ -148,28 +156,23 @@ def endpoint_weights(
         Weights, 0 off the mask.
 
     Raises:
-        TokenWeightsError: If `temperature` is not positive, a valid score is not finite or lies
-            outside `extrema`, or `form` is unknown.
+        TokenWeightsError: If `temperature` or `eps` is not positive, or a valid score is not
+            finite or lies outside `extrema`.
 
     Example:
         >>> scores, mask = torch.tensor([[0.0, 0.5, 1.0]]), torch.ones(1, 3, dtype=torch.bool)
         >>> endpoint_weights(scores, mask, Endpoints(low=0.0, high=1.0))
         tensor([[0.0000, 0.3775, 1.0000]])
     """
-    if not 0 < temperature < float("inf"):
-        raise invalid(
-            "endpoint_weights", "temperature", "positive and finite", temperature, "Try 1.0."
-        )
-    if form not in ("stable", "literal"):
-        raise invalid(
-            "endpoint_weights", "form", "'stable' or 'literal'", repr(form), "Choose one of them."
-        )
+    _require_temperature("endpoint_weights", temperature)
+    if not 0 < eps < math.inf:
+        raise invalid("endpoint_weights", "eps", "positive and finite", eps, "Try 1e-8.")
     if form == "stable":
         partition = None
     own = score_extrema(scores, mask, group=group if extrema is None else None)
     if extrema is None:
         extrema = own
-    elif bool((own.minimum < extrema.minimum) | (own.maximum > extrema.maximum)):
+    elif not _enclose(extrema, own):
         raise invalid(
             "endpoint_weights",
             "extrema",
@@ -197,7 +200,8 @@ def _rescaled_softmax(
     bottom = (extrema.minimum - extrema.maximum) / temperature
     if partition is None:
         # expm1(x) / expm1(X) = exp(x - X) expm1(-x) / expm1(-X), and x - X <= 0 cannot overflow.
-        alpha = below_top.exp() * torch.expm1(bottom - below_top) / torch.expm1(bottom)
+        above_bottom = torch.expm1((extrema.minimum - scores) / temperature)
+        alpha = below_top.exp() * above_bottom / torch.expm1(bottom)
         return torch.where(bottom < 0, alpha, 0.0)
     numerator = (below_top.exp() - bottom.exp()) / (partition + eps)
     return numerator / ((1 - bottom.exp()) / (partition + eps) + eps)
@@ -253,9 +257,11 @@ def match_mass(
         >>> match_mass(torch.tensor([[0.0, 0.5]]), torch.ones(1, 2, dtype=torch.bool))
         tensor([[0., 2.]])
     """
-    _require_weights("match_mass", weights, mask)
-    if not 0 <= target < float("inf"):
-        raise invalid("match_mass", "target", "finite and >= 0", target, "Pass 1.0.")
+    require_weights("match_mass", weights, mask)
+    for name, value in (("target", target), ("count", count), ("mass", mass)):
+        if value is not None and not 0 <= float(value) < math.inf:
+            hint = "Take sums over the whole batch."
+            raise invalid("match_mass", name, "finite and >= 0", float(value), hint)
     wide = weights.to(accumulator_dtype(weights.device))
     own = torch.stack([mask.sum().to(wide.dtype), masked_sum(wide, mask)])
     # Every rank enters the reduction or none does: it depends on arguments, not on tokens.
@@ -312,7 +318,7 @@ def weight_statistics(
         >>> weight_statistics(torch.tensor([[1.0, 1.0, 0.0, 0.0]]), mask).effective_sample_size
         tensor(0.5000)
     """
-    _require_weights("weight_statistics", weights, mask)
+    require_weights("weight_statistics", weights, mask)
     if bins is None:
         bins = quantile_bins(weights, mask, bins=bin_count)
     if bool((mask & ((bins < 0) | (bins >= bin_count))).any()):
@@ -333,13 +339,15 @@ def weight_statistics(
     )
 
 
-def _require_weights(function: str, weights: Tensor, mask: Tensor) -> None:
-    require_finite(function, "weights", weights, mask)
-    if bool((mask & (weights < 0)).any()):
-        raise invalid(
-            function,
-            "weights",
-            ">= 0, since the sign of the advantage picks the clip side",
-            weights[mask].min().item(),
-            "To drop tokens, give them weight 0.",
-        )
+def _require_temperature(function: str, temperature: float) -> None:
+    if not 0 < temperature < math.inf:
+        raise invalid(function, "temperature", "positive and finite", temperature, "Try 1.0.")
+
+
+def _enclose(outer: ScoreExtrema, inner: ScoreExtrema) -> bool:
+    """Whether no score lies outside, at the precision of the outer extrema; true when compiling."""
+    if torch.compiler.is_compiling():
+        return True
+    dtype = outer.minimum.dtype
+    low, high = inner.minimum.to(dtype), inner.maximum.to(dtype)
+    return bool((low >= outer.minimum) & (high <= outer.maximum))

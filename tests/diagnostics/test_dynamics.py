@@ -25,6 +25,16 @@ def test_dynamics_agree_with_numpy(case):
             assert math.isnan(dynamics.mean[place]) and math.isnan(dynamics.std[place])
 
 
+def test_a_large_offset_costs_no_digits():
+    scores = torch.tensor([[1e8, 1e8 + 8]], dtype=torch.float64)
+    assert tw.group_dynamics(scores, [scores > 0]).std.item() == 4.0
+
+
+def test_no_group_is_refused():
+    with pytest.raises(TokenWeightsError, match="groups"):
+        tw.group_dynamics(torch.rand(1, 2), [])
+
+
 def test_nan_inside_a_group_is_refused():
     scores = torch.tensor([[0.0, math.nan]])
     with pytest.raises(TokenWeightsError, match="finite"):

@@ -48,6 +48,11 @@ def test_uniform_weights_have_full_effective_sample_size():
     assert metrics == {"weight_mean": 1.0, "effective_sample_size": 1.0}
 
 
+def test_negative_weights_are_refused():
+    with pytest.raises(TokenWeightsError, match=">= 0"):
+        tw.token_weight_metrics(None, -torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool))
+
+
 def test_nan_weights_are_refused():
     with pytest.raises(TokenWeightsError, match="weights"):
         tw.token_weight_metrics(

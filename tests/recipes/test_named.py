@@ -23,6 +23,14 @@ def test_a_named_recipe_with_changes():
     assert tw.recipe(made) is made
     assert tw.recipe(made.to_dict()) == made
     assert tw.recipe({"rule": "endpoints"}) == Recipe()
+    assert tw.recipe({"name": "low2high", "layers": 3}).layers == (3,)
+
+
+def test_a_rule_beside_a_known_name_keeps_what_the_name_stands_for():
+    made = tw.recipe({"name": "high2low", "rule": "endpoints", "warmup_steps": 50})
+    assert made.endpoints(0) == tw.Endpoints(0.0, 1.0)
+    made = tw.recipe({"name": "anchor20", "rule": "bottom", "fraction": 0.1})
+    assert made.denominator == "selected_tokens"
 
 
 @pytest.mark.parametrize(
@@ -33,6 +41,7 @@ def test_a_named_recipe_with_changes():
         ({"name": "low2high", "warmup": 5}, "Did you mean 'warmup_steps'"),
         ({"warmup_steps": 5}, "`name`"),
         ("", "Choose one of"),
+        ({"name": ["low2high"]}, "`name`"),
     ],
 )
 def test_unknown_names_and_keys_are_refused_with_the_nearest_one(name, words):

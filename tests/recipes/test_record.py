@@ -50,6 +50,7 @@ def test_recipes_round_trip_through_dict_json_and_yaml(made):
         ({"rule": "endpoints", "high": [0.0, -1.0]}, "`high`"),
         ({"rule": "endpoints", "layers": []}, "`layers` not empty"),
         ({"rule": "endpoints", "layers": ["last"]}, "`layers`"),
+        ({"rule": "endpoints", "form": "literal", "eps": 0.0}, "`eps` positive"),
         ({"rule": "bottom", "fraction": 2.0}, "`fraction`"),
         ({"rule": "bottom", "signal": "none"}, "`signal` other than 'none'"),
         ({"rule": "uniform"}, "`signal` equal to 'none'"),
@@ -68,8 +69,18 @@ def test_probe_layers():
     assert dataclasses.replace(made, layers=(0, -1)).probe_layers(4) == (0, 3)
     assert tw.recipe("front20").probe_layers(4) == ()
     assert tw.recipe("predictive_low20").probe_layers(4) == ()
-    with pytest.raises(TokenWeightsError, match=r"\[-4, 4\), got 4"):
+    with pytest.raises(TokenWeightsError, match=r"\[0, 1, 2, 3\], got 4"):
         dataclasses.replace(made, layers=(4,)).probe_layers(4)
+
+
+def test_probe_layers_of_a_hybrid_model():
+    made = tw.recipe("low2high")
+    assert made.probe_layers(12, available=(2, 5, 8, 11)) == (5,)
+    assert made.probe_layers(12, available=()) == ()
+    last = dataclasses.replace(made, layers=(-1, 2))
+    assert last.probe_layers(12, available=(2, 5, 8)) == (8, 2)
+    with pytest.raises(TokenWeightsError, match=r"\[2, 5\], got 3"):
+        dataclasses.replace(made, layers=(3,)).probe_layers(12, available=(2, 5))
 
 
 @pytest.mark.parametrize(
@@ -133,11 +144,25 @@ def test_alignment_picks_the_row():
     assert own.aligned(scores, response_length=2).tolist() == [[2.0, 3.0]]
 
 
+def test_matched_rules_imitate_the_side_and_the_positions_they_name():
+    mask = torch.ones(1, 40, dtype=torch.bool)
+    scores = torch.linspace(0, 1, 40)[None]  # the bottom is the front, the top is the back
+    for side, place in (("bottom", slice(0, 8)), ("top", slice(32, 40))):
+        made = tw.recipe({"name": "position_matched20", "matched_to": side, "position_bins": 5})
+        chosen = made.token_weights(scores, mask, step=0)
+        assert chosen.sum() == 8 and chosen[0, place].sum() == 8
+    wide = tw.recipe({"name": "position_matched20", "position_bins": 2, "seed": 1})
+    chosen = wide.token_weights(scores, mask, step=0)
+    assert chosen[0, :20].sum() == 8 and chosen[0, :8].sum() < 8
+
+
 def test_missing_inputs_are_refused():
     mask = torch.ones(1, 2, dtype=torch.bool)
     with pytest.raises(TokenWeightsError, match="scores"):
         tw.recipe("low2high").token_weights(None, mask, step=0)
     with pytest.raises(TokenWeightsError, match="token_groups"):
         tw.recipe("type_matched20").token_weights(torch.rand(1, 2), mask, step=0)
+    with pytest.raises(TokenWeightsError, match="scores"):
+        tw.recipe("low2high").merged_layers([], mask)
     with pytest.raises(TokenWeightsError, match="finite"):
         tw.recipe("low2high").token_weights(torch.full((1, 2), math.nan), mask, step=0)

@@ -8,9 +8,10 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tokenweights._errors import invalid
 from tokenweights._typing import typed
 from tokenweights.distributed import global_sum
-from tokenweights.masked import accumulator_dtype, require_finite
+from tokenweights.masked import accumulator_dtype, masked_sum, require_finite
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def group_dynamics(
         Float64 statistics over the whole batch, detached, the same on every rank.
 
     Raises:
-        TokenWeightsError: If a score inside a group is not finite.
+        TokenWeightsError: If there is no group, or a score inside one is not finite.
 
     Example:
         >>> scores = torch.tensor([[0.25, 0.75, float("nan")]])
@@ -55,14 +56,15 @@ def group_dynamics(
         >>> dynamics.mean.tolist(), dynamics.std.tolist()
         ([0.5, 0.75], [0.25, 0.0])
     """
+    if not groups:
+        raise invalid("group_dynamics", "groups", "with a mask", "none", "Pass at least one.")
     wide = scores.detach().to(accumulator_dtype(scores.device))
-    sums = []
     for members in groups:
         require_finite("group_dynamics", "scores", scores, members)
-        inside = torch.where(members, wide, 0.0)
-        sums.append(
-            torch.stack([members.sum().to(wide.dtype), inside.sum(), inside.square().sum()])
-        )
-    count, total, squares = global_sum(torch.stack(sums), group=group).unbind(-1)
+    # Means are merged before deviations are squared: a large common offset then costs no digits.
+    sums = [torch.stack([g.count_nonzero().to(wide.dtype), masked_sum(wide, g)]) for g in groups]
+    count, total = global_sum(torch.stack(sums), group=group).unbind(-1)
     mean = total / count
-    return GroupDynamics(count, mean, (squares / count - mean.square()).clamp(min=0).sqrt())
+    squares = [masked_sum((wide - m).square(), g) for g, m in zip(groups, mean, strict=True)]
+    variance = global_sum(torch.stack(squares), group=group) / count
+    return GroupDynamics(count, mean, variance.sqrt())

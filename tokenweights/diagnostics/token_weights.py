@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tokenweights._typing import typed
 from tokenweights.diagnostics.dynamics import group_dynamics
-from tokenweights.masked import require_finite
+from tokenweights.masked import require_weights
 from tokenweights.partition import bottom_fraction, top_fraction
 
 
@@ -51,7 +51,7 @@ def token_weight_metrics(
         >>> metrics["weight_mean"], metrics["anchor_share"], metrics["explorer_share"]
         (0.8, 0.25, 0.75)
     """
-    require_finite("token_weight_metrics", "weights", weights, mask)
+    require_weights("token_weight_metrics", weights, mask)
     names, groups = ("",), [mask]
     if scores is not None:
         names = ("", "anchor_", "explorer_")

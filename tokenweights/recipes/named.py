@@ -29,14 +29,15 @@ def recipe(name: str | Mapping[str, Any] | Recipe) -> Recipe:
     """
     if isinstance(name, Recipe):
         return name
-    values = {"name": name} if isinstance(name, str) else name
-    if "rule" in values:
-        return Recipe.from_dict(values)
+    values = {"name": name} if isinstance(name, str) else dict(name)
     require_known_keys(values)
     label = values.get("name")
-    if label not in _RECIPES:
+    named = _RECIPES.get(label) if isinstance(label, str) else None
+    if named is not None:
+        return Recipe.from_dict(named.to_dict() | values)
+    if "rule" not in values:
         raise unknown("name", label, recipe_names())
-    return Recipe.from_dict(_RECIPES[label].to_dict() | dict(values))
+    return Recipe.from_dict(values)
 
 
 def recipe_names() -> tuple[str, ...]:

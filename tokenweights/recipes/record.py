@@ -54,7 +54,7 @@ Rule = Literal[
     "type_matched",
     "position_matched",
 ]
-Shape = Literal["constant", "linear", "cosine", "step"]
+ScheduleKind = Literal["constant", "linear", "cosine", "step"]
 Alignment = Literal["deciding", "own"]
 LayerReduction = Literal["mean", "rank_mean"]
 
@@ -101,7 +101,7 @@ class Recipe:
     position_bins: int = 10
     low: tuple[float, float] = (1.0, 0.0)
     high: tuple[float, float] = (0.0, 1.0)
-    schedule: Shape = "linear"
+    schedule: ScheduleKind = "linear"
     warmup_steps: int = 100
     temperature: float = 1.0
     form: Literal["stable", "literal"] = "stable"
@@ -122,7 +122,7 @@ class Recipe:
         _check(self, "fraction", 0 <= self.fraction <= 1, "in [0, 1]")
         _check(self, "warmup_steps", self.warmup_steps >= 0, ">= 0")
         _check(self, "temperature", 0 < self.temperature < math.inf, "positive and finite")
-        _check(self, "eps", self.eps >= 0, ">= 0")
+        _check(self, "eps", 0 < self.eps < math.inf, "positive and finite")
         for name in ("position_bins", "top_k", "fixed_k"):
             _check(self, name, getattr(self, name) >= 1, ">= 1")
         for name in ("low", "high"):
@@ -157,7 +157,7 @@ class Recipe:
         there. To change a few fields of a named recipe, pass the mapping to `recipe`.
 
         Args:
-            values: Fields of `Recipe`.
+            values: Fields of `Recipe`; lists stand for tuples, and one number for one layer.
 
         Returns:
             The recipe.
@@ -174,7 +174,10 @@ class Recipe:
                 sorted(values),
                 "Pass the mapping to `recipe` to start from a named recipe.",
             )
-        return Recipe(**{key: _frozen(value) for key, value in values.items()})
+        fields = {key: _frozen(value) for key, value in values.items()}
+        if isinstance(fields.get("layers"), int):
+            fields["layers"] = (fields["layers"],)
+        return Recipe(**fields)
 
     def describe(self) -> str:
         """The recipe as a few lines of text, with the equations it stands for.
@@ -184,32 +187,43 @@ class Recipe:
         """
         return recipe_description(self)
 
-    def probe_layers(self, depth: int) -> tuple[int, ...]:
+    def probe_layers(
+        self, depth: int, *, available: Sequence[int] | None = None
+    ) -> tuple[int, ...]:
         """The attention layers to probe in a model of `depth` layers.
 
         Args:
             depth: Number of layers.
+            available: Indices of the layers that have attention, in ascending order, for hybrid
+                models; all layers if None.
 
         Returns:
-            Indices from 0; empty if the signal is not attention.
+            Indices from 0; empty if the signal is not attention. By default the middle layer, or
+            the layer with attention that is nearest to it.
 
         Raises:
-            TokenWeightsError: If a layer lies outside the model.
+            TokenWeightsError: If a layer is not available.
         """
         if self.signal != "attention_entropy":
             return ()
+        available = tuple(range(depth)) if available is None else tuple(available)
         if self.layers is None:
-            return (middle_layer(depth),)
+            middle = middle_layer(depth)
+            nearest = sorted(available, key=lambda layer: abs(layer - middle))
+            return tuple(nearest[:1])
+        chosen = []
         for layer in self.layers:
-            if not -depth <= layer < depth:
+            index = available[layer] if -len(available) <= layer < 0 else layer
+            if index not in available:
                 raise invalid(
                     "Recipe.probe_layers",
                     "layers",
-                    f"in [{-depth}, {depth})",
+                    f"among the attention layers {list(available)}",
                     layer,
-                    f"The model has {depth} layers; they count from 0, and -1 is the last.",
+                    "Layers count from 0; -1 is the last one with attention.",
                 )
-        return tuple(layer % depth for layer in self.layers)
+            chosen.append(index)
+        return tuple(chosen)
 
     def aligned(
         self, scores: Float[Tensor, "batch position"], *, response_length: int
@@ -239,6 +253,10 @@ class Recipe:
         Returns:
             Their mean, or the mean of their within-response ranks over `T - 1`.
         """
+        if not scores:
+            raise invalid(
+                "Recipe.merged_layers", "scores", "of at least one layer", "none", "Probe a layer."
+            )
         if self.layer_reduction == "rank_mean":
             last = (mask.sum(-1, keepdim=True) - 1).clamp(min=1)
             scores = [masked_ranks(layer, mask) / last for layer in scores]
@@ -261,7 +279,7 @@ class Recipe:
         if self.rule == "uniform":
             return Endpoints(1.0, 1.0)
         _check(self, "rule", self.rule == "endpoints", "'endpoints' for a recipe with endpoints")
-        return Endpoints(_shape(self, self.low)(step), _shape(self, self.high)(step))
+        return Endpoints(_schedule(self, self.low)(step), _schedule(self, self.high)(step))
 
     @typed
     def token_weights(
@@ -381,7 +399,7 @@ class Recipe:
         return matched_random(subset, mask, token_groups, seed=seed, sample_ids=sample_ids)
 
 
-def _shape(made: Recipe, pair: tuple[float, float]) -> Schedule:
+def _schedule(made: Recipe, pair: tuple[float, float]) -> Schedule:
     start, end = pair
     if made.schedule == "constant":
         return constant_schedule(start)
@@ -389,8 +407,8 @@ def _shape(made: Recipe, pair: tuple[float, float]) -> Schedule:
         if made.warmup_steps == 0:
             return constant_schedule(end)
         return piecewise_schedule([start, end], [made.warmup_steps])
-    shape = linear_schedule if made.schedule == "linear" else cosine_schedule
-    return shape(start, end, made.warmup_steps)
+    make = linear_schedule if made.schedule == "linear" else cosine_schedule
+    return make(start, end, made.warmup_steps)
 
 
 def _check(made: Recipe, field: str, fits: bool, condition: str) -> None:

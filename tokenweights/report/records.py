@@ -21,10 +21,10 @@ from torch import Tensor
 
 from tokenweights._errors import TokenWeightsError, invalid
 from tokenweights._typing import typed
+from tokenweights.attention import EntropyKind
 from tokenweights.partition import bottom_fraction, top_fraction
+from tokenweights.recipes.record import Alignment
 
-EntropyKind = Literal["raw", "normalized", "topk", "fixed"]
-Alignment = Literal["deciding", "own"]
 TokenGroup = Literal["anchor", "middle", "explorer"]
 FilePath = str | os.PathLike[str]
 
@@ -170,6 +170,11 @@ def token_records(
         >>> record.tokens, record.group
         (('2', '.'), ('explorer', 'anchor'))
     """
+    if not len(prompts) == len(sample_ids) == len(mask):
+        raise invalid(
+            "token_records", "prompts", f"for each of the {len(mask)} responses", len(prompts),
+            "Pass one prompt text for each row.",
+        )  # fmt: skip
     anchors = bottom_fraction(attention_entropy, mask)
     labels = anchors.long() + 2 * (top_fraction(attention_entropy, mask) & ~anchors)
     names = ("middle", "anchor", "explorer")
