@@ -187,7 +187,7 @@ def test_unknown_layers_and_models_are_refused():
     model = tiny("qwen3")
     for layer in (4, -5):
         with (
-            pytest.raises(TokenWeightsError, match=r"layers 0\.\.3, got"),
+            pytest.raises(TokenWeightsError, match=r"\[0, 1, 2, 3\], got"),
             tw.capture_attention(model, [layer]),
         ):
             pass
@@ -225,3 +225,62 @@ def test_non_finite_attention_is_refused_where_it_is_read():
         model(ids, attention_mask=mask.long())
     with pytest.raises(TokenWeightsError, match="finite"):
         capture.calls[0][0].entropy(key_mask=mask)
+
+
+def packed_positions(ids):
+    return torch.cat([torch.arange(7), torch.arange(ids.shape[1] - 7)])[None].expand_as(ids)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_rows_are_refused(attention):
+    model, (ids, _) = tiny("qwen3", attention), batch()
+    with pytest.raises(TokenWeightsError, match=r"packed|mask"), tw.capture_attention(model, [0]):
+        model(ids, position_ids=packed_positions(ids), use_cache=False)
+
+
+def test_a_bidirectional_mask_is_refused():
+    model, (ids, _) = tiny("qwen3", "sdpa"), batch()
+    everything = torch.ones(3, 1, 12, 12, dtype=torch.bool)
+    with pytest.raises(TokenWeightsError, match="mask"), tw.capture_attention(model, [0]):
+        model(ids, attention_mask=everything)
+
+
+def test_a_static_cache_is_refused():
+    model, (ids, mask) = tiny("qwen3", "sdpa"), batch()
+    options = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static"}
+    with pytest.raises(TokenWeightsError, match="static"), tw.capture_attention(model, [0]):
+        model.generate(ids, attention_mask=mask.long(), disable_compile=True, **options)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "gpt_oss"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_is_not_mistaken_for_another_mask(family, side):
+    model, (ids, mask) = tiny(family), batch()
+    if side == "right":
+        ids, mask = ids.flip(-1), mask.flip(-1)
+    mask[2, -2:] = side == "left"
+    with torch.no_grad(), tw.capture_attention(model, [0, 1]) as capture:
+        output = model(ids, attention_mask=mask.long(), output_attentions=True)
+    for layer in (0, 1):
+        entropy = capture.calls[layer][0].entropy(key_mask=mask)
+        expected = eager_entropy(output.attentions[layer], mask)
+        torch.testing.assert_close(entropy.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_decoding_over_a_growing_cache(family):
+    model, (ids, mask) = tiny(family), batch()
+    with torch.no_grad(), tw.capture_attention(model, [0], rows=1) as capture:
+        tokens = model.generate(
+            ids, attention_mask=mask.long(), max_new_tokens=4, do_sample=False, eos_token_id=None
+        )
+    steps = [call.query.shape[2] for call in capture.calls[0]]
+    assert steps == [1] * 4
+    whole = torch.cat([mask, torch.ones(3, 3, dtype=torch.bool)], 1)
+    decoded = torch.cat(
+        [call.entropy(key_mask=whole[:, : call.key.shape[2]]) for call in capture.calls[0]], 1
+    )
+    with torch.no_grad(), tw.capture_attention(model, [0]) as capture:
+        model(tokens[:, :-1], attention_mask=whole.long())
+    expected = capture.calls[0][0].entropy(key_mask=whole)[:, -4:]
+    torch.testing.assert_close(decoded, expected, atol=1e-5, rtol=1e-5)

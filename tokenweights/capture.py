@@ -133,7 +133,9 @@ def capture_attention(
 
     Raises:
         TokenWeightsError: If the model has no tappable attention or no such layer, or, at its
-            forward, if a layer attends in a way that query and key do not determine.
+            forward, if a layer attends in a way that query, key and padding do not determine:
+            several sequences packed into a row, another mask, a static cache, a position bias. A
+            block mask of flex attention is not read, so it has to be the causal one.
 
     Example:
         >>> from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -158,8 +160,10 @@ def capture_attention(
     capture = AttentionCapture({layer: [] for layer in modules})
     probes = {id(module): layer for layer, module in modules.items()}
 
-    def record(layer: int, module: nn.Module, query: Tensor, key: Tensor, options: dict) -> None:
+    def record(layer: int, query: Tensor, key: Tensor, mask: Any, options: dict) -> None:
         with torch.no_grad():
+            module = modules[layer]
+            _refuse_unknown_attention(layer, module, query, key, mask, options)
             captured = _captured(layer, module, query.detach(), key.detach(), rows, options)
             capture.calls[layer].append(captured if reduce is None else reduce(captured))
 
@@ -203,11 +207,19 @@ def _tapped(
     """
     original = interface.get_interface(name, _eager_attention(module))
 
-    def tap(caller: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def tap(
+        caller: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         layer = probes.get(id(caller))
         if layer is not None:
-            record(layer, caller, query, key, kwargs)
-        return original(caller, query, key, *args, **kwargs)
+            record(layer, query, key, attention_mask, kwargs)
+        return original(caller, query, key, value, attention_mask, *args, **kwargs)
 
     local = interface._local_mapping
     before = local.get(name)
@@ -224,23 +236,28 @@ def _tapped(
 def _captured(
     layer: int, module: Any, query: Tensor, key: Tensor, rows: int | None, options: dict
 ) -> CapturedAttention:
-    _refuse_unknown_attention(layer, module, options)
-    window = options.get("sliding_window")
-    if window is None and _layer_type(module) == "sliding_attention":
-        window = getattr(module, "sliding_window", None) or module.config.sliding_window
     scale = options.get("scaling")
     return CapturedAttention(
         layer=layer,
         query=query if rows is None else query[:, :, -rows:],
         key=key,
         scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
-        window=window,
+        window=_window(module, options),
         softcap=options.get("softcap"),
         sinks=None if options.get("s_aux") is None else options["s_aux"].detach(),
     )
 
 
-def _refuse_unknown_attention(layer: int, module: Any, options: dict) -> None:
+def _window(module: Any, options: dict) -> int | None:
+    window = options.get("sliding_window")
+    if window is None and _layer_type(module) == "sliding_attention":
+        window = getattr(module, "sliding_window", None) or module.config.sliding_window
+    return window
+
+
+def _refuse_unknown_attention(
+    layer: int, module: Any, query: Tensor, key: Tensor, mask: Any, options: dict
+) -> None:
     kind = _layer_type(module)
     if kind not in _CAUSAL_LAYERS:
         reason = f"a layer of type {kind!r}"
@@ -248,15 +265,50 @@ def _refuse_unknown_attention(layer: int, module: Any, options: dict) -> None:
         reason = "a layer that is not causal"
     elif options.get("position_bias") is not None:
         reason = "a layer with a position bias"
+    elif options.get("cu_seq_lens_q") is not None or (mask is None and _restarts(options)):
+        reason = "several sequences packed into a row"
+    elif isinstance(mask, Tensor) and mask.dim() == 4:
+        if _is_causal_mask(mask, query.shape[2], key.shape[2], _window(module, options)):
+            return
+        reason = "a mask other than causal order, window and padding (or a static cache)"
     else:
         return
     raise invalid(
         "capture_attention",
         "layers",
-        "whose attention query and key determine: causal, full or sliding-window",
+        "whose attention query, key and padding determine: causal, full or sliding-window",
         f"layer {layer}, {reason}",
-        "Probe another layer.",
+        "Probe another layer, or pass one unpacked sequence a row over a growing cache.",
     )
+
+
+def _restarts(options: dict) -> bool:
+    """Whether positions fall within a row: without a mask that means packed sequences."""
+    positions = options.get("position_ids")
+    return isinstance(positions, Tensor) and bool((positions.diff(dim=-1) < 0).any())
+
+
+def _is_causal_mask(mask: Tensor, queries: int, keys: int, window: int | None) -> bool:
+    """Whether a 4-D mask hides what order, window and padding hide, and nothing else.
+
+    A key counts as padding if no query sees it. Rows of padded queries may show anything.
+    """
+    visible = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)[:, 0]
+    visible = visible[..., :keys]
+    positions = torch.arange(keys, device=mask.device)
+    distance = positions[keys - queries :, None] - positions
+    allowed = distance >= 0
+    if window is not None:
+        allowed &= distance < window
+    own = visible.diagonal(keys - queries, dim1=-2, dim2=-1)  # what each query shows of itself
+    real_rows = own[..., None]
+    if queries < keys and not bool(own[:, -1].any()):
+        return False  # a cache with free slots: the queries are not its last positions
+    real_keys = (visible & real_rows).any(1, keepdim=True)
+    if window is not None:
+        # A key that has left every window may be real or not; no row asks.
+        real_keys |= ~allowed.any(0)
+    return bool(((visible == (allowed & real_keys)) | ~real_rows).all())
 
 
 def _layer_type(module: Any) -> str:
@@ -282,7 +334,7 @@ def _chosen_modules(model: nn.Module, layers: Sequence[int]) -> dict[int, nn.Mod
             raise invalid(
                 "capture_attention",
                 "layers",
-                f"among the attention layers {indices[0]}..{indices[-1]}",
+                f"among the attention layers {indices}",
                 layer,
                 "Layers count from 0; -1 is the last.",
             )

@@ -5,7 +5,8 @@ from tokenweights import Recipe, TokenWeightsError
 
 PAPER = {
     "full", "random20", "bernoulli20", "anchor20_all_tokens", "explorer20_all_tokens",
-    "low2high_layer8", "low2high_layer20", "low2high_layer31", "anchor20", "explorer20", "low2high", "high2low", "static_anchor",
+    "low2high_layer8", "low2high_layer20", "low2high_layer31", "anchor20",
+    "explorer20", "low2high", "high2low", "static_anchor",
     "static_explorer", "front20", "back20", "predictive_low20", "predictive_high20", "loss_low20",
     "loss_high20", "type_matched20", "position_matched20",
 }  # fmt: skip
