@@ -29,12 +29,22 @@ from tokenweights.diagnostics import token_weight_metrics as token_weight_metric
 from tokenweights.distributed import gathered as gathered
 from tokenweights.distributed import global_extrema as global_extrema
 from tokenweights.distributed import global_sum as global_sum
+from tokenweights.gradients import BandShares as BandShares
 from tokenweights.gradients import GradientGeometry as GradientGeometry
+from tokenweights.gradients import GradientProbe as GradientProbe
 from tokenweights.gradients import GroupGradients as GroupGradients
+from tokenweights.gradients import OnlineDispersion as OnlineDispersion
+from tokenweights.gradients import ProbeGeometry as ProbeGeometry
+from tokenweights.gradients import TokenAlignment as TokenAlignment
+from tokenweights.gradients import band_shares as band_shares
 from tokenweights.gradients import expected_random_cosine as expected_random_cosine
 from tokenweights.gradients import expected_random_error as expected_random_error
+from tokenweights.gradients import extreme_tokens as extreme_tokens
 from tokenweights.gradients import gradient_geometry as gradient_geometry
 from tokenweights.gradients import group_gradients as group_gradients
+from tokenweights.gradients import group_projection_ratios as group_projection_ratios
+from tokenweights.gradients import selected_parameters as selected_parameters
+from tokenweights.gradients import token_alignment as token_alignment
 from tokenweights.losses import aggregate_loss as aggregate_loss
 from tokenweights.losses import clipped_surrogate_loss as clipped_surrogate_loss
 from tokenweights.losses import loss_denominator as loss_denominator
@@ -92,15 +102,20 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionCapture",
     "AttentionStatistics",
+    "BandShares",
     "CapturedAttention",
     "Endpoints",
     "ExchangeBytes",
     "GradientGeometry",
+    "GradientProbe",
     "GroupDynamics",
     "GroupGradients",
     "Interval",
+    "OnlineDispersion",
+    "ProbeGeometry",
     "Recipe",
     "ScoreExtrema",
+    "TokenAlignment",
     "TokenWeightsError",
     "WeightStatistics",
     "aggregate_loss",
@@ -112,6 +127,7 @@ __all__ = [
     "attention_layers",
     "attention_statistics",
     "back_fraction",
+    "band_shares",
     "bernoulli_subset",
     "bootstrap_interval",
     "bottom_fraction",
@@ -125,6 +141,7 @@ __all__ = [
     "endpoint_weights",
     "expected_random_cosine",
     "expected_random_error",
+    "extreme_tokens",
     "front_fraction",
     "gathered",
     "global_extrema",
@@ -132,6 +149,7 @@ __all__ = [
     "gradient_geometry",
     "group_dynamics",
     "group_gradients",
+    "group_projection_ratios",
     "high_to_low",
     "linear_schedule",
     "loss_denominator",
@@ -160,6 +178,7 @@ __all__ = [
     "recipe_names",
     "relative_position",
     "score_extrema",
+    "selected_parameters",
     "sequence_parallel_bytes",
     "sequence_parallel_entropy",
     "softmax_partition",
@@ -167,6 +186,7 @@ __all__ = [
     "subset_weights",
     "tensor_parallel_bytes",
     "tensor_parallel_entropy",
+    "token_alignment",
     "token_weight_metrics",
     "top_fraction",
     "weight_statistics",

@@ -41,6 +41,7 @@ POINTERS = {
 }
 # Multiples of 16 in every layout in use, which is what a launch would find out.
 DIVISIBLE = {"query_batch", "query_head", "query_token", "key_batch", "key_head", "key_token"}
+_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 EVERYTHING = {"ENTROPY": True, "LINEAR": True, "FIXED": True}
 ENTROPY_ONLY = {"ENTROPY": True, "LINEAR": False, "FIXED": False}
 
@@ -95,10 +96,13 @@ def usage(case: Case, arch: int) -> Usage:
 
 def shipped_cases(arch: int) -> Iterator[Case]:
     """All kernels in the configurations that the library uses on this compute capability."""
-    for dim, dtype in itertools.product((64, 96, 128, 256), ("bf16", "fp16", "fp32")):
-        configuration = shipped(block_dim(dim), 4 if dtype == "fp32" else 2, arch >= 90)
-        yield from cases(configuration, dim, dtype)
-    for width in (512, 8192, 16384, 131072):
+    for dim, dtype in ((64, "bf16"), (96, "bf16"), (128, "bf16"), (256, "bf16"), (128, "fp32")):
+        yield from cases(shipped(arch // 10, block_dim(dim), _BYTES[dtype]), dim, dtype)
+    # Tensors that descriptors cannot address; where there are none, nothing new.
+    configuration = shipped(arch // 10, 128, 2, describable=False)
+    if configuration != shipped(arch // 10, 128, 2):
+        yield from cases(configuration, 128, "bf16")
+    for width in (16, 512, 4096, 8192, 16384, 131072):
         yield selection_case(configuration, width)
 
 
@@ -143,10 +147,12 @@ def selection_case(configuration: Configuration, width: int) -> Case:
 
 
 def sweep_cases(arch: int) -> Iterator[Case]:
-    """Tiles worth a try on a device, shipped or not."""
+    """Other types and dimensions in shipped tiles, and tiles worth a try on a device."""
+    for dim, dtype in itertools.product((64, 96, 128, 256), ("fp16", "fp32")):
+        yield from cases(shipped(arch // 10, block_dim(dim), _BYTES[dtype]), dim, dtype)
     shapes = [(64, 32, 4), (64, 64, 4), (64, 128, 4), (128, 32, 4), (128, 64, 4), (128, 32, 8)]
     shapes += [(128, 64, 8), (128, 128, 8), (64, 64, 8), (64, 128, 8)]
-    base = shipped(128, 2, arch >= 90)
+    base = shipped(arch // 10, 128, 2)
     for (rows, keys, warps), stages, dim in itertools.product(shapes, (1, 2, 3), (64, 128)):
         tiles = Tiles(rows, keys, warps, stages)
         for unrolled in (False, True):

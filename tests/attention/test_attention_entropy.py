@@ -253,6 +253,62 @@ def test_first_keys_without_representable_mass_still_have_an_entropy():
     assert_close(windowed, reference)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [0.5, 4.0])
+def test_long_rows_agree_with_the_reference(dtype, spread):
+    tokens = 4096
+    query = (normal(1, 4, tokens, 16) * spread).to(dtype)
+    key = normal(1, 2, tokens, 16, seed=1).to(dtype)
+    actual = attention_statistics(query, key)
+    for row in (0, 1, 127, 128, 1000, 2047, tokens - 1):
+        expected = attention_statistics(
+            query[:, :, row : row + 1], key[:, :, : row + 1], backend="reference"
+        )
+        for kind in STATISTIC_KINDS:
+            value, wanted = getattr(actual, kind)[:, row], getattr(expected, kind)[:, 0]
+            if kind == "support_size":
+                assert int((value - wanted).abs().max()) <= 1
+            else:
+                assert_close(value, wanted, 5e-6)
+
+
+def test_long_rows_of_equal_weights_agree_with_the_reference():
+    query, key = torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4096, 8)
+    actual, expected = (
+        attention_statistics(query, key, backend=backend) for backend in ("chunked", "reference")
+    )
+    for kind in ("raw", "normalized", "topk", "fixed"):
+        assert_close(getattr(actual, kind), getattr(expected, kind), 5e-6)
+    # 0.9 * 4093 lies between two integers; 0.5 * 4096 is one.
+    assert int((actual.support_size - expected.support_size).abs().max()) <= 1
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_support_sizes_with_and_without_numpy(monkeypatch, missing):
+    query, key = normal(1, 2, 30, 8), normal(1, 2, 80, 8, seed=1)
+    if missing:
+
+        def refusal(tensor):
+            raise RuntimeError("Numpy is not available")
+
+        monkeypatch.setattr(torch.Tensor, "numpy", refusal)
+    statistics = attention_statistics(query, key, top_k=9)
+    monkeypatch.undo()
+    expected = attention_statistics(query, key, top_k=9, backend="reference")
+    assert torch.equal(statistics.support_size, expected.support_size)
+    assert_close(statistics.topk, expected.topk)
+
+
+@pytest.mark.parametrize("workspace_bytes", [1, 20_000])
+def test_bounded_workspace_changes_nothing(workspace_bytes):
+    query, key = normal(2, 4, 60, 8), normal(2, 2, 90, 8, seed=1)
+    actual = attention_statistics(query, key, workspace_bytes=workspace_bytes)
+    expected = attention_statistics(query, key, backend="reference")
+    for kind in ENTROPY_KINDS:
+        assert_close(getattr(actual, kind), getattr(expected, kind))
+    assert int((actual.support_size - expected.support_size).abs().max()) <= 1
+
+
 # Layout.
 
 

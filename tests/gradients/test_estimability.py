@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from gradients import tiny_policy
 
 import tokenweights as tw
 from tokenweights import TokenWeightsError
@@ -49,6 +50,52 @@ def test_a_structured_subset_misses_the_prediction():
         probability=PROBABILITY, tokens=TOKENS, mean_squared_norm=squared
     )
     assert float((gradient - full).square().sum()) > 5 * predicted
+
+
+@pytest.fixture(scope="module")
+def policy_gradients():
+    """Every token's gradient under a tiny transformer, and the mask of its batch."""
+    batch = tiny_policy.Batch(rows=16, tokens=32)
+    return tiny_policy.jacobian(tiny_policy.policy(), batch), batch.mask
+
+
+def predicted_cosine(gradients, probability):
+    full = gradients.mean(0)
+    return tw.expected_random_cosine(
+        probability=probability,
+        tokens=len(gradients),
+        mean_squared_norm=float(gradients.square().sum(-1).mean()),
+        full_squared_norm=float(full @ full),
+    )
+
+
+def cosine(gradients, subset):
+    gradient, full = subset_gradient(gradients, subset), gradients.mean(0)
+    return float(gradient @ full / gradient.norm() / full.norm())
+
+
+@pytest.mark.parametrize("probability", [0.2, 0.5, 0.8])
+def test_random_subsets_of_a_policy_gradient_have_the_predicted_cosine(
+    policy_gradients, probability
+):
+    gradients, mask = policy_gradients
+    draws = [
+        tw.bernoulli_subset(mask, probability=probability, seed=seed)[mask] for seed in range(DRAWS)
+    ]
+    cosines = torch.tensor([cosine(gradients, draw) for draw in draws], dtype=torch.float64)
+    error = float(cosines.std()) / math.sqrt(DRAWS)
+    assert 0 < error < 0.012
+    assert abs(float(cosines.mean()) - predicted_cosine(gradients, probability)) < 3 * error
+
+
+@pytest.mark.parametrize("selected", ["most aligned", "least aligned", "largest"])
+def test_structured_subsets_of_a_policy_gradient_miss_it(policy_gradients, selected):
+    gradients, _ = policy_gradients
+    score = gradients @ gradients.mean(0) if "aligned" in selected else gradients.norm(dim=-1)
+    order = score.argsort(descending=selected != "least aligned")
+    structured = cosine(gradients, order[: round(0.2 * len(order))])
+    # Twice the spread of single random draws, 0.17: no draw to be mistaken for a random one.
+    assert abs(structured - predicted_cosine(gradients, 0.2)) > 0.35
 
 
 @pytest.mark.parametrize(

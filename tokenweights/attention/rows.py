@@ -220,7 +220,7 @@ def _selections(
     keys = weights.shape[-1]
     results: dict[str, Tensor] = {}
     if "support_size" in request.kinds:
-        ordered = weights.sort(-1, descending=True).values
+        ordered = _ascending(weights).flip(-1)
         cumulative = ordered.cumsum(-1)
         thresholds = torch.tensor(request.support_mass, device=weights.device)
         targets = (mass[..., None] * thresholds).contiguous()
@@ -235,6 +235,19 @@ def _selections(
     if "topk" in request.kinds:
         results["topk"] = _renormalized_entropy(largest, count.clamp_max(request.top_k))
     return results
+
+
+def _ascending(weights: Tensor) -> Tensor:
+    if weights.device.type == "cpu":
+        ordered = weights.clone()
+        try:
+            # NumPy sorts numbers alone, in vector registers; torch sorts pairs with positions and
+            # takes some twenty times as long.
+            ordered.numpy().sort(-1)
+            return ordered
+        except RuntimeError:  # torch was built, or runs, without NumPy
+            pass
+    return weights.sort(-1).values
 
 
 def _distances(

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch.distributed as dist
 from torch import Tensor
 
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
-from tokenweights.masked import accumulator_dtype
+from tokenweights.gradients.shards import inner_product
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,22 @@ class GradientGeometry:
 
 
 @typed
-def gradient_geometry(subset: Sequence[Tensor], full: Sequence[Tensor]) -> GradientGeometry:
+def gradient_geometry(
+    subset: Sequence[Tensor], full: Sequence[Tensor], *, group: dist.ProcessGroup | None = None
+) -> GradientGeometry:
     r"""Norm ratio, cosine and projection ratio of a subset's gradient (Eq. 4, 5, 6).
 
     $\|g_S\| / \|g\|$, $\langle g_S, g \rangle / (\|g_S\| \|g\|)$ and
     $\langle g_S, g \rangle / \|g\|^2$, over all tensors as one vector, accumulated in float64.
     A zero full gradient has no direction: all three are then NaN. A zero subset gradient has norm
-    and projection ratio 0 and cosine NaN.
+    and projection ratio 0 and cosine NaN. Of DTensors each rank takes its own shards, and three
+    scalars are reduced.
 
     Args:
         subset: The subset's gradient, one tensor for each parameter.
         full: The full gradient, of the same shapes.
+        group: Ranks that each hold a shard of plain tensors, such as flat shards; None where plain
+            tensors are whole.
 
     Returns:
         Three Python floats.
@@ -59,11 +65,24 @@ def gradient_geometry(subset: Sequence[Tensor], full: Sequence[Tensor]) -> Gradi
             [tuple(tensor.shape) for tensor in subset],
             "Take both gradients over the same parameters.",
         )
-    inner, subset_square, full_square = (
-        _inner(subset, full),
-        _inner(subset, subset),
-        _inner(full, full),
+    return geometry_of(
+        inner=inner_product(subset, full, group=group),
+        subset_square=inner_product(subset, subset, group=group),
+        full_square=inner_product(full, full, group=group),
     )
+
+
+def geometry_of(*, inner: float, subset_square: float, full_square: float) -> GradientGeometry:
+    """Eq. 4-6 from an inner product and two squared norms.
+
+    Args:
+        inner: Of the subset's gradient and the full one.
+        subset_square: Squared norm of the subset's gradient.
+        full_square: Squared norm of the full gradient.
+
+    Returns:
+        The three ratios, with NaN where a direction is missing.
+    """
     nan = float("nan")
     if full_square == 0:
         return GradientGeometry(nan, nan, nan)
@@ -73,11 +92,3 @@ def gradient_geometry(subset: Sequence[Tensor], full: Sequence[Tensor]) -> Gradi
         cosine=inner / (subset_norm * full_norm) if subset_square > 0 else nan,
         projection_ratio=inner / full_square,
     )
-
-
-def _inner(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    total = 0.0
-    for a, b in zip(first, second, strict=True):
-        wide = accumulator_dtype(a.device)
-        total += float((a.detach().to(wide) * b.detach().to(wide)).sum())
-    return total

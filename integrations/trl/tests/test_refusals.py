@@ -44,7 +44,7 @@ def make(folder, recipe="low2high", trainer_class=TokenWeightsGRPOTrainer, **cha
 
 
 def test_an_unknown_layer_is_refused(tmp_path):
-    with pytest.raises(TokenWeightsError, match="The model has 4 layers"):
+    with pytest.raises(TokenWeightsError, match=r"among the attention layers \[0, 1, 2, 3\]"):
         make(tmp_path, {"name": "low2high", "layers": (4,)})
 
 

@@ -2,11 +2,12 @@
 
 import inspect
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tokenweights._errors import invalid
-from tokenweights.capture import capture_attention
+from tokenweights.capture import attention_layers, capture_attention
 from tokenweights.diagnostics import token_weight_metrics
 from tokenweights.report.records import append_token_records, token_records
 from torch import Tensor
@@ -38,6 +39,25 @@ SOURCES = {
     "transformers generates over a dynamic cache",
 }
 
+# Caches of transformers that hold every key and grow with it; `generate` takes "hybrid" for None.
+GROWING_CACHES = (None, "dynamic", "offloaded", "hybrid")
+
+
+@dataclass
+class Rollout:
+    """What is known of a rollout batch while TRL makes it.
+
+    Attributes:
+        source: Where its scores are to come from, or came from: a key of `SOURCES`.
+        scores: Scores of each layer, `batch token`; None until a pass or the generation gave them.
+        log_probs: Log-probabilities of the pass that gave the scores.
+    """
+
+    source: str
+    scores: list[Tensor] | None = None
+    log_probs: Tensor | None = None
+
+
 # What a mixin calls belongs to the trainer after it; TRL's own types are too loose to check it.
 _Base: Any = object
 
@@ -66,18 +86,16 @@ class TokenWeightsMixin(_Base):
         self._check_contract()
         self.recipe = self.args.token_recipe
         self.score_source: str | None = None
-        self._source = "none"
-        self._listening = False
-        self._heard: tuple[Tensor | None, list[Tensor]] | None = None
-        self._generation_is_readable = True
+        self._rollout: Rollout | None = None  # only while TRL makes a rollout batch
+        self._rollout_place = (-1, 0)  # optimizer step of the last rollout, and place within it
         self._next_record_step = 0
         self.probe_layers: tuple[int, ...] = ()
         if self.recipe.signal == "attention_entropy":
             model = self.accelerator.unwrap_model(self.model)
             depth = model.config.get_text_config().num_hidden_layers
-            self.probe_layers = self.recipe.probe_layers(depth)
-            with capture_attention(model, self.probe_layers):  # refuses what it cannot tap
-                pass
+            with capture_attention(model, ()):  # refuses a model without a layer it can tap
+                available = tuple(attention_layers(model))
+            self.probe_layers = self.recipe.probe_layers(depth, available=available)
 
     def _check_contract(self) -> None:
         name, version = type(self).__name__, "tokenweights-trl is made for trl>=1.16,<1.17."
@@ -96,15 +114,16 @@ class TokenWeightsMixin(_Base):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)
-        self._source, self._heard = self._planned_source(), None
-        self._listening = self._source == "old_log_prob_pass"
-        output = super()._generate_and_score_completions(inputs)
-        scores = self._scores(output)
-        if self._source != self.score_source and self.accelerator.is_main_process:
-            level = logging.WARNING if self._source == "scoring_pass" else logging.INFO
-            logger.log(level, "Token weights: %s.", SOURCES[self._source])
-        self.score_source, self._source = self._source, "none"
-        self._listening, self._heard = False, None
+        self._rollout = rollout = Rollout(self._planned_source())
+        try:
+            output = super()._generate_and_score_completions(inputs)
+            scores = self._scores(rollout, output)
+        finally:
+            self._rollout = None
+        if rollout.source != self.score_source and self.accelerator.is_main_process:
+            level = logging.WARNING if rollout.source == "scoring_pass" else logging.INFO
+            logger.log(level, "Token weights: %s.", SOURCES[rollout.source])
+        self.score_source = rollout.source
         return self._weighted(output, scores)
 
     def _planned_source(self) -> str:
@@ -115,14 +134,18 @@ class TokenWeightsMixin(_Base):
             self.use_vllm and self.vllm_importance_sampling_correction
         ):
             return "old_log_prob_pass"
-        readable = self._generation_is_readable and self.recipe.alignment == "deciding"
+        # A generation that once gave no scores is not tried again.
+        readable = self.score_source != "scoring_pass" and self.recipe.alignment == "deciding"
         elsewhere = self.use_vllm or self.use_transformers_continuous_batching or self.rollout_func
-        if self.probe_layers and readable and not (elsewhere or self.tools or self._is_vlm):
-            return "generation"
-        return "scoring_pass"
+        if not self.probe_layers or not readable or elsewhere or self.tools or self._is_vlm:
+            return "scoring_pass"
+        defaults = self.accelerator.unwrap_model(self.model).generation_config
+        cache = self.generation_config.cache_implementation or defaults.cache_implementation
+        return "generation" if cache in GROWING_CACHES else "scoring_pass"
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        if self._source != "generation":
+        rollout = self._rollout
+        if rollout is None or rollout.source != "generation":
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         lengths = torch.tensor([len(ids) for ids in prompt_ids], device=self.accelerator.device)
         multiple = self.pad_to_multiple_of or 1
@@ -134,7 +157,7 @@ class TokenWeightsMixin(_Base):
             prompt_width=-(-int(lengths.max()) // multiple) * multiple,
         ) as scores:
             completions = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        self._heard = (None, scores)
+        rollout.scores = scores
         return completions
 
     def _get_per_token_logps_and_entropies(
@@ -146,49 +169,68 @@ class TokenWeightsMixin(_Base):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        forward = super()._get_per_token_logps_and_entropies
         arguments = (model, input_ids, attention_mask, logits_to_keep, *args)
-        if not self._listening or self._heard is not None or model is not self.model:
-            return forward(*arguments, **kwargs)
-        if not self.probe_layers:
-            outputs = forward(*arguments, **{**kwargs, "compute_entropy": True})
-            scores = [outputs[1]]
-        else:
-            with forward_scores(
-                self.accelerator.unwrap_model(model),
-                attention_mask.bool(),
-                recipe=self.recipe,
-                layers=self.probe_layers,
-                response_length=logits_to_keep,
-            ) as scores:
-                outputs = forward(*arguments, **kwargs)
-        self._heard = (outputs[0], scores)
+        rollout = self._rollout
+        if (
+            rollout is None
+            or rollout.source != "old_log_prob_pass"
+            or rollout.scores is not None
+            or model is not self.model
+        ):
+            return super()._get_per_token_logps_and_entropies(*arguments, **kwargs)
+        outputs, rollout.scores = self._pass_with_scores(*arguments, **kwargs)
+        rollout.log_probs = outputs[0]
         return outputs
 
-    def _scores(self, output: dict[str, Any]) -> Tensor | None:
-        if self._source == "none":
+    def _pass_with_scores(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, list[Tensor]]:
+        """What TRL's pass returns, and the scores of each layer."""
+        forward = super()._get_per_token_logps_and_entropies
+        arguments = (model, input_ids, attention_mask, logits_to_keep, *args)
+        if not self.probe_layers:
+            outputs = forward(*arguments, **{**kwargs, "compute_entropy": True})
+            return outputs, [outputs[1]]
+        with forward_scores(
+            self.accelerator.unwrap_model(model),
+            attention_mask.bool(),
+            recipe=self.recipe,
+            layers=self.probe_layers,
+            response_length=logits_to_keep,
+        ) as scores:
+            outputs = forward(*arguments, **kwargs)
+        return outputs, scores
+
+    def _scores(self, rollout: Rollout, output: dict[str, Any]) -> Tensor | None:
+        if rollout.source == "none":
             return None
-        log_probs, scores = self._heard or (None, [])
-        if self._source == "generation":
+        scores = rollout.scores or []
+        if rollout.source == "generation":
             missing = output["completion_ids"].shape[1] - (scores[0].shape[1] if scores else 0)
             # All ranks must agree: a scoring pass of a sharded model is collective.
             ranks = torch.tensor([missing], device=self.accelerator.device)
             most = int(self.accelerator.gather(ranks).max())
-            heard = self._generation_is_readable = most < (self.pad_to_multiple_of or 1)
+            complete = most < (self.pad_to_multiple_of or 1)
             scores = [torch.nn.functional.pad(layer, (0, missing)) for layer in scores]
         else:
             # With an adapter the reference pass runs the policy's modules; this tells them apart.
-            heard = log_probs is not None and output.get("old_per_token_logps") is log_probs
-        if not heard:
-            self._source, self._listening, self._heard = "scoring_pass", True, None
-            scores = self._scores_of_one_more_pass(output)
+            log_probs = rollout.log_probs
+            complete = log_probs is not None and output.get("old_per_token_logps") is log_probs
+        if not complete:
+            rollout.source, scores = "scoring_pass", self._scores_of_one_more_pass(output)
         return self.recipe.merged_layers(scores, _response_mask(output))
 
     def _scores_of_one_more_pass(self, output: dict[str, Any]) -> list[Tensor]:
         vision = _parameters(super()._get_per_token_logps_and_entropies)
         vision = vision[len(CONTRACT["_get_per_token_logps_and_entropies"]) :]
         with torch.no_grad():
-            self._get_per_token_logps_and_entropies(
+            _, scores = self._pass_with_scores(
                 self.model,
                 torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
                 torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
@@ -196,8 +238,7 @@ class TokenWeightsMixin(_Base):
                 batch_size=self.args.per_device_train_batch_size,
                 **{name: output[name] for name in vision if name in output},
             )
-        assert self._heard is not None
-        return self._heard[1]
+        return scores
 
     def _weighted(self, output: dict[str, Any], scores: Tensor | None) -> dict[str, Any]:
         step, mask = self.state.global_step, _response_mask(output)
@@ -230,10 +271,17 @@ class TokenWeightsMixin(_Base):
         return output
 
     def _sample_ids(self, rows: int, device: torch.device) -> Tensor:
-        """Row numbers in the run, the same whatever the number of ranks and micro-batches."""
+        """Row numbers of a rollout batch that no other of the run has, over all ranks.
+
+        They follow from the optimizer step, so a resumed run goes on with them. An optimizer step
+        sees at most ceil(window / batches) rollouts; they are counted, since the last step of an
+        epoch may be a short one and shift the next ones against `_step`.
+        """
         window, batches = self.args.gradient_accumulation_steps, self.args.steps_per_generation
-        rollout = self.state.global_step * max(1, window // batches)
-        rollout += self._step % window // batches
+        step, (last, place) = self.state.global_step, self._rollout_place
+        self._rollout_place = step, place + 1 if step == last else 0
+        rollout = step * -(-window // batches)
+        rollout += self._rollout_place[1]
         first = (rollout * self.accelerator.num_processes + self.accelerator.process_index) * rows
         return torch.arange(first, first + rows, device=device)
 

@@ -1,0 +1,205 @@
+"""Gradient geometry during training: every N steps, on a probe batch that stays the same."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import tokenweights as tw
+import torch
+from tokenweights._errors import invalid
+from tokenweights.gradients.preserved import preserved
+from tokenweights.recipes import Recipe, recipe
+from tokenweights.report.records import append_metrics
+from torch import Tensor
+from transformers import TrainerCallback
+
+from tokenweights_trl.scores import forward_scores
+
+SUBSETS = ("anchor", "explorer", "random")
+# What the probe reads of a rollout batch.
+KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
+
+# What a mixin calls belongs to the trainer after it; TRL's own types are too loose to check it.
+_Base: Any = object
+
+
+class GradientProbeMixin(_Base):
+    """Gradient geometry for `GRPOTrainer` or a subclass of it; name it last of the mixins.
+
+    The probe batch is the first rollout batch with a non-zero advantage, before any weights: there
+    the adapter's recipes and plain GRPO are looked at alike. After optimizer steps 1, 1 + N,
+    1 + 2N, ... its tokens are sorted anew by the policy's attention entropy, and the gradient of
+    $-A_t \\pi(t) / \\pi_{probe}(t)$, at ratio 1, is taken apart:
+
+    * `gradient/decile_0` ... `decile_9`: projection ratios (Eq. 6), which sum to one (J.1)
+    * `gradient/low_share`, `middle_share`, `high_share`: the bands of J.1
+    * `gradient/anchor_*`, `explorer_*`, `random_*`: `norm_ratio`, `cosine`, `projection_ratio` of
+      20 % subsets (Eq. 4-6), and `cosine_std`, `cosine_cv` over the probes so far (J.2)
+    * `gradient/full_norm`, `gradient/sum_error`
+
+    Parameters, optimizer state, gradients and random state stay as they are, so that training with
+    and without the probe is the same. A probe costs five forward and backward passes over the probe
+    batch and three forward passes, and one copy of the parameters. A resumed run takes a new probe
+    batch and starts the dispersion anew.
+
+    Attributes:
+        gradient_probe_steps: Optimizer steps $N$ between two probes, >= 1.
+        gradient_probe_file: JSONL file to which each probe appends a line; None writes none.
+        gradient_probe_tolerance: Largest distance of the sum of the projection ratios from one;
+            beyond it the probe raises.
+
+    Raises:
+        TokenWeightsError: If the model sees images or is sharded in a way the probe cannot move.
+    """
+
+    gradient_probe_steps: int = 50
+    gradient_probe_file: str | None = None
+    gradient_probe_tolerance: float = 1e-3
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        name = type(self).__name__
+        if self.gradient_probe_steps < 1:
+            hint = "It is a number of optimizer steps."
+            raise invalid(name, "gradient_probe_steps", ">= 1", self.gradient_probe_steps, hint)
+        if self._is_vlm:
+            raise invalid(name, "model", "a text model", "one with images", "Leave out the probe.")
+        fsdp1 = self.is_fsdp_enabled and not getattr(self.accelerator, "is_fsdp2", False)
+        if self.is_deepspeed_enabled or fsdp1:
+            hint = "Use DDP or FSDP2, or leave out the probe."
+            raise invalid(name, "model", "with parameters of its own", "an engine's shards", hint)
+        self._probe_batch: dict[str, Tensor] | None = None
+        self._cosines = {subset: tw.OnlineDispersion() for subset in SUBSETS}
+        self.add_callback(_AfterStep(self._after_step))
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if self.model.training and self._probe_batch is None:
+            # All ranks must agree: the probe of a sharded model is collective.
+            moves = self.accelerator.gather(output["advantages"].abs().max()[None])
+            if float(moves.max()) > 0:
+                batch = {key: output[key].clone() for key in KEYS}
+                batch["completion_mask"] *= output.get("tool_mask", 1)
+                self._probe_batch = batch
+        return output
+
+    def _after_step(self, step: int) -> None:
+        if self._probe_batch is None or (step - 1) % self.gradient_probe_steps != 0:
+            return
+        metrics = self._probed(self._probe_batch)
+        for name, value in metrics.items():
+            self._metrics["train"][name].append(value)
+        if self.gradient_probe_file and self.accelerator.is_main_process:
+            append_metrics(self.gradient_probe_file, {"step": step, **metrics})
+
+    def _probed(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        # The wrapped model, for its wrapper is what reduces gradients over the ranks.
+        model, mask = self.model_wrapped, batch["completion_mask"].bool()
+        group = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
+        with preserved("GradientProbeMixin", model) as rewind:
+            rewind()
+            scores, old_log_probs = self._scored(batch)
+            losses = self._token_losses(model, batch, old_log_probs)
+            options = {"mask": mask, "tolerance": self.gradient_probe_tolerance}
+            alignment = tw.token_alignment(losses, model, group=group, **options)
+            if alignment.full_squared_norm == 0:
+                return {"gradient/full_norm": 0.0}
+            ratios = tw.group_projection_ratios(
+                alignment.projection_ratio,
+                tw.quantile_bins(scores, mask, bins=10),
+                count=10,
+                group=group,
+                **options,
+            )
+            first = self.accelerator.process_index * len(mask)
+            subsets = [
+                tw.bottom_fraction(scores, mask),
+                tw.top_fraction(scores, mask),
+                tw.random_fraction(
+                    mask,
+                    fraction=0.2,
+                    seed=0,
+                    sample_ids=torch.arange(first, first + len(mask), device=mask.device),
+                ),
+            ]
+            geometry = tw.GradientProbe(model, group=group).geometry(
+                losses, torch.stack(subsets), **options
+            )
+        shares = tw.band_shares(ratios)
+        metrics = {f"decile_{number}": float(ratio) for number, ratio in enumerate(ratios)}
+        metrics |= {
+            "low_share": shares.low,
+            "middle_share": shares.middle,
+            "high_share": shares.high,
+            "full_norm": geometry.full_norm,
+            "sum_error": alignment.sum_error,
+        }
+        for subset, found in zip(SUBSETS, geometry.groups, strict=True):
+            metrics |= {f"{subset}_{name}": value for name, value in vars(found).items()}
+            if math.isfinite(found.cosine):
+                cosines = self._cosines[subset]
+                cosines.update(found.cosine)
+                metrics |= {f"{subset}_cosine_std": cosines.std, f"{subset}_cosine_cv": cosines.cv}
+        # A subset without a gradient has no cosine, and a log no line for it.
+        return {f"gradient/{name}": v for name, v in metrics.items() if math.isfinite(v)}
+
+    def _log_probs(self, model: Any, batch: dict[str, Tensor], rows: slice) -> Tensor:
+        ids, mask = (
+            torch.cat([batch[f"prompt_{name}"][rows], batch[f"completion_{name}"][rows]], dim=1)
+            for name in ("ids", "mask")
+        )
+        length = batch["completion_ids"].shape[1]
+        return self._get_per_token_logps_and_entropies(model, ids, mask, length)[0]
+
+    def _rows(self, batch: dict[str, Tensor]) -> list[slice]:
+        size = self.args.per_device_train_batch_size
+        return [slice(start, start + size) for start in range(0, len(batch["advantages"]), size)]
+
+    def _scored(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Attention entropies and log-probabilities under the present policy."""
+        own = getattr(self, "recipe", None)
+        rule = own if isinstance(own, Recipe) and own.signal == "attention_entropy" else None
+        rule = rule or recipe("low2high")
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        depth = model.config.get_text_config().num_hidden_layers
+        with (
+            torch.no_grad(),
+            forward_scores(
+                model,
+                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1).bool(),
+                recipe=rule,
+                layers=rule.probe_layers(depth),
+                response_length=batch["completion_ids"].shape[1],
+            ) as scores,
+        ):
+            parts = [self._log_probs(self.model_wrapped, batch, rows) for rows in self._rows(batch)]
+        return rule.merged_layers(scores, batch["completion_mask"].bool()), torch.cat(parts)
+
+    def _token_losses(
+        self, model: Any, batch: dict[str, Tensor], old_log_probs: Tensor
+    ) -> list[Callable[[], Tensor]]:
+        advantages = batch["advantages"]
+        advantages = advantages if advantages.dim() == 2 else advantages[:, None]
+
+        def loss(rows: slice) -> Tensor:
+            # Without a clip, which is flat at ratio 1: a finite step may otherwise reach it.
+            return tw.clipped_surrogate_loss(
+                self._log_probs(model, batch, rows),
+                old_log_probs[rows],
+                advantages[rows],
+                clip_low=1.0,
+                clip_high=math.inf,
+                mask=batch["completion_mask"][rows].bool(),
+            )
+
+        return [lambda rows=rows: loss(rows) for rows in self._rows(batch)]
+
+
+class _AfterStep(TrainerCallback):
+    """Calls a function with the number of optimizer steps done, after each."""
+
+    def __init__(self, function: Callable[[int], None]):
+        self._function = function
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._function(state.global_step)

@@ -1,0 +1,121 @@
+"""A probed run trains as an unprobed one, bit for bit, and logs what the gradients are."""
+
+import pytest
+import tiny
+import tokenweights as tw
+import torch
+from tokenweights import TokenWeightsError
+from tokenweights.report.records import read_metrics
+from trl import GRPOConfig, GRPOTrainer
+
+from tokenweights_trl import (
+    GradientProbeMixin,
+    TokenWeightsGRPOConfig,
+    TokenWeightsGRPOTrainer,
+    TokenWeightsMixin,
+)
+
+
+class Probed(GradientProbeMixin, GRPOTrainer):
+    gradient_probe_steps = 2
+
+
+class ProbedWeights(TokenWeightsMixin, GradientProbeMixin, GRPOTrainer):
+    gradient_probe_steps = 2
+
+
+def state(trainer) -> list[torch.Tensor]:
+    tensors = list(trainer.model.state_dict().values())
+    for slots in trainer.optimizer.state_dict()["state"].values():
+        tensors += [value for value in slots.values() if isinstance(value, torch.Tensor)]
+    return [*tensors, torch.get_rng_state()]
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_training_is_bitwise_the_same_with_and_without(tmp_path, checkpointing, weighted):
+    plain, probed, config = GRPOTrainer, Probed, GRPOConfig
+    changes = {"max_steps": 4, "gradient_checkpointing": checkpointing}
+    if weighted:
+        plain, probed, config = TokenWeightsGRPOTrainer, ProbedWeights, TokenWeightsGRPOConfig
+        changes["recipe"] = {"name": "low2high", "warmup_steps": 2}
+    states = []
+    for kind in (plain, probed):
+        model = tiny.policy(attention_dropout=0.2)
+        trainer = tiny.trainer(kind, config, tmp_path, model=model, **changes)
+        trainer.train()
+        states.append(state(trainer))
+    assert len(states[0]) > 100
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+    assert trainer._cosines["anchor"].count == 2  # it did probe: after steps 1 and 3
+
+
+def test_the_series_holds_the_geometry_of_the_probe_batch(tmp_path):
+    class Recorded(Probed):
+        gradient_probe_file = str(tmp_path / "gradient.jsonl")
+        seen = ()
+
+        def _probed(self, batch):
+            loss = torch.cat([part() for part in self._losses_of(batch)])
+            mask = batch["completion_mask"].bool()
+            scores, _ = self._scored(batch)
+            groups = tw.quantile_bins(scores, mask, bins=10)
+            anchors = torch.where(tw.bottom_fraction(scores, mask), 0, -1)
+            parameters = list(self.model.parameters())
+            deciles, own = (
+                tw.group_gradients(loss, kind, parameters, mask=mask) for kind in (groups, anchors)
+            )
+            expected = {
+                f"gradient/decile_{number}": tw.gradient_geometry(g, deciles.total).projection_ratio
+                for number, g in enumerate(deciles.groups)
+            }
+            geometry = tw.gradient_geometry(own.groups[0], own.total)
+            expected |= {f"gradient/anchor_{name}": v for name, v in vars(geometry).items()}
+            metrics = super()._probed(batch)
+            self.seen += ((expected, metrics, {key: v.clone() for key, v in batch.items()}),)
+            return metrics
+
+        def _losses_of(self, batch):
+            return self._token_losses(self.model, batch, self._scored(batch)[1])
+
+    trainer = tiny.trainer(Recorded, GRPOConfig, tmp_path, max_steps=3)
+    trainer.train()
+    lines = read_metrics(tmp_path / "gradient.jsonl")
+    assert [line["step"] for line in lines] == [1, 3] and len(trainer.seen) == 2
+    for line, (expected, metrics, batch) in zip(lines, trainer.seen, strict=True):
+        assert metrics.items() <= line.items()
+        got = {name: metrics[name] for name in expected}
+        assert got == pytest.approx(expected, rel=1e-2, abs=1e-4)
+        assert sum(metrics[f"gradient/decile_{n}"] for n in range(10)) == pytest.approx(1, abs=1e-3)
+        for key, value in trainer.seen[0][2].items():
+            assert torch.equal(value, batch[key])
+    first, last = (line["gradient/anchor_cosine"] for line in lines)
+    assert first != last
+    assert lines[1]["gradient/anchor_cosine_std"] == pytest.approx(abs(first - last) / 2)
+    logged = [e for e in trainer.state.log_history if "gradient/decile_0" in e]
+    assert [entry["step"] for entry in logged] == [1, 3]
+    assert float(logged[1]["gradient/full_norm"]) == pytest.approx(lines[1]["gradient/full_norm"])
+
+
+def test_the_probe_batch_has_plain_advantages(tmp_path):
+    trainer = tiny.trainer(
+        ProbedWeights, TokenWeightsGRPOConfig, tmp_path, recipe="anchor20", max_steps=1
+    )
+    trainer.train()
+    advantages = trainer._probe_batch["advantages"]
+    assert advantages.dim() == 1 and (advantages != 0).any()
+
+
+def test_no_probe_without_an_advantage(tmp_path):
+    trainer = tiny.trainer(Probed, GRPOConfig, tmp_path, mask_truncated_completions=False)
+    trainer.reward_funcs = [lambda completion_ids, **_: [0.0] * len(completion_ids)]
+    trainer.train()
+    assert trainer._probe_batch is None
+
+
+def test_nonsense_is_refused(tmp_path):
+    class Never(Probed):
+        gradient_probe_steps = 0
+
+    with pytest.raises(TokenWeightsError, match="gradient_probe_steps"):
+        tiny.trainer(Never, GRPOConfig, tmp_path)

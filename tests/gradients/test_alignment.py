@@ -1,0 +1,252 @@
+"""Every token's inner product with the full gradient, against per-token Jacobians."""
+
+import random
+
+import pytest
+import torch
+from gradients import tiny_policy
+from torch import nn
+
+import tokenweights as tw
+from tokenweights import TokenWeightsError
+
+
+def aligned(batch, model, **options):
+    return tw.token_alignment(lambda: batch.loss(model), model, mask=batch.mask, **options)
+
+
+def exact_inner(batch, keep=None):
+    model = tiny_policy.policy()
+    rows = tiny_policy.jacobian(model, batch)
+    if keep is not None:
+        kept = [torch.full((p.numel(),), keep(name)) for name, p in model.named_parameters()]
+        rows = rows[:, torch.cat(kept)]
+    full = rows.mean(0)
+    return rows @ full, float(full @ full)
+
+
+def relative_error(inner, mask, expected):
+    assert (inner[~mask] == 0).all()
+    return float((inner[mask] - expected).norm() / expected.norm())
+
+
+def test_closed_form():
+    model = nn.Linear(2, 1, bias=False)
+    inputs = torch.tensor([[[1.0, 0.0], [1.0, 2.0], [9.0, 9.0]]])
+    mask = torch.tensor([[True, True, False]])
+    for method in ("forward", "differences"):
+        alignment = tw.token_alignment(
+            lambda: model(inputs)[..., 0], model, mask=mask, method=method
+        )
+        torch.testing.assert_close(
+            alignment.inner, torch.tensor([[1.0, 3.0, 0.0]]).double(), rtol=1e-3, atol=0
+        )
+        assert alignment.full_squared_norm == 2 and alignment.count == 2
+        torch.testing.assert_close(alignment.projection_ratio, alignment.inner / 4)
+
+
+def test_forward_mode_agrees_with_jacobians():
+    batch = tiny_policy.Batch()
+    expected, square = exact_inner(batch)
+    alignment = aligned(batch, tiny_policy.policy(), method="forward")
+    assert relative_error(alignment.inner, batch.mask, expected) < 1e-6
+    assert alignment.full_squared_norm == pytest.approx(square, rel=1e-12)
+    assert alignment.sum_error < 1e-12
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_float32_differences_agree_with_float64_jacobians(checkpointed):
+    expected, _ = exact_inner(tiny_policy.Batch())
+    batch = tiny_policy.Batch(dtype=torch.float32)
+    model = tiny_policy.policy(torch.float32, checkpointed=checkpointed)
+    alignment = aligned(batch, model, compare_steps=True)
+    error = relative_error(alignment.inner, batch.mask, expected)
+    assert error < 1e-3 and alignment.sum_error < 1e-5
+    assert error / 10 < alignment.step_error < 1e-3
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_the_step_follows_the_scale_of_the_loss(scale):
+    expected, _ = exact_inner(tiny_policy.Batch())
+    batch = tiny_policy.Batch(dtype=torch.float32)
+    batch.advantages *= scale
+    alignment = aligned(batch, tiny_policy.policy(torch.float32))
+    assert relative_error(alignment.inner, batch.mask, expected * scale**2) < 1e-3
+
+
+@pytest.mark.parametrize("step", [0.3, 1e-4])
+def test_a_bad_step_is_mended_by_a_second_one_or_refused(step):
+    batch = tiny_policy.Batch(dtype=torch.float32)
+    model = tiny_policy.policy(torch.float32)
+    try:
+        alignment = aligned(batch, model, step=step)
+    except TokenWeightsError as error:
+        assert "sum to one" in str(error)
+    else:
+        expected, _ = exact_inner(tiny_policy.Batch())
+        assert alignment.step_error is not None
+        assert relative_error(alignment.inner, batch.mask, expected) < 1e-3
+
+
+@pytest.mark.parametrize("method", ["forward", "differences"])
+def test_micro_batches_are_rows_of_one_batch(method):
+    batch, model = tiny_policy.Batch(), tiny_policy.policy()
+    parts = [lambda: batch.loss(model, slice(0, 1)), lambda: batch.loss(model, slice(1, 4))]
+    split = tw.token_alignment(parts, model, mask=batch.mask, method=method)
+    whole = aligned(batch, model, method=method)
+    torch.testing.assert_close(split.inner, whole.inner, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "keep"),
+    [
+        ({"layers": [1]}, lambda name: name.startswith("layers.1.")),
+        ({"pattern": r"weight$"}, lambda name: name.endswith("weight")),
+        ({"pattern": "up", "layers": [0]}, lambda name: name.startswith("layers.0.up")),
+    ],
+)
+@pytest.mark.parametrize("method", ["forward", "differences"])
+def test_filters_restrict_the_gradient(options, keep, method):
+    batch = tiny_policy.Batch()
+    expected, square = exact_inner(batch, keep)
+    alignment = aligned(batch, tiny_policy.policy(), method=method, **options)
+    assert relative_error(alignment.inner, batch.mask, expected) < 1e-3
+    assert alignment.full_squared_norm == pytest.approx(square)
+
+
+def snapshot(model, optimizer):
+    tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
+    tensors += [v for state in optimizer.state.values() for v in state.values()]
+    copies = [tensor.detach().clone() for tensor in tensors]
+    return copies, torch.get_rng_state(), random.getstate()
+
+
+def same(first, second):
+    assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
+    assert torch.equal(first[1], second[1]) and first[2] == second[2]
+
+
+def stepped(batch, **options):
+    """A policy with optimizer state, gradients, and half a dozen awkward values."""
+    model = tiny_policy.policy(torch.float32, **options)
+    with torch.no_grad():
+        model.head.bias[:4] = torch.tensor([0.0, -0.0, 1e-42, -1e30])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    batch.loss(model).mean().backward()
+    optimizer.step()
+    with torch.no_grad():
+        model.head.bias[:3] = torch.tensor([0.0, -0.0, 1e-42])
+    return model, optimizer
+
+
+@pytest.mark.parametrize("method", ["forward", "differences"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_everything_is_bitwise_unchanged(method, checkpointed):
+    batch = tiny_policy.Batch(dtype=torch.float32)
+    model, optimizer = stepped(batch, dropout=0.3, checkpointed=checkpointed)
+    before = snapshot(model, optimizer)
+    gradients = [parameter.grad for parameter in model.parameters()]
+    aligned(batch, model, method=method, compare_steps=True, tolerance=1e-3)
+    same(before, snapshot(model, optimizer))
+    assert torch.signbit(model.head.bias[1])
+    assert all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
+
+
+@pytest.mark.parametrize("method", ["forward", "differences"])
+@pytest.mark.parametrize("failing_pass", [1, 2, 3])
+def test_an_exception_leaves_everything_bitwise_unchanged(method, failing_pass):
+    batch = tiny_policy.Batch(dtype=torch.float32)
+    model, optimizer = stepped(batch, dropout=0.3)
+    before, passes = snapshot(model, optimizer), 0
+
+    def loss():
+        nonlocal passes
+        passes += 1
+        result = batch.loss(model)
+        if passes == failing_pass:
+            raise KeyboardInterrupt
+        return result
+
+    if method == "forward" and failing_pass == 3:
+        return
+    with pytest.raises(KeyboardInterrupt):
+        tw.token_alignment(loss, model, mask=batch.mask, method=method)
+    same(before, snapshot(model, optimizer))
+
+
+def test_dropout_is_the_same_on_both_sides():
+    batch, model = tiny_policy.Batch(), tiny_policy.policy(dropout=0.3)
+    forward = aligned(batch, model, method="forward")
+    differences = aligned(batch, model)
+    torch.testing.assert_close(differences.inner, forward.inner, rtol=1e-3, atol=1e-6)
+    assert relative_error(forward.inner, batch.mask, exact_inner(batch)[0]) > 1e-2
+
+
+@pytest.mark.parametrize("method", ["forward", "differences"])
+def test_a_loss_that_drifts_does_not_sum_to_one(method):
+    batch, model, drift = tiny_policy.Batch(), tiny_policy.policy(), 1.0
+
+    def loss():
+        nonlocal drift
+        drift *= 1.01
+        return batch.loss(model) * drift
+
+    with pytest.raises(TokenWeightsError, match="sum to one"):
+        tw.token_alignment(loss, model, mask=batch.mask, method=method)
+
+
+def test_a_zero_gradient_has_no_ratio():
+    batch, model = tiny_policy.Batch(), tiny_policy.policy()
+    batch.advantages *= 0
+    alignment = aligned(batch, model)
+    assert (alignment.inner == 0).all() and alignment.projection_ratio.isnan().all()
+
+
+def test_losses_off_the_mask_do_not_matter():
+    batch, model = tiny_policy.Batch(), tiny_policy.policy()
+
+    def poisoned():
+        return torch.where(batch.mask, batch.loss(model), torch.nan)
+
+    for method in ("forward", "differences"):
+        alignment = tw.token_alignment(poisoned, model, mask=batch.mask, method=method)
+        torch.testing.assert_close(alignment.inner, aligned(batch, model, method=method).inner)
+
+
+def test_kernels_without_a_forward_mode_are_named():
+    class Opaque(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, values):
+            return values * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 2
+
+    model, mask = nn.Linear(2, 1), torch.ones(3, 4, dtype=torch.bool)
+    inputs = torch.randn(3, 4, 2)
+
+    def loss():
+        return Opaque.apply(model(inputs)[..., 0])
+
+    tw.token_alignment(loss, model, mask=mask)
+    with pytest.raises(TokenWeightsError, match="'differences'"):
+        tw.token_alignment(loss, model, mask=mask, method="forward")
+
+
+def test_nonsense_is_refused():
+    batch, model = tiny_policy.Batch(), tiny_policy.policy()
+    with pytest.raises(TokenWeightsError, match="graph"):
+        tw.token_alignment(lambda: batch.loss(model).detach(), model, mask=batch.mask)
+    for part in (slice(0, 3), slice(0, 0)):
+        with pytest.raises(TokenWeightsError, match="all rows"):
+            tw.token_alignment(lambda part=part: batch.loss(model, part), model, mask=batch.mask)
+    with pytest.raises(TokenWeightsError, match="unreduced"):
+        tw.token_alignment(lambda: batch.loss(model)[:, :2], model, mask=batch.mask)
+    with pytest.raises(TokenWeightsError, match="finite"):
+        tw.token_alignment(lambda: batch.loss(model) * torch.nan, model, mask=batch.mask)
+    with pytest.raises(TokenWeightsError, match="names are"):
+        aligned(batch, model, pattern="nothing")
+    model.head.weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    with pytest.raises(TokenWeightsError, match="hooks"):
+        aligned(batch, model)

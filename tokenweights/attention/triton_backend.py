@@ -1,0 +1,442 @@
+"""The Triton kernels on a whole batch: launches, and what becomes of the row sums.
+
+One launch covers all sequences. Log-sum-exps come first unless given; then one pass of products
+per statistic sweep. Where weights must be ordered, they are written to a bounded workspace, some
+rows at a time, and selected from there.
+"""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tokenweights.attention import triton_kernels
+from tokenweights.attention.checks import check_results, check_total_mass
+from tokenweights.attention.chunked import reads_first_keys, sequence_statistics
+from tokenweights.attention.layout import Slots, TokenBatch, TokenSequence
+from tokenweights.attention.results import write_results
+from tokenweights.attention.rows import TINY
+from tokenweights.attention.statistics import Logits, Request
+from tokenweights.attention.triton_configuration import (
+    Configuration,
+    Tiles,
+    block_dim,
+    shipped_configuration,
+)
+from tokenweights.attention.triton_work import (
+    affordable_rows,
+    item_table,
+    part_span,
+    sequence_table,
+    unit_table,
+    widths,
+    workspace_chunks,
+)
+
+# Type checkers do not know that a kernel takes launch options.
+_KERNELS: Any = triton_kernels
+# Rows that hold less than this are computed again from logarithms, by the chunked backend.
+FAINT_MASS = 1e-30
+# With `fixed` alone, the given lse is verified on the last rows of each sequence.
+LAST_ROWS = 16
+LINEAR = {"mean_distance", "local_mass", "nonlocal_mass", "max_weight"}
+SELECTED = {"topk", "support_size"}
+
+
+def triton_sweep(
+    function: str,
+    batch: TokenBatch,
+    request: Request,
+    logits: Logits,
+    results: dict[str, Tensor],
+    *,
+    per_head: bool,
+    sinks: Float[Tensor, " heads"] | None,
+    workspace_bytes: int,
+    configuration: Configuration | None = None,
+) -> None:
+    """Write the statistics of all sequences into `results`.
+
+    Args:
+        function: Public name for error messages.
+        batch: Queries, keys and sequences without padding.
+        request: What to compute.
+        logits: How scores become logits.
+        results: `batch heads query` per kind, with a single head unless `per_head`.
+        per_head: Keep heads apart instead of averaging their distributions.
+        sinks: Extra logits in the denominator.
+        workspace_bytes: Bound on the weights that are held at a time.
+        configuration: Tile sizes and the like; by default what is shipped for the device.
+    """
+    contiguous = all(isinstance(sequence.slots.key, slice) for sequence in batch.sequences)
+    dense = batch if contiguous else _gathered(batch)
+    sweep = _Sweep(
+        dense,
+        request,
+        logits,
+        per_head,
+        None if sinks is None else sinks.float().contiguous(),
+        workspace_bytes,
+        configuration or shipped_configuration(dense.query, dense.key),
+    )
+    found, mass, asked = sweep.statistics(function)
+    if not contiguous:
+        for packed, sequence in zip(dense.sequences, batch.sequences, strict=True):
+            one = {kind: value[0][:, packed.slots.query] for kind, value in found.items()}
+            write_results(results, one, sequence.slots)
+    else:
+        for kind, value in found.items():
+            results[kind].copy_(value)
+    if sinks is None and "fixed" not in request.kinds:
+        return
+    faint = asked & ~(mass > FAINT_MASS)
+    if bool(faint.any()):
+        _repair(faint, dense, batch, request, logits, results, per_head=per_head, sinks=sinks)
+
+
+class _Sweep:
+    """The tensors of one call in the form that kernels take them."""
+
+    def __init__(
+        self,
+        batch: TokenBatch,
+        request: Request,
+        logits: Logits,
+        per_head: bool,
+        sinks: Float[Tensor, " heads"] | None,
+        workspace_bytes: int,
+        configuration: Configuration,
+    ):
+        self.request, self.logits, self.sinks = request, logits, sinks
+        self.workspace_bytes, self.configuration = workspace_bytes, configuration
+        self.query, self.key = _last_axis_dense(batch.query), _last_axis_dense(batch.key)
+        rows, heads, self.query_slots, self.dim = self.query.shape
+        self.device, self.heads, self.batch = self.query.device, heads, rows
+        self.all_rows = rows * self.query_slots
+        self.group = heads // self.key.shape[1]
+        self.out_heads = heads if per_head else 1
+        self.sequences_host = sequence_table(list(batch.sequences))
+        self.sequences = self._on_device(self.sequences_host)
+        self.lse_given = batch.lse is not None
+        if batch.lse is None:
+            self.lse = self._denominators()
+        else:
+            lse = batch.lse.float().transpose(0, 1)
+            self.lse = lse.reshape(heads, self.all_rows).contiguous()
+
+    def statistics(
+        self, function: str
+    ) -> tuple[dict[str, Tensor], Float[Tensor, "b h q"], Bool[Tensor, "b h q"]]:
+        """Statistics as `batch heads query`, the mass that must not be faint, and real rows."""
+        first_only = self.lse_given and reads_first_keys(self.request, self.lse)
+        fixed_k = self.request.fixed_k if first_only else None
+        if SELECTED & set(self.request.kinds):
+            sums, selected = self._selected()
+        else:
+            units = self._units(self._tiles_of(self.request).rows, fixed_k=fixed_k)
+            sums, selected = self._row_sums(units, self.request), {}
+        real = sums[7] > 0
+        mass = sums[0]
+        if first_only:
+            self._check_last_rows(function)
+        elif self.lse_given:
+            self._check_mass(function, sums)
+        check_results(function, {"row_mass": mass})
+        found = self._from_sums(sums) | selected
+        found = {
+            kind: self._batched(torch.where(_like(real, found[kind]), found[kind], 0))
+            for kind in self.request.kinds
+        }
+        if "fixed" in self.request.kinds:
+            mass = torch.minimum(mass, sums[5])
+        return found, self._batched(mass), self._batched(real)
+
+    def _units(self, rows: int, **restriction: int | bool | None) -> Int[Tensor, "unit column"]:
+        return unit_table(
+            self.sequences_host,
+            self.logits,
+            rows=rows,
+            out_heads=self.out_heads,
+            **restriction,  # pyright: ignore[reportArgumentType]
+        )
+
+    def _denominators(self) -> Float[Tensor, "heads row"]:
+        tiles = self.configuration.denominators
+        lse = torch.empty(self.heads, self.all_rows, device=self.device)
+        units = unit_table(self.sequences_host, self.logits, rows=tiles.rows)
+        _KERNELS.log_sum_exp[(len(units), self.heads)](
+            self._loaded(self.query, tiles.rows),
+            self._loaded(self.key, tiles.keys),
+            lse if self.sinks is None else self.sinks,
+            lse,
+            self.sequences,
+            self._on_device(units),
+            *self._strides(),
+            self.query_slots,
+            self.all_rows,
+            self.group,
+            *self._logit_parameters(),
+            SINKS=self.sinks is not None,
+            **self._constants(tiles),
+        )
+        return lse
+
+    def _selected(self) -> tuple[Float[Tensor, "sum head row"], dict[str, Tensor]]:
+        """Row sums, top-k entropy and support sizes, a workspace of weights at a time."""
+        tiles = self.configuration.sums
+        longest = int(widths(self._units(tiles.rows)).max())
+        rows = affordable_rows(longest, tiles.rows, tiles.keys, self.workspace_bytes)
+        units = self._units(rows)
+        span = part_span(units, tiles.keys)
+        total = self._sums(units, span)
+        shares = self.request.support_mass if "support_size" in self.request.kinds else ()
+        with_top_k = "topk" in self.request.kinds
+        targets = torch.tensor([0.0] * with_top_k + list(shares), device=self.device)
+        slots = 1 << max(len(targets) - 1, 0).bit_length()
+        targets = torch.cat([targets, targets.new_zeros(slots - len(targets))])
+        shape = (self.out_heads, self.all_rows)
+        entropy = torch.zeros(shape, device=self.device)
+        sizes = torch.zeros(*shape, len(shares), dtype=torch.int32, device=self.device)
+        workspace = None
+        for chunk, size in workspace_chunks(units, tiles.keys, self.workspace_bytes):
+            if workspace is None or workspace.numel() < size:
+                workspace = torch.empty(size, device=self.device)
+            self._launch(tiles, item_table(chunk, span), self.request, total, workspace)
+            selection = self.configuration.selection(int(widths(chunk).max()), rows)
+            _KERNELS.selections[(len(chunk), -(-rows // selection.rows))](
+                workspace,
+                targets,
+                entropy,
+                sizes,
+                self.sequences,
+                self._on_device(chunk),
+                self.query_slots,
+                self.all_rows,
+                min(self.request.top_k, 2**24),
+                self.logits.window or 0,
+                TARGETS=with_top_k + len(shares),
+                SLOTS=slots,
+                TOP_K=with_top_k,
+                CAUSAL=self.logits.causal,
+                WINDOW=self.logits.window is not None,
+                ROWS=selection.rows,
+                BLOCK=selection.block,
+                PIECES=selection.pieces,
+                num_warps=selection.warps,
+            )
+        return _added(total), {"topk": entropy, "support_size": sizes}
+
+    def _row_sums(
+        self, units: Int[Tensor, "unit column"], request: Request
+    ) -> Float[Tensor, "sum head row"]:
+        tiles = self._tiles_of(request)
+        span = part_span(units, tiles.keys)
+        sums = self._sums(units, span)
+        self._launch(tiles, item_table(units, span), request, sums, None)
+        return _added(sums)
+
+    def _tiles_of(self, request: Request) -> Tiles:
+        few = set(request.kinds) <= {"raw", "normalized", "row_mass"}
+        return self.configuration.weights if few else self.configuration.sums
+
+    def _sums(self, units: Int[Tensor, "unit column"], span: int) -> Tensor:
+        parts = -(-int(widths(units).max()) // span)
+        return torch.zeros(parts, 8, self.out_heads, self.all_rows, device=self.device)
+
+    def _launch(
+        self,
+        tiles: Tiles,
+        items: Int[Tensor, "item column"],
+        request: Request,
+        sums: Float[Tensor, "part sum head row"],
+        workspace: Float[Tensor, " weight"] | None,
+    ) -> None:
+        kinds = set(request.kinds)
+        averaged = self.heads // self.out_heads
+        unrolled = self.configuration.unrolled and averaged % self.group == 0
+        _KERNELS.mean_weights[(len(items),)](
+            self._loaded(self.query, tiles.rows),
+            self._loaded(self.key, tiles.keys),
+            self.lse,
+            sums,
+            sums if workspace is None else workspace,
+            self.sequences,
+            self._on_device(items),
+            *self._strides(),
+            self.query_slots,
+            self.all_rows,
+            self.group,
+            self.out_heads,
+            *self._logit_parameters(),
+            request.fixed_k,
+            request.local_window,
+            HEADS=averaged,
+            UNROLLED=self.group if unrolled else 1,
+            ENTROPY=bool(kinds & {"raw", "normalized"}),
+            LINEAR=bool(kinds & LINEAR),
+            FIXED="fixed" in kinds,
+            STORE=workspace is not None,
+            **self._constants(tiles),
+        )
+
+    def _from_sums(self, sums: Float[Tensor, "sum head row"]) -> dict[str, Tensor]:
+        mass, plogp, far, local, largest, fixed_mass, fixed_plogp, count = sums
+        raw = _clamped(_entropy(mass, plogp), count)
+        near = (local / mass).clamp_max(1.0)
+        return {
+            "raw": raw,
+            # A single visible key has entropy 0 and log N_t = 0: the quotient is 0 by convention.
+            "normalized": raw / count.log().clamp_min(TINY),
+            "fixed": _clamped(
+                _entropy(fixed_mass, fixed_plogp), count.clamp_max(self.request.fixed_k)
+            ),
+            "mean_distance": far / mass,
+            "local_mass": near,
+            "nonlocal_mass": 1.0 - near,
+            "max_weight": largest / mass,
+            "row_mass": mass,
+        }
+
+    def _check_mass(self, function: str, sums: Float[Tensor, "sum head row"]) -> None:
+        """Refuse an lse under which some row, sink included, does not sum to one."""
+        total = sums[0]
+        if self.sinks is not None:
+            share = (self.sinks[:, None] - self.lse).exp()
+            total = total + (share if self.out_heads > 1 else share.mean(0, keepdim=True))
+        check_total_mass(function, total[sums[7] > 0])
+
+    def _check_last_rows(self, function: str) -> None:
+        """The same for the last rows of each sequence, which is what `fixed` alone can afford."""
+        units = self._units(LAST_ROWS, last_only=True)
+        self._check_mass(function, self._row_sums(units, self.request.only("row_mass")))
+
+    def _loaded(self, tensor: Tensor, rows: int) -> Tensor | TensorDescriptor:
+        if not self.configuration.descriptors:
+            return tensor
+        block = [1, 1, rows, block_dim(self.dim)]
+        return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+
+    def _strides(self) -> tuple[int, ...]:
+        return (*self.query.stride()[:3], *self.key.stride()[:3])
+
+    def _logit_parameters(self) -> tuple[float, float, int]:
+        return self.logits.scale, self.logits.softcap or 1.0, self.logits.window or 0
+
+    def _constants(self, tiles: Tiles) -> dict[str, int | bool]:
+        return {
+            "DIM": self.dim,
+            "BLOCK_ROWS": tiles.rows,
+            "BLOCK_KEYS": tiles.keys,
+            "BLOCK_DIM": block_dim(self.dim),
+            "CAUSAL": self.logits.causal,
+            "WINDOW": self.logits.window is not None,
+            "SOFTCAP": self.logits.softcap is not None,
+            "DESCRIPTORS": self.configuration.descriptors,
+            # The interpreter multiplies the bit patterns of bfloat16, not its values.
+            "UPCAST": _KERNELS.INTERPRETED and self.query.dtype == torch.bfloat16,
+            "num_warps": tiles.warps,
+            "num_stages": tiles.stages,
+        }
+
+    def _on_device(self, table: Tensor) -> Tensor:
+        if self.device.type == "cpu":
+            return table
+        return table.pin_memory().to(self.device, non_blocking=True)
+
+    def _batched(self, value: Tensor) -> Tensor:
+        """From `head row ...` to `batch head query ...`."""
+        shape = (value.shape[0], self.batch, self.query_slots, *value.shape[2:])
+        return value.view(shape).transpose(0, 1)
+
+
+def _added(sums: Float[Tensor, "part sum head row"]) -> Float[Tensor, "sum head row"]:
+    """Parts of rows put together."""
+    if len(sums) == 1:
+        return sums[0]
+    total = sums.sum(0)
+    total[4] = sums[:, 4].amax(0)
+    return total
+
+
+def _entropy(mass: Tensor, plogp: Tensor) -> Tensor:
+    # With M the sum of the weights, H = log M - (sum p log p) / M needs no normalized copy.
+    return mass.log() - plogp * math.log(2) / mass
+
+
+def _clamped(entropy: Tensor, count: Tensor) -> Tensor:
+    """Rounding removed that would leave the range from 0 to the log of the number of keys."""
+    return torch.minimum(entropy.clamp_min(0.0), count.log())
+
+
+def _like(real: Tensor, value: Tensor) -> Tensor:
+    return real if value.dim() == real.dim() else real[..., None]
+
+
+def _last_axis_dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _gathered(batch: TokenBatch) -> TokenBatch:
+    """A batch with holes between its tokens as one packed row without."""
+    sequences, query_start, key_start = [], 0, 0
+    for sequence in batch.sequences:
+        query_stop = query_start + sequence.query.shape[1]
+        key_stop = key_start + sequence.key.shape[1]
+        slots = Slots(0, slice(query_start, query_stop), slice(key_start, key_stop))
+        sequences.append(replace(sequence, slots=slots))
+        query_start, key_start = query_stop, key_stop
+    return TokenBatch(
+        query=torch.cat([sequence.query for sequence in sequences], 1)[None],
+        key=torch.cat([sequence.key for sequence in sequences], 1)[None],
+        lse=_joined_lse(sequences),
+        sequences=tuple(sequences),
+    )
+
+
+def _joined_lse(sequences: list[TokenSequence]) -> Tensor | None:
+    parts = [sequence.lse for sequence in sequences if sequence.lse is not None]
+    return torch.cat(parts, 1)[None] if parts else None
+
+
+def _repair(
+    faint: Bool[Tensor, "batch heads query"],
+    batch: TokenBatch,
+    original: TokenBatch,
+    request: Request,
+    logits: Logits,
+    results: dict[str, Tensor],
+    *,
+    per_head: bool,
+    sinks: Float[Tensor, " heads"] | None,
+) -> None:
+    """Rows whose keys hold next to no mass, again by the chunked backend, which takes logarithms.
+
+    Sequences are cut to the stretch from their first to their last faint row.
+    """
+    for sequence, target in zip(batch.sequences, original.sequences, strict=True):
+        rows = faint[sequence.slots.row][:, sequence.slots.query].any(0).nonzero().flatten()
+        if not len(rows):
+            continue
+        first, stop = int(rows[0]), int(rows[-1]) + 1
+        queries = sequence.query.shape[1]
+        kept = sequence.key.shape[1] - (queries - stop if logits.causal else 0)
+        end = stop if logits.causal else queries
+        found = sequence_statistics(
+            sequence.query[:, first:end],
+            sequence.key[:, :kept],
+            request,
+            logits,
+            per_head=per_head,
+            sinks=sinks,
+            lse=None if sequence.lse is None else sequence.lse[:, first:end],
+        )
+        slots = target.slots
+        part = torch.arange(queries, device=faint.device)[first:end]
+        index = slots.query
+        if isinstance(index, slice):
+            index = torch.arange(index.start, index.stop, device=faint.device)
+        write_results(results, found, replace(slots, query=index[part]))

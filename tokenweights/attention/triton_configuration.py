@@ -1,0 +1,141 @@
+"""Tile sizes of the Triton kernels, and what they refuse; triton itself is not imported here."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LARGEST_DIM = 256
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# A row of this many weights stays in the registers of a program; longer ones are read in pieces.
+LARGEST_BLOCK = 16384
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Queries and keys of a product, and the warps and load stages that work on it."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Rows, columns and warps of a program that selects, and pieces of columns per row."""
+
+    rows: int
+    block: int
+    warps: int
+    pieces: int
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """How the kernels are compiled.
+
+    Attributes:
+        weights: Tiles of the head-averaged weights, for the entropy alone.
+        sums: The same where more is summed or weights are written to a workspace.
+        denominators: Tiles of the log-sum-exp.
+        descriptors: Load tiles by tensor descriptors (TMA) instead of pointers.
+        unrolled: Work off all query heads of a key head per load of its keys.
+        largest_block: Most weights of a row that a selecting program holds.
+        selected: Weights that a selecting program holds where rows are shorter.
+    """
+
+    weights: Tiles
+    sums: Tiles
+    denominators: Tiles
+    descriptors: bool = False
+    unrolled: bool = False
+    largest_block: int = LARGEST_BLOCK
+    selected: int = 4096
+
+    def selection(self, width: int, rows: int) -> Selection:
+        """How rows of `width` weights, `rows` of them in a block, are selected from."""
+        block = min(_power_of_two(width), self.largest_block)
+        together = min(max(self.selected // block, 1), _power_of_two(rows))
+        # The numbers of warps at which no architecture spills.
+        warps = {8192: 4, 16384: 16}.get(together * block, 8)
+        return Selection(together, block, warps, -(-width // block))
+
+
+def block_dim(dim: int) -> int:
+    """The width of a tile for heads of this width: a power of two, the rest being zeros."""
+    return max(_power_of_two(dim), 16)
+
+
+def shipped_configuration(query: Tensor, key: Tensor) -> Configuration:
+    """The configuration for these tensors' device, type and head dimension."""
+    if query.device.type == "cpu":
+        return INTERPRETER
+    major, _ = torch.cuda.get_device_capability(query.device)
+    describable = _describable(query) and _describable(key)
+    block = block_dim(query.shape[-1])
+    return shipped(major, block, query.element_size(), describable=describable)
+
+
+def shipped(
+    major: int, block: int, element_bytes: int, *, describable: bool = True
+) -> Configuration:
+    """The configuration for a major compute capability, tile width and bytes per number.
+
+    All of them compile without local memory and within the shared memory of their devices, as the
+    tests read from the binaries.
+    """
+    if element_bytes == 4:
+        # Exact float32 products run outside the tensor cores, where small tiles are enough.
+        few, products = Tiles(32, 16, 4, 1), Tiles(32, 32, 8, 1)
+        return Configuration(products, products, few)
+    wide = block > 128
+    if major == 9 and describable:
+        large, small = Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2 if wide else 3)
+        return Configuration(small if wide else large, small, small, descriptors=True)
+    if major == 10:
+        middle, small = Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2)
+        if describable:
+            large = small if wide else middle
+            return Configuration(large, small, large, descriptors=True)
+        return Configuration(small, Tiles(64, 32, 8, 2), small)
+    small = Tiles(64, 64, 8, 2) if wide else Tiles(128, 64, 8, 2)
+    return Configuration(small, small, small)
+
+
+# Small programs are slow to interpret, whatever the size of their tiles.
+INTERPRETER = Configuration(
+    Tiles(32, 64, 1, 1), Tiles(32, 64, 1, 1), Tiles(32, 64, 1, 1), largest_block=128
+)
+
+
+def triton_refusal(query: Tensor, key: Tensor) -> str | None:
+    """Why the Triton kernels cannot serve these tensors; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if query.dtype not in DTYPES or key.dtype != query.dtype:
+        return f"inputs are {query.dtype} and {key.dtype}, not both float32, float16 or bfloat16"
+    if query.shape[-1] > LARGEST_DIM:
+        return f"the head dimension {query.shape[-1]} is above {LARGEST_DIM}"
+    if query.device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "the tensors are on the CPU and TRITON_INTERPRET=1 is not set"
+    if query.device.type != "cuda" or torch.version.hip is not None:
+        return f"the device {query.device} is not an NVIDIA GPU"
+    if torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "the GPU has a compute capability below 8.0"
+    return None
+
+
+def _describable(tensor: Tensor) -> bool:
+    """Whether a tensor descriptor can address it: 16-byte rows with a dense last axis."""
+    strides = [stride * tensor.element_size() for stride in tensor.stride()[:-1]]
+    aligned = tensor.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides)
+    return aligned and tensor.stride(-1) == 1
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()

@@ -1,0 +1,428 @@
+"""Triton kernels of the attention statistics; the only file that imports triton.
+
+All sequences of a batch share a launch. A program reads its work from two int32 tables:
+
+- `sequences`: batch row, first query slot, queries, first key slot, keys;
+- `items`: sequence, first row, row after the last, first key, key after the last, part, output
+  head, workspace offset, workspace width. Rows and keys count from the start of the sequence.
+
+Rows of results are numbered `batch row * query_slots + query slot`. Exponentials are base 2: their
+factor is folded into the scale. Comparisons are written so that a NaN survives them.
+"""
+
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+import triton
+import triton.language as tl
+
+INTERPRETED = triton.knobs.runtime.interpret
+SEQUENCE_COLUMNS = tl.constexpr(5)
+ITEM_COLUMNS = tl.constexpr(9)
+# Row sums per part: mass, p log2 p, distance, local mass, largest, fixed mass and p log2 p, N_t.
+SUMS = tl.constexpr(8)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# The smallest normal float32: `p log p` of a zero weight must be zero.
+TINY = tl.constexpr(1.1754943508222875e-38)
+# Below every score, yet finite: it cannot make a NaN.
+HIDDEN = tl.constexpr(-1.0e38)
+
+
+@triton.jit
+def _softcapped(score, scale, softcap):
+    """Base-2 logits `softcap * tanh(score * scale / softcap)`."""
+    ratio = score * (scale / softcap)
+    square = ratio * ratio
+    # 1 - 2 / (e^2x + 1) loses the digits of a small x; there the series is exact to float32.
+    series = ratio * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 - square * (17.0 / 315))))
+    quotient = 1.0 - 2.0 / (tl.exp2(ratio * (2 * LOG2E)) + 1.0)
+    return tl.where(square < 0.0625, series, quotient) * (softcap * LOG2E)
+
+
+@triton.jit
+def log_sum_exp(
+    query,
+    key,
+    sinks,
+    lse,
+    sequences,
+    items,
+    query_batch,
+    query_head,
+    query_token,
+    key_batch,
+    key_head,
+    key_token,
+    query_slots,
+    all_rows,
+    group,
+    scale,
+    softcap,
+    window,
+    DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Natural log of the softmax denominators, `heads row`: one program per row block and head."""
+    item = items + tl.program_id(0) * ITEM_COLUMNS
+    head = tl.program_id(1)
+    sequence = sequences + tl.load(item) * SEQUENCE_COLUMNS
+    first_row, row_stop = tl.load(item + 1), tl.load(item + 2)
+    first_key, key_stop = tl.load(item + 3), tl.load(item + 4)
+    batch, query_slot, queries = tl.load(sequence), tl.load(sequence + 1), tl.load(sequence + 2)
+    key_slot, keys = tl.load(sequence + 3), tl.load(sequence + 4)
+
+    row = tl.arange(0, BLOCK_ROWS)
+    dim = tl.arange(0, BLOCK_DIM)
+    real = tl.minimum(row, row_stop - first_row - 1)
+    position = keys - queries + first_row + row
+    if DESCRIPTORS:
+        q = query.load([batch, head, query_slot + first_row, 0]).reshape(BLOCK_ROWS, BLOCK_DIM)
+    else:
+        q_start = query + tl.cast(batch, tl.int64) * query_batch + head * query_head
+        q_start += tl.cast(query_slot + first_row, tl.int64) * query_token
+        k_start = key + tl.cast(batch, tl.int64) * key_batch + (head // group) * key_head
+        k_start += tl.cast(key_slot, tl.int64) * key_token
+        q_offset = real[:, None] * query_token + dim[None, :]
+        if DIM == BLOCK_DIM:
+            q = tl.load(q_start + q_offset)
+        else:
+            q = tl.load(q_start + q_offset, mask=dim[None, :] < DIM, other=0.0)
+    if UPCAST:
+        q = q.to(tl.float32)
+
+    largest = tl.full([BLOCK_ROWS], HIDDEN, tl.float32)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    for start in range(first_key, key_stop, BLOCK_KEYS):
+        column = start + tl.arange(0, BLOCK_KEYS)
+        if DESCRIPTORS:
+            k = key.load([batch, head // group, key_slot + start, 0])
+            k = k.reshape(BLOCK_KEYS, BLOCK_DIM)
+        else:
+            real_key = tl.minimum(column, keys - 1) - start
+            k_tile = k_start + tl.cast(start, tl.int64) * key_token
+            k_offset = real_key[:, None] * key_token + dim[None, :]
+            if DIM == BLOCK_DIM:
+                k = tl.load(k_tile + k_offset)
+            else:
+                k = tl.load(k_tile + k_offset, mask=dim[None, :] < DIM, other=0.0)
+        if UPCAST:
+            k = k.to(tl.float32)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if SOFTCAP:
+            logit = _softcapped(score, scale, softcap)
+        else:
+            logit = score * (scale * LOG2E)
+        distance = position[:, None] - column[None, :]
+        visible = column[None, :] < key_stop
+        if CAUSAL:
+            visible &= distance >= 0
+        if WINDOW:
+            visible &= distance < window
+        logit = tl.where(visible, logit, HIDDEN)
+        new = tl.maximum(largest, tl.max(logit, axis=1))
+        total = total * tl.exp2(largest - new) + tl.sum(tl.exp2(logit - new[:, None]), axis=1)
+        largest = new
+    if SINKS:
+        # A sink that overflows here leaves its head no weight, which is then exact.
+        total += tl.exp2(tl.load(sinks + head) * LOG2E - largest)
+    out = batch * query_slots + query_slot + first_row + row
+    value = (largest + tl.log2(total)) * LN2
+    tl.store(lse + tl.cast(head, tl.int64) * all_rows + out, value, mask=row < row_stop - first_row)
+
+
+@triton.jit
+def mean_weights(
+    query,
+    key,
+    lse,
+    sums,
+    workspace,
+    sequences,
+    items,
+    query_batch,
+    query_head,
+    query_token,
+    key_batch,
+    key_head,
+    key_token,
+    query_slots,
+    all_rows,
+    group,
+    out_heads,
+    scale,
+    softcap,
+    window,
+    fixed_k,
+    local_window,
+    HEADS: tl.constexpr,
+    UNROLLED: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    LINEAR: tl.constexpr,
+    FIXED: tl.constexpr,
+    STORE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Row sums over the head-averaged weights of a block of rows and a range of keys.
+
+    `HEADS` heads are averaged, from `output head * HEADS` on. `UNROLLED` heads that share a key
+    head are worked off per load of its keys. `STORE` writes the weights to the workspace.
+    """
+    item = items + tl.program_id(0) * ITEM_COLUMNS
+    sequence = sequences + tl.load(item) * SEQUENCE_COLUMNS
+    first_row, row_stop = tl.load(item + 1), tl.load(item + 2)
+    first_key, key_stop = tl.load(item + 3), tl.load(item + 4)
+    part, out_head = tl.load(item + 5), tl.load(item + 6)
+    batch, query_slot, queries = tl.load(sequence), tl.load(sequence + 1), tl.load(sequence + 2)
+    key_slot, keys = tl.load(sequence + 3), tl.load(sequence + 4)
+
+    row = tl.arange(0, BLOCK_ROWS)
+    dim = tl.arange(0, BLOCK_DIM)
+    live = row < row_stop - first_row
+    real = tl.minimum(row, row_stop - first_row - 1)
+    position = keys - queries + first_row + row
+    out = batch * query_slots + query_slot + first_row + real
+    q_start = query
+    k_start = key
+    if not DESCRIPTORS:
+        q_start += tl.cast(batch, tl.int64) * query_batch
+        q_start += tl.cast(query_slot + first_row, tl.int64) * query_token
+        k_start += tl.cast(batch, tl.int64) * key_batch + tl.cast(key_slot, tl.int64) * key_token
+    q_offset = real[:, None] * query_token + dim[None, :]
+    if WINDOW:
+        first_visible = tl.maximum(position - window + 1, 0)
+    else:
+        first_visible = tl.zeros([BLOCK_ROWS], tl.int32)
+
+    mass = tl.zeros([BLOCK_ROWS], tl.float32)
+    plogp = tl.zeros([BLOCK_ROWS], tl.float32)
+    far = tl.zeros([BLOCK_ROWS], tl.float32)
+    local = tl.zeros([BLOCK_ROWS], tl.float32)
+    largest = tl.zeros([BLOCK_ROWS], tl.float32)
+    fixed_mass = tl.zeros([BLOCK_ROWS], tl.float32)
+    fixed_plogp = tl.zeros([BLOCK_ROWS], tl.float32)
+    for start in range(first_key, key_stop, BLOCK_KEYS):
+        column = start + tl.arange(0, BLOCK_KEYS)
+        mean = tl.zeros([BLOCK_ROWS, BLOCK_KEYS], tl.float32)
+        k_offset = (tl.minimum(column, keys - 1) - start)[:, None] * key_token + dim[None, :]
+        for step in range(0, HEADS // UNROLLED):
+            first_head = out_head * HEADS + step * UNROLLED
+            if DESCRIPTORS:
+                k = key.load([batch, first_head // group, key_slot + start, 0])
+                k = k.reshape(BLOCK_KEYS, BLOCK_DIM)
+            else:
+                k_tile = k_start + tl.cast(start, tl.int64) * key_token
+                k_tile += tl.cast(first_head // group, tl.int64) * key_head
+                if DIM == BLOCK_DIM:
+                    k = tl.load(k_tile + k_offset)
+                else:
+                    k = tl.load(k_tile + k_offset, mask=dim[None, :] < DIM, other=0.0)
+            if UPCAST:
+                k = k.to(tl.float32)
+            for member in tl.static_range(UNROLLED):
+                head = tl.cast(first_head + member, tl.int64)
+                if DESCRIPTORS:
+                    q = query.load([batch, first_head + member, query_slot + first_row, 0])
+                    q = q.reshape(BLOCK_ROWS, BLOCK_DIM)
+                elif DIM == BLOCK_DIM:
+                    q = tl.load(q_start + head * query_head + q_offset)
+                else:
+                    q_tile = q_start + head * query_head + q_offset
+                    q = tl.load(q_tile, mask=dim[None, :] < DIM, other=0.0)
+                if UPCAST:
+                    q = q.to(tl.float32)
+                score = tl.dot(q, tl.trans(k), input_precision="ieee")
+                if SOFTCAP:
+                    logit = _softcapped(score, scale, softcap)
+                else:
+                    logit = score * (scale * LOG2E)
+                denominator = tl.load(lse + head * all_rows + out) * LOG2E
+                mean += tl.exp2(logit - denominator[:, None])
+        # One mask per tile, not per head; it also drops infinities of keys after the query.
+        distance = position[:, None] - column[None, :]
+        visible = column[None, :] < key_stop
+        if CAUSAL:
+            visible &= distance >= 0
+        if WINDOW:
+            visible &= distance < window
+        mean = tl.where(visible, mean * (1.0 / HEADS), 0.0)
+        mass += tl.sum(mean, axis=1)
+        if STORE:
+            # Rows are as wide as whole tiles, so no column has to be masked.
+            place = (row * tl.load(item + 8))[:, None] + column[None, :]
+            tl.store(workspace + tl.load(item + 7) + place, mean, mask=live[:, None])
+        if LINEAR:
+            if not CAUSAL:
+                distance = tl.abs(distance)
+            far += tl.sum(mean * distance, axis=1)
+            local += tl.sum(tl.where(distance < local_window, mean, 0.0), axis=1)
+            largest = tl.maximum(largest, tl.max(mean, axis=1))
+        if ENTROPY or FIXED:
+            term = mean * tl.log2(tl.maximum(mean, TINY))
+            if ENTROPY:
+                plogp += tl.sum(term, axis=1)
+            if FIXED:
+                first = column[None, :] < (first_visible + fixed_k)[:, None]
+                fixed_mass += tl.sum(tl.where(first, mean, 0.0), axis=1)
+                fixed_plogp += tl.sum(tl.where(first, term, 0.0), axis=1)
+
+    found = sums + (part * SUMS * out_heads + out_head).to(tl.int64) * all_rows + out
+    stride = tl.cast(out_heads, tl.int64) * all_rows
+    tl.store(found, mass, mask=live)
+    if ENTROPY:
+        tl.store(found + stride, plogp, mask=live)
+    if LINEAR:
+        tl.store(found + 2 * stride, far, mask=live)
+        tl.store(found + 3 * stride, local, mask=live)
+        tl.store(found + 4 * stride, largest, mask=live)
+    if FIXED:
+        tl.store(found + 5 * stride, fixed_mass, mask=live)
+        tl.store(found + 6 * stride, fixed_plogp, mask=live)
+    if part == 0:
+        if CAUSAL:
+            count = position - first_visible + 1
+        else:
+            count = tl.zeros([BLOCK_ROWS], tl.int32) + keys
+        tl.store(found + 7 * stride, count.to(tl.float32), mask=live)
+
+
+@triton.jit
+def selections(
+    workspace,
+    shares,
+    entropy,
+    sizes,
+    sequences,
+    items,
+    query_slots,
+    all_rows,
+    top_k,
+    window,
+    TARGETS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """Entropy of the `top_k` largest weights, and how many of the largest hold a share of the mass.
+
+    Non-negative floats are ordered as their bits are, so halving an interval of bit patterns finds
+    the exact weight at which a count or a mass is reached; ties are counted, not listed. With
+    `TOP_K` the first target is the count, the others are shares of the mass.
+    """
+    item = items + tl.program_id(0) * ITEM_COLUMNS
+    sequence = sequences + tl.load(item) * SEQUENCE_COLUMNS
+    first_row, row_stop = tl.load(item + 1), tl.load(item + 2)
+    first_key, key_stop = tl.load(item + 3), tl.load(item + 4)
+    batch, query_slot, queries = tl.load(sequence), tl.load(sequence + 1), tl.load(sequence + 2)
+    keys = tl.load(sequence + 4)
+
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    live = row < row_stop - first_row
+    # A block of fewer rows than programs leaves some with nothing to do: they repeat the last row.
+    real = tl.minimum(row, row_stop - first_row - 1)
+    start = workspace + tl.load(item + 7) + real * tl.load(item + 8)
+    lane = first_key + tl.arange(0, BLOCK)
+    slot = tl.arange(0, SLOTS)[None, :]
+
+    mass = tl.zeros([ROWS], tl.float32)
+    largest = tl.zeros([ROWS], tl.float32)
+    # Where nothing is left to load, -1 is below every threshold.
+    weight = tl.load(start[:, None] + lane[None, :], mask=lane[None, :] < key_stop, other=-1.0)
+    for piece in range(PIECES):
+        if PIECES > 1:
+            column = lane + piece * BLOCK
+            weight = tl.load(start[:, None] + column[None, :], mask=column < key_stop, other=-1.0)
+        mass += tl.sum(tl.maximum(weight, 0.0), axis=1)
+        largest = tl.maximum(largest, tl.max(weight, axis=1))
+    share = tl.load(shares + slot)
+    target = share * mass[:, None]
+    if TOP_K:
+        target = tl.where(slot == 0, tl.cast(top_k, tl.float32), target)
+
+    low = tl.zeros([ROWS, SLOTS], tl.int32)
+    high = tl.zeros([ROWS, SLOTS], tl.int32) + (largest.to(tl.int32, bitcast=True) + 1)[:, None]
+    # Weights are at most one up to rounding: their bits are below 2^30.
+    for _ in range(30):
+        middle = low + (high - low) // 2
+        level = middle.to(tl.float32, bitcast=True)
+        reached = tl.zeros([ROWS, SLOTS], tl.float32)
+        for piece in range(PIECES):
+            if PIECES > 1:
+                column = lane + piece * BLOCK
+                weight = tl.load(
+                    start[:, None] + column[None, :], mask=column < key_stop, other=-1.0
+                )
+            for index in tl.static_range(TARGETS):
+                bound = tl.sum(tl.where(slot == index, level, 0.0), axis=1)
+                kept = weight >= bound[:, None]
+                if TOP_K and index == 0:
+                    value = tl.sum(tl.where(kept, 1.0, 0.0), axis=1)
+                else:
+                    value = tl.sum(tl.where(kept, weight, 0.0), axis=1)
+                reached += tl.where(slot == index, value[:, None], 0.0)
+        enough = reached >= target
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+
+    bound = low.to(tl.float32, bitcast=True)
+    count = tl.zeros([ROWS, SLOTS], tl.float32)
+    above = tl.zeros([ROWS, SLOTS], tl.float32)
+    plogp = tl.zeros([ROWS], tl.float32)
+    for piece in range(PIECES):
+        if PIECES > 1:
+            column = lane + piece * BLOCK
+            weight = tl.load(start[:, None] + column[None, :], mask=column < key_stop, other=-1.0)
+        for index in tl.static_range(TARGETS):
+            here = tl.sum(tl.where(slot == index, bound, 0.0), axis=1)
+            kept = tl.where(weight > here[:, None], weight, 0.0)
+            more = tl.sum(tl.where(weight > here[:, None], 1.0, 0.0), axis=1)
+            count += tl.where(slot == index, more[:, None], 0.0)
+            above += tl.where(slot == index, tl.sum(kept, axis=1)[:, None], 0.0)
+            if TOP_K and index == 0:
+                plogp += tl.sum(kept * tl.log2(tl.maximum(kept, TINY)), axis=1)
+
+    out = batch * query_slots + query_slot + first_row + real
+    out += tl.load(item + 6) * all_rows
+    visible = tl.zeros([ROWS], tl.int32) + keys
+    if CAUSAL:
+        visible = keys - queries + first_row + real + 1
+    if WINDOW:
+        visible = tl.minimum(visible, window)
+    if TOP_K:
+        ties = tl.cast(top_k, tl.float32) - tl.sum(tl.where(slot == 0, count, 0.0), axis=1)
+        tie = tl.sum(tl.where(slot == 0, bound, 0.0), axis=1)
+        kept_mass = tl.sum(tl.where(slot == 0, above, 0.0), axis=1) + ties * tie
+        plogp += ties * tie * tl.log2(tl.maximum(tie, TINY))
+        value = (tl.log2(kept_mass) - plogp / kept_mass) * LN2
+        most = tl.log2(tl.minimum(visible, top_k).to(tl.float32)) * LN2
+        value = tl.where(value < 0.0, 0.0, tl.where(value > most, most, value))
+        tl.store(entropy + out, value, mask=live)
+    missing = tl.ceil((target - above) / tl.maximum(bound, TINY))
+    size = tl.minimum(tl.maximum(count + missing, 1.0), visible.to(tl.float32)[:, None])
+    wanted = slot
+    shares_asked = TARGETS
+    if TOP_K:
+        wanted = slot - 1
+        shares_asked = TARGETS - 1
+    inside = live[:, None] & (wanted >= 0) & (wanted < shares_asked)
+    place = sizes + (out * shares_asked)[:, None] + wanted
+    tl.store(place, size.to(tl.int32), mask=inside)

@@ -1,0 +1,151 @@
+"""How far every single token's gradient goes along the gradient of all tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from tokenweights._errors import invalid
+from tokenweights._typing import typed
+from tokenweights.distributed import global_sum
+from tokenweights.gradients.differences import central_differences
+from tokenweights.gradients.evaluation import LossEvaluation, TokenLoss, taken_gradients
+from tokenweights.gradients.forward_mode import forward_derivative
+from tokenweights.gradients.preserved import preserved
+from tokenweights.gradients.selection import selected_parameters
+from tokenweights.gradients.shards import inner_product
+
+
+@dataclass(frozen=True)
+class TokenAlignment:
+    r"""Every token's gradient against the full gradient $g = \frac{1}{N} \sum_t g_t$.
+
+    Attributes:
+        inner: $\langle g_t, g \rangle$ of each token, float64, 0 off the mask.
+        projection_ratio: $\langle g_t, g \rangle / (N \|g\|^2)$ of each token, 0 off the mask: its
+            share of Eq. 6. They sum to one over all tokens; NaN if the full gradient is 0.
+        full_squared_norm: $\|g\|^2$.
+        count: Number of valid tokens $N$, over all ranks.
+        sum_error: How far the sum of the projection ratios is from one.
+        step_error: Estimated relative error of `inner` (root mean square over tokens) from a
+            comparison of two step sizes; None where only one was needed, and in forward mode.
+        step: Factor on the full gradient by which the parameters were moved; 0 in forward mode.
+    """
+
+    inner: Float[Tensor, "batch token"]
+    projection_ratio: Float[Tensor, "batch token"]
+    full_squared_norm: float
+    count: int
+    sum_error: float
+    step_error: float | None
+    step: float
+
+
+@typed
+def token_alignment(
+    token_loss: TokenLoss | Sequence[TokenLoss],
+    model: nn.Module,
+    *,
+    mask: Bool[Tensor, "batch token"],
+    method: Literal["differences", "forward"] = "differences",
+    step: float | None = None,
+    compare_steps: bool = False,
+    tolerance: float = 1e-5,
+    pattern: str | None = None,
+    layers: Sequence[int] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> TokenAlignment:
+    r"""Inner product of every token's gradient with the full gradient, for all tokens at once.
+
+    $\langle g_t, g \rangle$ is the derivative of the token's loss along $g$. One backward pass
+    gives $g$; `"differences"` then takes $(\ell_t(\theta + h g) - \ell_t(\theta - h g)) / 2h$ from
+    two forward passes without a graph, which works with any kernel, with checkpointing and with
+    DDP and FSDP2; `"forward"` takes one forward-mode pass, exact, where every kernel allows it.
+
+    The step is chosen so that token losses change by a small share of their size. If the
+    projection ratios do not sum to one, a second and a third step size are tried and combined
+    (Richardson); if they still do not, this raises. Parameters below float32 round the step: give
+    them a larger `tolerance`, or probe in float32.
+
+    Parameters, buffers, gradients and random state are bitwise unchanged afterwards, also after an
+    exception. Memory beside the model: the backward pass, then one copy of the parameters, which
+    first holds the gradient and then the values to restore.
+
+    Args:
+        token_loss: Callable without arguments that computes unreduced losses, `batch token`, from
+            the model's current parameters; or one for each micro-batch of consecutive rows.
+        model: The module whose parameters the callable uses, with its wrapper if it has one.
+        mask: True for valid response tokens.
+        method: See above.
+        step: $h$; chosen if None.
+        compare_steps: Always take a second step size, at two more forward passes, for `step_error`.
+        tolerance: Largest distance of the sum of the projection ratios from one.
+        pattern: Regular expression; only parameters whose name it is found in.
+        layers: Only parameters of these layers.
+        group: The ranks that share the batch, each with its own rows.
+
+    Returns:
+        One number for each token.
+
+    Raises:
+        TokenWeightsError: If the projection ratios do not sum to one, a kernel has no forward mode,
+            or the losses are not finite, not `batch token`, or without a graph.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> inputs = torch.tensor([[[1.0, 0.0], [1.0, 2.0]]])
+        >>> mask = torch.ones(1, 2, dtype=torch.bool)
+        >>> token_alignment(lambda: model(inputs)[..., 0], model, mask=mask, method="forward").inner
+        tensor([[1., 3.]], dtype=torch.float64)
+    """
+    parameters = list(selected_parameters(model, pattern=pattern, layers=layers).values())
+    with preserved("token_alignment", model) as rewind:
+        losses = LossEvaluation("token_alignment", token_loss, mask, rewind=rewind, group=group)
+        values = losses.backward()
+        gradient = taken_gradients(parameters, model)
+        full_square = inner_product(gradient, gradient)
+        if full_square == 0 or losses.count == 0:
+            zero = torch.zeros_like(values)
+            return TokenAlignment(zero, zero / 0, 0.0, int(losses.count), float("nan"), None, 0.0)
+
+        def sum_error(inner: Tensor) -> float:
+            total = float(global_sum(inner.sum(), group=group))
+            return abs(total / (losses.count * full_square) - 1)
+
+        if method == "forward":
+            inner, used, step_error = forward_derivative(losses, parameters, gradient), 0.0, None
+        else:
+            inner, used, step_error = central_differences(
+                losses,
+                parameters,
+                gradient,
+                values,
+                full_square=full_square,
+                step=step,
+                compare_steps=compare_steps,
+                accepted=lambda inner: sum_error(inner) <= tolerance,
+                group=group,
+            )
+    error = sum_error(inner)
+    if not error <= tolerance:
+        raise invalid(
+            "token_alignment",
+            "token_loss",
+            f"with projection ratios that sum to one within {tolerance}",
+            f"an error of {error:.2e}",
+            "Is it a function of the parameters and of torch's random state alone? Low precision "
+            "needs a larger `tolerance`; several ranks need `group`.",
+        )
+    return TokenAlignment(
+        inner=inner,
+        projection_ratio=inner / (losses.count * full_square),
+        full_squared_norm=full_square,
+        count=int(losses.count),
+        sum_error=error,
+        step_error=step_error,
+        step=used,
+    )
