@@ -54,7 +54,9 @@ class Workspace:
         size = math.prod(shape)
         flat = self._flat.get(name)
         if flat is None or flat.numel() < size:
-            flat = torch.empty(size, device=self.device)
+            # Causal blocks grow one after another; new memory for each would cost page faults.
+            grown = size if flat is None else max(size, 2 * flat.numel())
+            flat = torch.empty(grown, device=self.device)
             self._flat[name] = flat
         return flat[:size].view(shape)
 
@@ -72,7 +74,9 @@ class _Scores:
     logits: Logits
     workspace: Workspace
 
-    def tiles(self) -> Iterator[tuple[slice, Float[Tensor, "tile query key"]]]:
+    def tiles(
+        self, hidden_score: float = HIDDEN
+    ) -> Iterator[tuple[slice, Float[Tensor, "tile query key"]]]:
         """Masked logits of some heads after another, in a buffer that the next tile overwrites."""
         heads, group = self.query.shape[0], self.query.shape[0] // self.key.shape[0]
         step = _heads_per_tile(heads, group, self.block)
@@ -81,7 +85,7 @@ class _Scores:
         bounds = []
         for columns, hidden in self.block.hidden:
             bound = torch.full(hidden.shape, torch.inf, device=hidden.device)
-            bounds.append((columns, bound.masked_fill_(hidden, HIDDEN)))
+            bounds.append((columns, bound.masked_fill_(hidden, hidden_score)))
         for first in range(0, heads, step):
             taken = slice(first, min(first + step, heads))
             kv = slice(first // group, (taken.stop - 1) // group + 1)
@@ -110,14 +114,15 @@ class _Scores:
         self,
     ) -> Iterator[tuple[Float[Tensor, "tile query key"], Float[Tensor, "tile query 1"]]]:
         """Tile after tile as `(tile, factor)`: the attention weights are `tile * factor`."""
-        for taken, tile in self.tiles():
+        # Only for speed: the exponential of HIDDEN would be 0 as well, but slow.
+        low = FLOOR if self.lse is None and all(self.small) else HIDDEN
+        for taken, tile in self.tiles(low):
             if self.lse is not None:
                 tile.sub_(self.lse[taken]).clamp_min_(FLOOR).exp_()
                 yield tile, torch.ones_like(self.lse[taken])
                 continue
             if all(self.small[taken]):
-                # Only for speed: the exponential of HIDDEN would be 0 as well, but slow.
-                for columns, _ in self.block.hidden:
+                for columns, _ in self.block.hidden if low == HIDDEN else ():
                     tile[..., columns].clamp_min_(FLOOR)
                 shift = torch.zeros((), device=tile.device)
             else:
@@ -131,11 +136,16 @@ class _Scores:
 
     def mean_weights(self) -> Float[Tensor, "1 query key"]:
         """The weights averaged over heads."""
-        mean = self.workspace.buffer("mean", 1, self.block.queries, self.block.keys).zero_()
+        mean = self.workspace.buffer("mean", 1, self.block.queries, self.block.keys)
+        started = False
         for tile, factor in self.weights():
-            factor = factor / self.query.shape[0]
-            for head in range(tile.shape[0]):
-                mean[0].addcmul_(tile[head], factor[head])
+            factor /= self.query.shape[0]
+            for weights, share in zip(tile, factor, strict=True):
+                if started:
+                    mean[0].addcmul_(weights, share)
+                else:
+                    torch.mul(weights, share, out=mean[0])
+                    started = True
         return mean
 
     def log_weights(self, *, per_head: bool) -> Float[Tensor, "heads query key"]:
@@ -232,7 +242,10 @@ def _block_statistics(scores: _Scores, request: Request, *, per_head: bool) -> d
     for weights in tiles:
         for columns, hidden in scores.block.hidden:
             weights[..., columns].masked_fill_(hidden, 0.0)
-        parts.append(row_statistics(weights, scores.block, asked, least_mass=FAINT_MASS))
+        scratch = scores.workspace.buffer("scratch", *weights.shape)
+        parts.append(
+            row_statistics(weights, scores.block, asked, least_mass=FAINT_MASS, scratch=scratch)
+        )
     results = joined(parts, 0)
     faint = _faint_rows(results, scores)
     if faint is not None and bool(faint.any()):

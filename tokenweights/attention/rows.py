@@ -132,6 +132,7 @@ def row_statistics(
     request: Request,
     *,
     least_mass: float = 0.0,
+    scratch: Float[Tensor, "heads query key"] | None = None,
 ) -> dict[str, Tensor]:
     """The requested statistics of every row of `weights`, which vanish where not visible.
 
@@ -140,6 +141,7 @@ def row_statistics(
         block: Where the rows and columns lie in the sequence.
         request: What to compute.
         least_mass: The fixed-position entropy is NaN where its keys hold no more mass than this.
+        scratch: Memory for intermediate values, shaped like `weights`; fresh memory costs time.
 
     Returns:
         One tensor `heads query` per kind (`heads query mass` for `support_size`).
@@ -153,7 +155,7 @@ def row_statistics(
     if "max_weight" in kinds:
         results["max_weight"] = weights.amax(-1) / mass
     if kinds & {"raw", "normalized"}:
-        raw = _renormalized_entropy(weights, count)
+        raw = _renormalized_entropy(weights, count, scratch)
         # A single visible key has entropy 0 and log N_t = 0: the quotient is 0 by convention.
         results |= {"raw": raw, "normalized": raw / count.float().log().clamp_min(TINY)}
     if "fixed" in kinds:
@@ -199,11 +201,13 @@ def _is_first_key(block: RowBlock, fixed_k: int) -> Bool[Tensor, "query key"]:
 
 
 def _renormalized_entropy(
-    weights: Float[Tensor, "heads query key"], bound: Int[Tensor, " query"]
+    weights: Float[Tensor, "heads query key"],
+    bound: Int[Tensor, " query"],
+    scratch: Float[Tensor, "heads query key"] | None = None,
 ) -> Float[Tensor, "heads query"]:
     # With M the sum of the weights, H = log M - (sum p log p) / M needs no normalized copy.
     mass = weights.sum(-1)
-    log_weights = weights.clamp_min(TINY).log_()
+    log_weights = torch.clamp_min(weights, TINY, out=scratch).log_()
     return _clamp_entropy(mass.log() - log_weights.mul_(weights).sum(-1) / mass, bound)
 
 

@@ -67,9 +67,10 @@ def token_alignment(
     DDP and FSDP2; `"forward"` takes one forward-mode pass, exact, where every kernel allows it.
 
     The step is chosen so that token losses change by a small share of their size. If the
-    projection ratios do not sum to one, a second and a third step size are tried and combined
-    (Richardson); if they still do not, this raises. Parameters below float32 round the step: give
-    them a larger `tolerance`, or probe in float32.
+    projection ratios do not sum to one, up to three more step sizes are tried, two forward passes
+    each, and combined (Richardson); if they still do not, this raises. In float32 a `tolerance` of
+    1e-4 usually takes the first two passes only, 1e-5 two more. Parameters below float32 round the
+    step: give them a larger `tolerance`, or probe in float32.
 
     Parameters, buffers, gradients and random state are bitwise unchanged afterwards, also after an
     exception. Memory beside the model: the backward pass, then one copy of the parameters, which
@@ -127,7 +128,8 @@ def token_alignment(
                 full_square=full_square,
                 step=step,
                 compare_steps=compare_steps,
-                accepted=lambda inner: sum_error(inner) <= tolerance,
+                sum_error=sum_error,
+                tolerance=tolerance,
                 group=group,
             )
     error = sum_error(inner)

@@ -10,8 +10,8 @@ from tokenweights.distributed import global_sum
 from tokenweights.gradients.displacement import Displacement
 from tokenweights.gradients.evaluation import LossEvaluation
 
-# A step that changes token losses by more than this many times the wanted share is taken again.
-OVERSHOOT = 4.0
+# Step sizes tried after the first, two forward passes each.
+MORE_STEPS = 3
 
 
 def central_differences(
@@ -23,14 +23,14 @@ def central_differences(
     full_square: float,
     step: float | None,
     compare_steps: bool,
-    accepted: Callable[[Tensor], bool],
+    sum_error: Callable[[Tensor], float],
+    tolerance: float,
     group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, float, float | None]:
     r"""The derivative of every token loss along the full gradient.
 
-    The error of a central difference is a truncation of order $h^2$ and a rounding of order
-    $\epsilon / h$, least where the losses change by about $\epsilon^{1/3}$ of their size. The
-    quotient divides by the way the parameters really went, not by the one they were sent.
+    The quotient divides by the way the parameters really went, not by the one they were sent. Two
+    step sizes cancel the first term of the truncation (Richardson).
 
     Args:
         losses: The token losses.
@@ -40,49 +40,61 @@ def central_differences(
         full_square: Squared norm of the gradient.
         step: Factor on the gradient; chosen if None.
         compare_steps: Take a second step size in any case.
-        accepted: Whether derivatives pass the sum check; the same answer on every rank.
+        sum_error: How far derivatives are from the sum that is known; the same on every rank.
+        tolerance: Largest sum error with which no further step size is tried.
         group: The ranks that share the batch.
 
     Returns:
         Derivatives, the step, and the relative difference of two step sizes' results or None.
     """
-    # Parts of a float64 model may still compute in float32.
-    dtypes = {torch.float32, *(parameter.dtype for parameter in parameters)}
-    epsilon = max(torch.finfo(dtype).eps for dtype in dtypes)
-    wanted = 2 * epsilon ** (1 / 3) * _root_sum_square(values, group)
+    wanted = _share(parameters, tolerance) * _root_sum_square(values, group)
     tokens = losses.count**0.5
 
     with torch.no_grad(), Displacement(parameters, gradient) as displacement:
-        # A first guess: as if every token moved as the mean does, by step * |g|^2.
-        used = wanted / tokens / full_square if step is None else step
+        # A first guess: tokens move about twice as much as their mean, which moves by step * |g|^2.
+        used = wanted / tokens / full_square / 2 if step is None else step
         went = displacement.start(used) / full_square
 
         def difference(factor: float) -> Tensor:
             displacement.move_to(factor)
             plus = losses.values()
             displacement.move_to(-factor)
-            return (plus - losses.values()) / (2 * factor)
+            return (plus - losses.values()) / (2 * factor * went)
 
-        base = 1.0
-        first = difference(base)
-        change = _root_sum_square(first, group)
-        if step is None and change > OVERSHOOT * wanted:
-            base = wanted / change
-            first = difference(base)
-        best, error = first, None
-        if accepted(first / went):
-            if compare_steps:
-                error = _relative_distance(difference(base / 2), first, group)
-            return first / went, used * base, error
-        # A smaller step against truncation, then a larger one against rounding.
-        for factor in (0.5, 2.0):
-            second = difference(factor * base)
-            fine, coarse = (second, first) if factor < 1 else (first, second)
-            best = (4 * fine - coarse) / 3
-            error = _relative_distance(fine, best, group)
-            if accepted(best / went):
+        small, large = 1.0, 1.0
+        fine = coarse = best = difference(1.0)
+        if sum_error(best) <= tolerance:
+            error = _relative_distance(difference(0.5), best, group) if compare_steps else None
+            return best, used, error
+        error = None
+        for _ in range(MORE_STEPS):
+            # Where a smaller step was no better, it is rounding that has to be fought.
+            grows = small < large and sum_error(fine) >= sum_error(coarse)
+            if grows:
+                small, fine = large, coarse
+                large, coarse = 2 * large, difference(2 * large)
+            else:
+                large, coarse = small, fine
+                small, fine = small / 2, difference(small / 2)
+            combined = (4 * fine - coarse) / 3
+            if sum_error(combined) < sum_error(best):
+                best, error = combined, _relative_distance(fine, combined, group)
+            if sum_error(best) <= tolerance:
                 break
-        return best / went, used * base, error
+        return best, used * small, error
+
+
+def _share(parameters: Sequence[Tensor], tolerance: float) -> float:
+    r"""The share of its size by which a step should change the loss of a token.
+
+    Truncation grows as $h^2$ and rounding as $\epsilon / h$. A share of $0.3 \sqrt{tolerance}$
+    mostly passes at once, if rounding leaves room for it; if not, two larger steps are combined.
+    """
+    # Parts of a float64 model may still compute in float32.
+    dtypes = {torch.float32, *(parameter.dtype for parameter in parameters)}
+    rounding = max(torch.finfo(dtype).eps for dtype in dtypes) ** (1 / 3)
+    at_once = 0.3 * tolerance**0.5
+    return at_once if at_once > rounding / 2 else 4 * rounding
 
 
 def _root_sum_square(values: Tensor, group: dist.ProcessGroup | None) -> float:

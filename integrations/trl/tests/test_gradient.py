@@ -16,8 +16,11 @@ from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer
 
 PROBE = 2  # the middle layer of four
 WARMUP = 8
+MAX_COMPLETION_LENGTH = 10
+CISPO_BOUND = 1.2
 LOW2HIGH = {"name": "low2high", "warmup_steps": WARMUP, "temperature": 0.5}
 ANCHOR20 = {"name": "anchor20", "denominator": "selected_tokens"}
+WEIGHT_SUM = {**LOW2HIGH, "denominator": "weight_sum"}
 OWN_ROW = {**LOW2HIGH, "alignment": "own"}
 
 
@@ -92,6 +95,27 @@ def soft_weights(entropy, mask, step, temperature):
     return torch.where(mask, (1 - rescaled) * (1 - progress) + rescaled * progress, 0.0)
 
 
+def token_losses(new, old, advantages, loss_type):
+    """Losses of the tokens before any mean: CISPO's, or the clipped surrogate of the others."""
+    ratio = (new - old).exp()
+    if loss_type == "cispo":
+        return -ratio.clamp(max=CISPO_BOUND).detach() * advantages * new
+    return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+
+
+def micro_batch_loss(losses, weights, mask, batch, *, loss_type, denominator, batches):
+    """A micro-batch's part of the loss; `batches` micro-batches make a rollout batch."""
+    counted = {"all_tokens": mask, "selected_tokens": weights > 0, "weight_sum": weights}
+    counted = counted[denominator]
+    if loss_type == "bnpo":
+        return losses[batch].sum() / counted[batch].sum()
+    if loss_type == "grpo":
+        return (losses[batch].sum(1) / mask[batch].sum(1)).mean()
+    if loss_type == "dr_grpo":
+        return losses[batch].sum() / (len(losses[batch]) * MAX_COMPLETION_LENGTH)
+    return losses[batch].sum() / (counted.sum() / batches)  # dapo, cispo
+
+
 def anchor_weights(entropy, mask):
     """One for the ceil(T / 5) tokens of lowest entropy in each response, earlier ones first."""
     weights = torch.zeros_like(entropy)
@@ -101,7 +125,7 @@ def anchor_weights(entropy, mask):
     return weights
 
 
-def expected_gradient(recorded, recipe, accumulation):
+def expected_gradient(recorded, recipe, accumulation, loss_type):
     eager = tiny.policy(attn_implementation="eager")
     names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
     rows = {name: torch.cat([batch[name] for batch in recorded["batches"]]) for name in names}
@@ -113,43 +137,64 @@ def expected_gradient(recorded, recipe, accumulation):
         old, entropy = log_probs_and_entropy(eager, rows, recipe.get("alignment", "deciding"))
     if recipe["name"] == "anchor20":
         weights = anchor_weights(entropy, mask)
-        count = weights.sum()
     else:
         weights = soft_weights(entropy, mask, step, recipe["temperature"])
-        count = mask.sum()
     eager.load_state_dict(recorded["policy"])
     new, _ = log_probs_and_entropy(eager, rows, "deciding")
-    ratio = (new - old).exp()
     # The weight multiplies the loss here, and the advantage in the adapter.
     advantages = group_advantages(rows)[:, None]
-    clipped = ratio.clamp(0.8, 1.2) * advantages
-    token_loss = -weights * torch.minimum(ratio * advantages, clipped) * mask
-    per_batch = len(mask) // len(recorded["batches"])
-    in_window = [row // per_batch in recorded["window"] for row in range(len(mask))]
-    windows = len(recorded["batches"]) / accumulation
-    loss = token_loss[torch.tensor(in_window)].sum() / (count / windows)
-    loss.backward()
+    losses = weights * token_losses(new, old, advantages, loss_type) * mask
+    batches = len(recorded["batches"])
+    size = len(mask) // batches
+    parts = [
+        micro_batch_loss(
+            losses,
+            weights,
+            mask,
+            slice(batch * size, (batch + 1) * size),
+            loss_type=loss_type,
+            denominator=recipe.get("denominator", "all_tokens"),
+            batches=batches,
+        )
+        for batch in recorded["window"]
+    ]
+    (sum(parts) / accumulation).backward()
     return torch.cat([p.grad.flatten() for p in eager.parameters()])
 
 
 @pytest.mark.parametrize(
-    ("recipe", "steps_per_generation", "source"),
+    ("recipe", "loss_type", "steps_per_generation", "source"),
     [
-        (LOW2HIGH, 2, "generation"),
-        (LOW2HIGH, 4, "old_log_prob_pass"),
-        (ANCHOR20, 2, "generation"),
-        (ANCHOR20, 4, "old_log_prob_pass"),
-        (OWN_ROW, 2, "scoring_pass"),
+        (LOW2HIGH, "dapo", 2, "generation"),
+        (LOW2HIGH, "dapo", 4, "old_log_prob_pass"),
+        (LOW2HIGH, "grpo", 4, "old_log_prob_pass"),
+        (LOW2HIGH, "dr_grpo", 4, "old_log_prob_pass"),
+        (LOW2HIGH, "bnpo", 2, "generation"),
+        (LOW2HIGH, "cispo", 4, "old_log_prob_pass"),
+        (WEIGHT_SUM, "dapo", 2, "generation"),
+        (WEIGHT_SUM, "bnpo", 4, "old_log_prob_pass"),
+        (ANCHOR20, "dapo", 2, "generation"),
+        (ANCHOR20, "dapo", 4, "old_log_prob_pass"),
+        (ANCHOR20, "bnpo", 4, "old_log_prob_pass"),
+        (ANCHOR20, "cispo", 4, "old_log_prob_pass"),
+        ({**ANCHOR20, "denominator": "all_tokens"}, "grpo", 2, "generation"),
+        (OWN_ROW, "dapo", 2, "scoring_pass"),
     ],
 )
-def test_the_gradient_is_the_one_of_the_formulas(tmp_path, recipe, steps_per_generation, source):
+def test_the_gradient_is_the_one_of_the_formulas(
+    tmp_path, recipe, loss_type, steps_per_generation, source
+):
     gradients = Gradients()
     trainer = tiny.trainer(
         Recorder,
         TokenWeightsGRPOConfig,
         tmp_path,
         recipe=recipe,
+        loss_type=loss_type,
+        # TRL takes it as the distance from 1, or, for CISPO, as the bound itself.
+        epsilon_high=CISPO_BOUND if loss_type == "cispo" else 0.2,
         steps_per_generation=steps_per_generation,
+        max_completion_length=MAX_COMPLETION_LENGTH,
         max_grad_norm=0.0,
         max_steps=4,
     )
@@ -159,6 +204,6 @@ def test_the_gradient_is_the_one_of_the_formulas(tmp_path, recipe, steps_per_gen
     assert len(gradients.steps) == 4
     for recorded in gradients.steps:
         assert recorded["source"] == source
-        expected = expected_gradient(recorded, recipe, accumulation=2)
+        expected = expected_gradient(recorded, recipe, accumulation=2, loss_type=loss_type)
         assert expected.norm() > 1e-2
         assert (recorded["gradient"] - expected).norm() <= 1e-5 * expected.norm()

@@ -1,5 +1,6 @@
 """Metrics, token records and denominators are what the weights of the rollout batch say."""
 
+import copy
 import math
 
 import pytest
@@ -19,6 +20,7 @@ SCORED = {"weight_mean", "effective_sample_size", "anchor_share", "explorer_shar
 class Recorder(TokenWeightsGRPOTrainer):
     def _weighted(self, output, scores):
         self.plain, self.scores = output, scores
+        self.rollout_policy = copy.deepcopy(self.model.state_dict())
         self.weighted = super()._weighted(output, scores)
         return self.weighted
 
@@ -120,6 +122,60 @@ def test_bnpo_divides_by_the_selected_tokens_of_the_micro_batch(tmp_path):
         assert loss == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("accumulation", "steps_per_generation"), [(1, 1), (2, 1), (3, 2), (5, 2), (2, 4), (4, 2)]
+)
+def test_no_two_responses_of_a_run_share_a_sample_id(tmp_path, accumulation, steps_per_generation):
+    """Four optimizer steps, several epochs: an epoch may end with a short accumulation window."""
+
+    class Numbered(TokenWeightsGRPOTrainer):
+        seen = ()
+
+        def _sample_ids(self, rows, device):
+            ids = super()._sample_ids(rows, device)
+            self.seen += ((self.state.global_step, ids.tolist()),)
+            return ids
+
+    trainer = tiny.trainer(
+        Numbered,
+        TokenWeightsGRPOConfig,
+        tmp_path,
+        recipe="random20",
+        gradient_accumulation_steps=accumulation,
+        steps_per_generation=steps_per_generation,
+        max_completion_length=2,
+        max_steps=4,
+        num_train_epochs=9,
+    )
+    trainer.train()
+    ids = [number for _, rows in trainer.seen for number in rows]
+    assert len(trainer.seen) >= 4 * accumulation // steps_per_generation - 4
+    assert len(ids) == 4 * steps_per_generation * len(trainer.seen) == len(set(ids))
+    if accumulation > steps_per_generation:
+        steps = [step for step, _ in trainer.seen]
+        assert len(set(steps)) < len(steps)  # the case is hard enough
+
+
+def test_a_failed_rollout_leaves_nothing_behind(tmp_path):
+    """The trainer is as before it: the next rollout and its scores are right."""
+    trainer = tiny.trainer(Recorder, TokenWeightsGRPOConfig, tmp_path, recipe="low2high")
+    trainer.model.train()
+    inputs = [{"prompt": prompt} for prompt in tiny.PROMPTS]
+
+    def broken(**_):
+        raise RuntimeError("no reward")
+
+    (reward,), trainer.reward_funcs = trainer.reward_funcs, [broken]
+    before = vars(trainer).keys(), trainer.score_source, trainer._rollout
+    with pytest.raises(RuntimeError, match="no reward"):
+        trainer._generate_and_score_completions(inputs)
+    assert (vars(trainer).keys(), trainer.score_source, trainer._rollout) == before
+    trainer.reward_funcs = [reward]
+    trainer._generate_and_score_completions(inputs)
+    assert trainer.score_source == "generation"
+    assert trainer.scores.shape == trainer.plain["completion_ids"].shape
+
+
 def test_random_subsets_change_from_rollout_to_rollout(tmp_path):
     class Subsets(TokenWeightsGRPOTrainer):
         seen = ()
@@ -151,6 +207,8 @@ def test_token_records_hold_what_decided_the_weights(tmp_path):
     records = list(read_token_records(path))
     assert [record.step for record in records] == [0] * 4 + [2] * 4
     last = records[-4:]
+    policy = tiny.policy()
+    policy.load_state_dict(trainer.rollout_policy)
     for row, record in enumerate(last):
         length = int(trainer.plain["completion_mask"][row].sum())
         ids = trainer.plain["completion_ids"][row, :length].tolist()
@@ -158,6 +216,23 @@ def test_token_records_hold_what_decided_the_weights(tmp_path):
         assert record.prompt in tiny.PROMPTS
         assert "".join(record.tokens[:-1]) in trainer.processing_class.decode(ids)
         assert record.attention_entropy == tuple(trainer.scores[row, :length].tolist())
+        real = torch.cat([trainer.plain[f"{part}_mask"][row] for part in ("prompt", "completion")])
+        whole = [trainer.plain[f"{part}_ids"][row] for part in ("prompt", "completion")]
+        with torch.no_grad():
+            logits = policy(torch.cat(whole)[real.bool()][None]).logits[0]
+        logits = logits[-1 - length : -1].log_softmax(-1)
+        entropy = -(logits.exp() * logits).sum(-1)
+        log_probs = logits.gather(-1, torch.tensor(ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(record.predictive_entropy), entropy)
+        torch.testing.assert_close(torch.tensor(record.log_probs), log_probs)
+        order = trainer.scores[row, :length].sort(stable=True).indices.tolist()
+        count = math.ceil(length / 5)
+        labels = ["middle"] * length
+        for token in order[-count:]:
+            labels[token] = "explorer"
+        for token in order[:count]:
+            labels[token] = "anchor"
+        assert record.group == tuple(labels)
         product = torch.tensor(record.weights) * torch.tensor(record.advantages)
         torch.testing.assert_close(product, trainer.weighted["advantages"][row, :length])
         assert (record.layer, record.alignment) == (2, "deciding")

@@ -24,12 +24,12 @@ _Base: Any = object
 
 
 class GradientProbeMixin(_Base):
-    """Gradient geometry for `GRPOTrainer` or a subclass of it; name it last of the mixins.
+    r"""Gradient geometry for `GRPOTrainer` or a subclass of it; name it last of the mixins.
 
     The probe batch is the first rollout batch with a non-zero advantage, before any weights: there
     the adapter's recipes and plain GRPO are looked at alike. After optimizer steps 1, 1 + N,
     1 + 2N, ... its tokens are sorted anew by the policy's attention entropy, and the gradient of
-    $-A_t \\pi(t) / \\pi_{probe}(t)$, at ratio 1, is taken apart:
+    $-A_t \pi(t) / \pi_{probe}(t)$, at ratio 1, is taken apart:
 
     * `gradient/decile_0` ... `decile_9`: projection ratios (Eq. 6), which sum to one (J.1)
     * `gradient/low_share`, `middle_share`, `high_share`: the bands of J.1
