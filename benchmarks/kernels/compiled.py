@@ -98,6 +98,10 @@ def shipped_cases(arch: int) -> Iterator[Case]:
     """All kernels in the configurations that the library uses on this compute capability."""
     for dim, dtype in ((64, "bf16"), (96, "bf16"), (128, "bf16"), (256, "bf16"), (128, "fp32")):
         yield from cases(shipped(arch // 10, block_dim(dim), _BYTES[dtype]), dim, dtype)
+    for flag in ("WINDOW", "SOFTCAP"):
+        for case in cases(shipped(arch // 10, 128, 2), 128, "bf16"):
+            constants = case.constants | {flag: True}
+            yield replace(case, constants=constants, note=f"{case.note} {flag.lower()}")
     # Tensors that descriptors cannot address; where there are none, nothing new.
     configuration = shipped(arch // 10, 128, 2, describable=False)
     if configuration != shipped(arch // 10, 128, 2):
@@ -201,7 +205,7 @@ def main() -> None:
             if not arguments.json:
                 shown = f"{taken.registers:4} reg {taken.stack:5} stack {taken.shared:7} shared"
                 verdict = "fits" if taken.fits(arch) else "DOES NOT FIT"
-                print(f"sm_{arch} {case.kernel:13}{case.note:40}{shown}  {verdict}", flush=True)
+                print(f"sm_{arch} {case.kernel:13}{case.note:50}{shown}  {verdict}", flush=True)
     if arguments.json:
         json.dump(rows, sys.stdout)
 

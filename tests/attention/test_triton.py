@@ -61,6 +61,18 @@ def test_shipped_configurations_fit_the_device(arch):
         assert record["shared"] <= limit, record
 
 
+@with_triton
+def test_report_runs_at_toy_size(tmp_path):
+    options = ["--device", "cpu", "--toy", "--tokens", "40", "--output", str(tmp_path)]
+    names = ["--only", "entropy", "all statistics", "eager", "attention forward"]
+    run = finished(["-W", "ignore", "benchmarks/kernels/report.py", *options, *names])
+    assert run.returncode == 0, run.stderr[-3000:]
+    names = {record["name"] for record in json.loads((tmp_path / "results.json").read_text())}
+    assert {"entropy, lse given", "eager, materialised", "attention forward, SDPA"} <= names
+    assert "| 40 | entropy |" in (tmp_path / "results.md").read_text()
+    assert (tmp_path / "times.png").stat().st_size > 1000
+
+
 # Dispatch.
 
 

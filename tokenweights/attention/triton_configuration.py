@@ -96,10 +96,10 @@ def shipped(
         large, small = Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2 if wide else 3)
         return Configuration(small if wide else large, small, small, descriptors=True)
     if major == 10:
-        middle, small = Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2)
+        small = Tiles(64, 64, 8, 2)
         if describable:
-            large = small if wide else middle
-            return Configuration(large, small, large, descriptors=True)
+            large = small if wide else Tiles(128, 64, 8, 3)
+            return Configuration(large, Tiles(64, 64, 8, 3), large, descriptors=True)
         return Configuration(small, Tiles(64, 32, 8, 2), small)
     small = Tiles(64, 64, 8, 2) if wide else Tiles(128, 64, 8, 2)
     return Configuration(small, small, small)

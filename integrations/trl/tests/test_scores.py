@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from transformers import Lfm2Config, Lfm2ForCausalLM
 
 from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer
 
@@ -169,3 +170,25 @@ def test_the_reference_pass_is_not_mistaken_for_the_policy(
     assert (scores - expected)[mask].abs().max() <= 1e-5
     reference = eager_entropy(tiny.policy(), output, (2,), alignment)
     assert (scores - reference)[mask].abs().max() > 1e-3
+
+
+def test_a_hybrid_model_is_probed_where_it_has_attention(tmp_path):
+    """The middle layer is a convolution, so the nearest layer with attention is read."""
+    settings = Lfm2Config(
+        vocab_size=len(tiny.tokenizer()),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention", "conv", "conv"],
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=1,
+    )
+    trainer, output, scores = rollout(tmp_path, model=Lfm2ForCausalLM(settings))
+    assert trainer.probe_layers == (1,)
+    assert trainer.score_source == "generation"
+    mask = output["completion_mask"].bool()
+    assert scores.shape == mask.shape
+    assert scores[mask].std() > 0
