@@ -46,7 +46,7 @@ def gradient_sketch(
             sketch[groups] = torch.zeros(width, dtype=wide, device=values.device)
         rank = 0
         for axis in groups:
-            rank = 0
+            rank = rank * axis.size() + axis.rank()
         stream = torch.tensor([rank], device=values.device)
         for chunk in values.split(CHUNK_ELEMENTS):
             places = torch.arange(start, start + len(chunk), device=values.device)

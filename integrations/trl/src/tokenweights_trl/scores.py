@@ -77,7 +77,7 @@ def generation_scores(
     Yields:
         A list that on exit holds the attention entropy of each generated token (nats, `batch step`)
         for each layer. It stays empty where the passes were not one token a step over a cache that
-        grows by one key (sliding or static caches, beams, assisted decoding).
+        grows by one key (sliding caches, beams, assisted decoding). A static cache is refused.
     """
     padding = (prompt_width - prompt_lengths)[:, None]
     latest: dict[int, CapturedAttention] = {}
