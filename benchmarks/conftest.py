@@ -6,10 +6,14 @@ Run a suite with `pytest benchmarks/kernels -o addopts=--import-mode=importlib -
 
 import os
 import platform
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+# Benchmarks and the report share `contenders.py`.
+sys.path.insert(0, str(Path(__file__).with_name("kernels")))
 
 
 @pytest.fixture(autouse=True)

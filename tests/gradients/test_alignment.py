@@ -88,6 +88,19 @@ def test_a_bad_step_is_mended_by_a_second_one_or_refused(step):
         assert relative_error(alignment.inner, batch.mask, expected) < 1e-3
 
 
+def test_two_steps_cancel_the_first_term_of_the_truncation():
+    batch = tiny_policy.Batch()
+    expected, _ = exact_inner(batch)
+    raw, mended = (
+        aligned(batch, tiny_policy.policy(), step=0.1, tolerance=tolerance)
+        for tolerance in (1.0, 1e-5)
+    )
+    assert raw.step_error is None and mended.step == 0.05
+    before, after = (relative_error(a.inner, batch.mask, expected) for a in (raw, mended))
+    # Halving the step alone would leave a quarter, weights that do not fit a sixteenth at best.
+    assert 1e-4 < before and after < before / 100
+
+
 @pytest.mark.parametrize("method", ["forward", "differences"])
 def test_micro_batches_are_rows_of_one_batch(method):
     batch, model = tiny_policy.Batch(), tiny_policy.policy()

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import tokenweights as tw
+from tokenweights.gradients.sketch import gradient_sketch
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,8 @@ def local(tensor):
 
 def alignment_on(rank, size, kind, options):
     batch, model = tiny_policy.Batch(), wrapped(kind, **options)
-    batch.loss(model, rows_of(rank)).mean().backward()  # gradients that have to survive
+    for _ in range(2):  # gradients that have to survive; DDP rebuilds its buckets after the first
+        batch.loss(model, rows_of(rank)).mean().backward()
     tensors = [*model.parameters(), *(p.grad for p in model.parameters())]
     before = [local(tensor).clone() for tensor in tensors]
     rows = rows_of(rank)
@@ -83,6 +85,9 @@ def probed_on(rank, size, kind, options, probe_options):
     if kind == "flat":
         probe_options |= flat_shards(model, rank, size)
     rows = rows_of(rank)
+    if kind.startswith("ddp"):  # DDP rebuilds its buckets after the first backward pass
+        for _ in range(2):
+            batch.loss(model, rows).mean().backward()
     probe = tw.GradientProbe(model, group=dist.group.WORLD, **probe_options)
     return probe.geometry(
         lambda: batch.loss(model, rows), batch.deciles[rows], mask=batch.mask[rows], count=10
@@ -121,3 +126,13 @@ def test_gradient_probe(ranks, kind, checkpointed, selection):
         slack = 4 * first.cosine_error if sketched else 1e-5
         assert own.cosine == pytest.approx(one.cosine, abs=slack)
         assert own.projection_ratio == pytest.approx(one.projection_ratio, abs=slack * 4)
+
+
+def sketched_on(rank, size):
+    sketch = gradient_sketch([torch.arange(40.0)], width=8, seed=0, group=dist.group.WORLD)
+    return next(iter(sketch.values()))
+
+
+def test_ranks_sketch_independently(ranks):
+    first, second = ranks(sketched_on)
+    assert not torch.equal(first, second)

@@ -276,8 +276,8 @@ def attention_statistics(
     distances below `local_window`, and `nonlocal_mass`, the rest; `max_weight`; and `row_mass`, the
     sum of the weights before renormalization. Ranges: support sizes in $[1, N_t]$, shares in
     $[0, 1]$. A support size may be off by one where the cumulative mass meets the threshold within
-    float32 rounding. Only what is asked for is computed; `support_size` sorts every row and costs
-    most. No gradient. Memory as in `attention_entropy`.
+    float32 rounding. Only what is asked for is computed; `support_size` and `topk` cost most, as
+    they order the weights. No gradient. Memory as in `attention_entropy`.
 
     Args:
         query: As in `attention_entropy`.
