@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -22,16 +22,8 @@ StatisticKind = Literal[
     "row_mass",
 ]
 
-ENTROPY_KINDS: tuple[EntropyKind, ...] = ("raw", "normalized", "topk", "fixed")
-STATISTIC_KINDS: tuple[StatisticKind, ...] = (
-    *ENTROPY_KINDS,
-    "support_size",
-    "mean_distance",
-    "local_mass",
-    "nonlocal_mass",
-    "max_weight",
-    "row_mass",
-)
+ENTROPY_KINDS: tuple[EntropyKind, ...] = get_args(EntropyKind)
+STATISTIC_KINDS: tuple[StatisticKind, ...] = get_args(StatisticKind)
 
 
 @dataclass(frozen=True)
