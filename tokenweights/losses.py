@@ -41,7 +41,8 @@ def clipped_surrogate_loss(
 
     $\ell_t = -\min(r_t A_t, \mathrm{clip}(r_t, 1 - \epsilon_{low}, 1 + \epsilon_{high}) A_t)$ with
     $r_t = \exp(\log\pi - \log\pi_{old})$. Weights >= 0 may multiply the advantages or the loss;
-    both give the same. With `dual_clip` $= c$, tokens of negative advantage are at most $-c A_t$.
+    both give the same. Log-ratios are bounded at 80 in size, short of overflow. With `dual_clip`
+    $= c$, tokens of negative advantage are at most $-c A_t$.
 
     Args:
         log_probs: Of the current policy; the gradient flows here.

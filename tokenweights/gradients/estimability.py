@@ -28,8 +28,7 @@ def expected_random_error(*, probability: float, tokens: int, mean_squared_norm:
         >>> expected_random_error(probability=0.2, tokens=1000, mean_squared_norm=50.0)
         0.2
     """
-    _check("expected_random_error", probability, tokens, mean_squared_norm)
-    return (1 - probability) / (probability * tokens) * mean_squared_norm
+    return _random_error("expected_random_error", probability, tokens, mean_squared_norm)
 
 
 @typed
@@ -61,7 +60,7 @@ def expected_random_cosine(
         ... )
         0.7454
     """
-    _check("expected_random_cosine", probability, tokens, mean_squared_norm)
+    error = _random_error("expected_random_cosine", probability, tokens, mean_squared_norm)
     if not 0 < full_squared_norm < math.inf:
         raise invalid(
             "expected_random_cosine",
@@ -70,11 +69,12 @@ def expected_random_cosine(
             full_squared_norm,
             "A zero gradient has no direction.",
         )
-    error = (1 - probability) / (probability * tokens) * mean_squared_norm
     return 1 / math.sqrt(1 + error / full_squared_norm)
 
 
-def _check(function: str, probability: float, tokens: int, mean_squared_norm: float) -> None:
+def _random_error(
+    function: str, probability: float, tokens: int, mean_squared_norm: float
+) -> float:
     if not 0 < probability <= 1:
         raise invalid(function, "probability", "in (0, 1]", probability, "Pass a chance.")
     if tokens < 1:
@@ -83,3 +83,4 @@ def _check(function: str, probability: float, tokens: int, mean_squared_norm: fl
         raise invalid(
             function, "mean_squared_norm", "finite and >= 0", mean_squared_norm, "Pass a mean."
         )
+    return (1 - probability) / (probability * tokens) * mean_squared_norm
