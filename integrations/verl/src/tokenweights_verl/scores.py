@@ -1,0 +1,86 @@
+"""From tensors as VeRL holds them, one row of its own length per response, to scores and back."""
+
+import hashlib
+
+import torch
+from tokenweights.capture import CapturedAttention
+from tokenweights.recipes import Recipe
+from torch import Tensor
+
+
+def call_entropy(
+    captured: CapturedAttention,
+    recipe: Recipe,
+    *,
+    key_mask: Tensor | None,
+    group: torch.distributed.ProcessGroup | None,
+) -> Tensor:
+    """Attention entropy of every token of one micro-batch in one layer.
+
+    Args:
+        captured: The attention call.
+        recipe: The entropy's kind.
+        key_mask: True at real tokens of rows padded on the right; None for a packed row.
+        group: Ranks that hold slices of a packed row; None if this is all.
+
+    Returns:
+        Entropies (nats, or normalized) of this rank's real tokens, row after row, ` token`.
+    """
+    options = {"kind": recipe.entropy_kind, "top_k": recipe.top_k, "fixed_k": recipe.fixed_k}
+    # Queries and keys stay in the precision they have; the sums over them are float32.
+    with torch.autocast(captured.query.device.type, enabled=False):
+        if key_mask is None:
+            return captured.packed_entropy(group=group, **options)[0]
+        return captured.entropy(key_mask=key_mask, **options)[key_mask]
+
+
+def response_scores(scores: Tensor, response_mask: Tensor, *, alignment: str) -> Tensor:
+    """Scores of response tokens out of scores of whole sequences.
+
+    Args:
+        scores: Nested scores, each row a prompt and its response.
+        response_mask: Nested mask, each row a response.
+        alignment: Whose row stands for a token: the one `deciding` it, to its left, or its `own`.
+
+    Returns:
+        Scores, `batch token`, 0 beyond the end of a response.
+
+    Example:
+        >>> rows = torch.nested.as_nested_tensor([torch.arange(5.0)], layout=torch.jagged)
+        >>> mask = torch.nested.as_nested_tensor([torch.ones(2)], layout=torch.jagged)
+        >>> response_scores(rows, mask, alignment="deciding")
+        tensor([[2., 3.]])
+    """
+    shift = 1 if alignment == "deciding" else 0
+    lengths = response_mask.offsets().diff().tolist()
+    ends = scores.offsets()[1:].tolist()
+    values = scores.values().float()
+    rows = [
+        values[end - length - shift : end - shift]
+        for end, length in zip(ends, lengths, strict=True)
+    ]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def sample_ids(step: int, prompts: Tensor, responses: Tensor) -> Tensor:
+    """A number for each response that stays with it however the batch is ordered.
+
+    It is drawn from the step and the text, so that random rules give the same masks on any number
+    of ranks; equal responses are counted.
+
+    Args:
+        step: Training step.
+        prompts: Nested token ids.
+        responses: Nested token ids.
+
+    Returns:
+        Numbers in [0, 2^48), ` batch`.
+    """
+    seen: dict[bytes, int] = {}
+    numbers = []
+    for prompt, response in zip(prompts.unbind(), responses.unbind(), strict=True):
+        text = f"{step} {prompt.tolist()} {response.tolist()}".encode()
+        seen[text] = seen.get(text, -1) + 1
+        digest = hashlib.sha256(text + b" %d" % seen[text]).digest()
+        numbers.append(int.from_bytes(digest[:6], "big"))
+    return torch.tensor(numbers)
