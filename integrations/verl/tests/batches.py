@@ -6,6 +6,16 @@ from tokenweights_lab import load_tokenizer, problems
 from tokenweights_lab.task import mixed_solution
 
 ROWS = 8
+LAYERS = (1, 2)
+CASES = {
+    "fsdp": {"strategy": "fsdp"},
+    "fsdp2": {"strategy": "fsdp2"},
+    "padded": {"strategy": "fsdp2", "remove_padding": False, "dynamic": False},
+    "bucketed": {"strategy": "fsdp2", "bucket": 64},
+    "lora": {"strategy": "fsdp", "lora": 4},
+    "flash": {"strategy": "fsdp2", "attention": "flash_cpu"},
+    "ulysses": {"strategy": "fsdp2", "attention": "flash_cpu", "sequence_ranks": 2},
+}
 
 
 def rows():

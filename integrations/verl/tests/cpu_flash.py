@@ -1,47 +1,33 @@
-"""A stand-in for flash attention on CPUs: the same calls, sequences told apart by positions.
+"""A stand-in for the flash attention kernel on CPUs, under the name `flash_cpu`.
 
-VeRL puts its all-to-all around `_flash_attention_forward` of transformers; everything above and
-below that function is real here.
+Only the kernel is ours: transformers' way to it and VeRL's all-to-all around it are real.
 """
 
 import torch
 
 
-def attention(query, key, value, attention_mask, query_length, *args, position_ids=None, **kwargs):
-    """Causal attention of packed sequences, `1 token heads dim`."""
-    assert attention_mask is None and query_length == query.shape[1]
-    starts = (position_ids[0] == 0).nonzero().flatten().tolist() + [query_length]
-    outputs = []
-    for first, last in zip(starts, starts[1:], strict=False):
-        q, k, v = (part[:, first:last].transpose(1, 2) for part in (query, key, value))
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, **options
+):
+    """Causal attention within each sequence, `token heads dim`."""
+    assert causal and torch.equal(cu_seqlens_q, cu_seqlens_k)
+    bounds, outputs = cu_seqlens_q.tolist(), []
+    for first, last in zip(bounds, bounds[1:], strict=False):
+        own = [part[first:last].transpose(0, 1)[None] for part in (q, k, v)]
         output = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=True, scale=kwargs.get("softmax_scale")
+            *own, is_causal=True, enable_gqa=True, scale=softmax_scale
         )
-        outputs.append(output.transpose(1, 2))
-    return torch.cat(outputs, dim=1)
+        outputs.append(output[0].transpose(0, 1))
+    return torch.cat(outputs)
 
 
 def register():
-    import transformers.integrations.flash_attention as interface
-    import verl.models.transformers.monkey_patch as ulysses
+    import transformers.modeling_flash_attention_utils as flash
     from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.flash_attention import flash_attention_forward
     from transformers.masking_utils import flash_attention_mask
 
-    def flash_cpu(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        forward = interface._flash_attention_forward  # VeRL's, where it does sequence parallelism
-        kwargs.pop("dropout", None)
-        output = forward(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            attention_mask,
-            query.shape[2],
-            softmax_scale=scaling,
-            position_ids=kwargs["position_ids"],
-        )
-        return output, None
-
-    interface._flash_attention_forward = attention
-    ulysses._flash_attention_forward = attention
-    AttentionInterface.register("flash_cpu", flash_cpu)
+    functions = (None, flash_attn_varlen_func, None, flash._pad_input, flash._unpad_input)
+    flash._lazy_imports = lambda implementation, *args, **kwargs: functions
+    AttentionInterface.register("flash_cpu", flash_attention_forward)
     AttentionMaskInterface.register("flash_cpu", flash_attention_mask)

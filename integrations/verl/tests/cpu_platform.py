@@ -42,6 +42,7 @@ class PlatformCPU(PlatformBase):
         get_rng_state=torch.get_rng_state,
         set_rng_state=torch.set_rng_state,
         manual_seed=torch.manual_seed,
+        get_device_name=lambda: "CPU",
         ipc_collect=lambda: None,
     )
 
@@ -126,4 +127,7 @@ def _register_engine():
 if os.environ.get("VERL_PLATFORM") == "cpu":
     _undo_refusals()
     _register_engine()
+    import cpu_rollout
+
+    cpu_rollout.register()
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)

@@ -9,32 +9,20 @@ from functools import partial
 
 import cpu_flash
 import torch
-from batches import ROWS, batch, nested, rows
+from batches import CASES, LAYERS, ROWS, batch, rows
 from tokenweights import recipe
 from tokenweights_lab import policy_path
 from tokenweights_verl.engine import PROBE, TokenWeightsTrainingWorker
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import (
-    CheckpointConfig,
     FSDPActorConfig,
     FSDPEngineConfig,
     FSDPOptimizerConfig,
     HFModelConfig,
 )
+from verl.trainer.config import CheckpointConfig
 from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
 from verl.workers.utils.losses import ppo_loss
-
-LAYERS = (1, 2)
-CASES = {
-    "fsdp": {"strategy": "fsdp"},
-    "fsdp2": {"strategy": "fsdp2"},
-    "padded": {"strategy": "fsdp2", "remove_padding": False, "dynamic": False},
-    "bucketed": {"strategy": "fsdp2", "bucket": 64},
-    "lora": {"strategy": "fsdp", "lora": 4},
-    "flash": {"strategy": "fsdp2", "attention": "flash_cpu"},
-    "ulysses": {"strategy": "fsdp2", "attention": "flash_cpu", "sequence_ranks": 2},
-}
-
 
 def training_worker(
     cls,
@@ -124,7 +112,7 @@ def gradient_norm(worker, loss, advantages, seen=None):
     def recorded(model_output, data, dp_group=None):
         if seen is not None:
             parts = zip(data["row"].tolist(), data["advantages"].unbind(), strict=True)
-            seen += [(row, part.clone()) for row, part in parts]
+            seen.extend((row, part.clone()) for row, part in parts)
         return loss(model_output=model_output, data=data, dp_group=dp_group)
 
     worker.set_loss_fn(recorded)
@@ -149,7 +137,7 @@ def case_results(options):
     signs = [1.0 if row % 2 else -1.0 for row in range(ROWS)]
     uniform = [torch.full((n,), sign) for n, sign in zip(lengths, signs, strict=True)]
     # Weights that name row and place, so a mix-up cannot go unseen.
-    named = [sign * (row + torch.arange(n) / 100) for row, (n, sign) in enumerate(zip(lengths, signs))]
+    named = [sign * (row + torch.arange(n) / 100) for row, (n, sign) in enumerate(zip(lengths, signs, strict=True))]
     first = [sign * (torch.arange(n) < n // 2) for n, sign in zip(lengths, signs, strict=True)]
     share = sum(lengths) / sum(n // 2 for n in lengths)
     seen = []

@@ -11,11 +11,17 @@ from cpu_platform import ENVIRONMENT
 HERE = Path(__file__).parent
 
 
+def placed(rank, ranks):
+    """What VeRL's workers read of their place; the process group meets over a file."""
+    place = {"RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    return {name: str(value) for name, value in place.items()}
+
+
 def saved_by_ranks(script, ranks, folder, *arguments, timeout=300):
     processes = [
         subprocess.Popen(
             [sys.executable, str(HERE / script), str(rank), str(ranks), str(folder), *arguments],
-            env={**os.environ, **ENVIRONMENT, "RANK": str(rank), "WORLD_SIZE": str(ranks)},
+            env={**os.environ, **ENVIRONMENT, **placed(rank, ranks)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -56,10 +56,12 @@ class TokenWeightsEngineMixin(_Base):
                 self._capture = None
 
     def prepare_model_outputs(
-        self, output: Any, output_args: dict[str, Any], micro_batch: TensorDict, *args: Any
+        self, output: Any, output_args: dict[str, Any], micro_batch: TensorDict, **kwargs: Any
     ) -> dict[str, Any]:
         """VeRL's outputs of one micro-batch, and the entropies where the tap is open."""
-        outputs = super().prepare_model_outputs(output, output_args, micro_batch, *args)
+        outputs = super().prepare_model_outputs(
+            output=output, output_args=output_args, micro_batch=micro_batch, **kwargs
+        )
         if self._capture is not None:
             offsets = micro_batch["input_ids"].offsets()
             for place, (entropy,) in enumerate(self._capture.calls.values()):
