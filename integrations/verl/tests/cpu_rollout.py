@@ -79,7 +79,7 @@ class Replica(RolloutReplica):
     async def launch_servers(self):
         name = NAME.format(self.replica_rank)
         self.servers = [
-            Server.options(name=name, max_concurrency=1000).remote(self.model_config.local_path)
+            Server.options(name=name, max_concurrency=1000).remote(self.model_config.path)
         ]
         self._server_handle, self._server_address = self.servers[0], f"cpu:{self.replica_rank}"
 

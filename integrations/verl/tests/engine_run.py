@@ -35,6 +35,7 @@ def training_worker(
     attention="sdpa",
     sequence_ranks=1,
 ):
+    torch.manual_seed(0)  # of adapters
     model = HFModelConfig(
         path=str(policy_path()),
         override_config={"attn_implementation": attention},
@@ -53,7 +54,6 @@ def training_worker(
         ulysses_sequence_parallel_size=sequence_ranks,
         mixed_precision={"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
         use_torch_compile=False,
-        use_orig_params=lora > 0,
         pad_to_length=bucket is not None,
         pad_to_length_bucket=bucket or 1024,
     )
