@@ -7,7 +7,16 @@ import torch
 
 
 def flash_attn_varlen_func(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, **options
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    softmax_scale,
+    causal,
+    **options,
 ):
     """Causal attention within each sequence, `token heads dim`."""
     assert causal and torch.equal(cu_seqlens_q, cu_seqlens_k)

@@ -50,7 +50,7 @@ class Server:
                 temperature=options.get("temperature", 1.0),
                 top_p=options.get("top_p", 1.0),
                 top_k=0,
-                max_new_tokens=81,
+                max_new_tokens=46,
             )[:, width:]
         for (_, _, answer), row in zip(requests, tokens.tolist(), strict=True):
             response = row[: row.index(1) + 1] if 1 in row else row

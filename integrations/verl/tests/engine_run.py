@@ -12,7 +12,7 @@ import torch
 from batches import CASES, LAYERS, ROWS, batch, rows
 from tokenweights import recipe
 from tokenweights_lab import policy_path
-from tokenweights_verl.engine import PROBE, TokenWeightsTrainingWorker
+from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import (
     FSDPActorConfig,
@@ -20,9 +20,11 @@ from verl.workers.config import (
     FSDPOptimizerConfig,
     HFModelConfig,
 )
-from verl.trainer.config import CheckpointConfig
 from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
 from verl.workers.utils.losses import ppo_loss
+
+from tokenweights_verl.engine import PROBE, TokenWeightsTrainingWorker
+
 
 def training_worker(
     cls,
@@ -137,7 +139,10 @@ def case_results(options):
     signs = [1.0 if row % 2 else -1.0 for row in range(ROWS)]
     uniform = [torch.full((n,), sign) for n, sign in zip(lengths, signs, strict=True)]
     # Weights that name row and place, so a mix-up cannot go unseen.
-    named = [sign * (row + torch.arange(n) / 100) for row, (n, sign) in enumerate(zip(lengths, signs, strict=True))]
+    named = [
+        sign * (row + torch.arange(n) / 100)
+        for row, (n, sign) in enumerate(zip(lengths, signs, strict=True))
+    ]
     first = [sign * (torch.arange(n) < n // 2) for n, sign in zip(lengths, signs, strict=True)]
     share = sum(lengths) / sum(n // 2 for n in lengths)
     seen = []

@@ -5,10 +5,11 @@ import torch
 from configured import composed
 from omegaconf import OmegaConf
 from tokenweights import TokenWeightsError
-from tokenweights_verl.config import LOSS_MODES, token_weights_config
-from tokenweights_verl.trainer import TokenWeightsTrainerSync
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, get_policy_loss_fn
 from verl.workers.config import FSDPActorConfig, FSDPOptimizerConfig, PolicyLossConfig
+
+from tokenweights_verl.config import LOSS_MODES, token_weights_config
+from tokenweights_verl.trainer import TokenWeightsTrainerSync
 
 ACTOR = "actor_rollout_ref.actor"
 REFUSED = {
@@ -76,7 +77,9 @@ def loss(mode, advantages, weights=None):
         optim=FSDPOptimizerConfig(lr=0.0),
         policy_loss=PolicyLossConfig(loss_mode=mode),
     )
-    config.global_batch_info.update(dp_size=1, batch_num_tokens=int(mask.sum()), global_batch_size=4)
+    config.global_batch_info.update(
+        dp_size=1, batch_num_tokens=int(mask.sum()), global_batch_size=4
+    )
     value, _ = get_policy_loss_fn(mode)(
         old_log_prob=old,
         log_prob=log_probs,

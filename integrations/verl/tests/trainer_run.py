@@ -10,11 +10,12 @@ from pathlib import Path
 import pandas
 from tokenweights_lab import load_policy, load_tokenizer, problems
 
-PROMPTS, SAMPLES = 16, 8
+PROMPTS, SAMPLES = 8, 8
+FLOAT32 = "{param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}"
 
 
 def prepare(folder: Path):
-    """The embedded policy with the tokens VeRL asks of a Qwen tokenizer, and the task as parquet."""
+    """The embedded policy with the tokens VeRL asks a Qwen tokenizer for, and the task."""
     model = folder / "model"
     if not model.exists():
         load_policy().save_pretrained(model)
@@ -30,6 +31,7 @@ def prepare(folder: Path):
                     "extra_info": {"index": index},
                 }
                 for index, problem in enumerate(problems(split, count, seed=0))
+                if len(problem.terms) <= 7
             ]
             pandas.DataFrame(rows).to_parquet(folder / f"{split}.parquet")
 
@@ -41,13 +43,13 @@ def overrides(folder: Path, steps: int, ranks: int):
         "data.val_files": folder / "easy.parquet",
         "data.train_batch_size": PROMPTS,
         "data.max_prompt_length": 64,
-        "data.max_response_length": 81,
+        "data.max_response_length": 46,
         "data.dataloader_num_workers": 0,
         "data.shuffle": False,
         "actor_rollout_ref.model.path": folder / "model",
         "+actor_rollout_ref.model.override_config.attn_implementation": "sdpa",
         f"{actor}.strategy": "fsdp2",
-        f"{actor}.optim.lr": 5e-5,
+        f"{actor}.optim.lr": 2e-4,
         f"{actor}.optim.lr_warmup_steps": 0,
         f"{actor}.ppo_mini_batch_size": PROMPTS,
         f"{actor}.use_dynamic_bsz": True,
@@ -56,7 +58,7 @@ def overrides(folder: Path, steps: int, ranks: int):
         f"{actor}.clip_ratio_low": 0.2,
         f"{actor}.clip_ratio_high": 0.28,
         f"{actor}.fsdp_config.use_torch_compile": False,
-        f"+{actor}.fsdp_config.mixed_precision": "{param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}",
+        f"+{actor}.fsdp_config.mixed_precision": FLOAT32,
         f"{rollout}.name": "transformers",
         f"{rollout}.n": SAMPLES,
         f"{rollout}.top_p": 0.95,

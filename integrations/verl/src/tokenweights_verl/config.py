@@ -11,7 +11,6 @@ from tokenweights.recipes import Recipe, recipe
 # Losses that are homogeneous in the advantage, token by token: for w >= 0 the loss of w * A is w
 # times the loss of A, so weighting advantages is weighting token losses.
 LOSS_MODES = ("vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "cispo")
-STRATEGIES = ("fsdp", "fsdp2")
 
 
 @dataclass(frozen=True)
@@ -30,26 +29,16 @@ class TokenWeightsConfig:
 
 
 def token_weights_config(config: DictConfig) -> TokenWeightsConfig:
-    """The token weights that a VeRL configuration asks for.
-
-    Reads and checks, and starts nothing: a misspelt recipe, or one that VeRL as configured cannot
-    honour, is refused here, before a worker or a model is loaded.
+    """The token weights that a VeRL configuration asks for; it is checked, and nothing is started.
 
     Args:
         config: VeRL's whole configuration with the key `token_weights`.
 
     Returns:
-        The recipe and where token records go.
+        The recipe, and where token records go.
 
     Raises:
-        TokenWeightsError: If the recipe is unknown or does not fit the rest.
-
-    Example:
-        >>> token_weights_config(OmegaConf.create({"token_weights": {"recipe": "full"}}))
-        Traceback (most recent call last):
-        ...
-        tokenweights._errors.TokenWeightsError: `verl`: expected `actor_rollout_ref.actor.strategy` \
-one of fsdp, fsdp2, got None. Other engines lay attention out in their own way.
+        TokenWeightsError: If the recipe is unknown, or VeRL as configured cannot honour it.
     """
     node = OmegaConf.select(config, "token_weights")
     fields = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else {}
@@ -66,48 +55,46 @@ one of fsdp, fsdp2, got None. Other engines lay attention out in their own way.
 
 
 def _check(config: DictConfig, token_weights: TokenWeightsConfig) -> None:
-    made = token_weights.recipe
+    def require(fits: bool, key: str, condition: str, hint: str) -> None:
+        if not fits:
+            raise invalid("verl", key, condition, repr(OmegaConf.select(config, key)), hint)
 
-    def refuse(key: str, condition: str, hint: str) -> None:
-        raise invalid("verl", key, condition, repr(OmegaConf.select(config, key)), hint)
+    def require_one(key: str, allowed: tuple[Any, ...], hint: str) -> None:
+        names = ", ".join(map(str, allowed))
+        require(OmegaConf.select(config, key) in allowed, key, f"one of {names}", hint)
 
-    def require(key: str, allowed: tuple[Any, ...], hint: str) -> None:
-        if OmegaConf.select(config, key) not in allowed:
-            refuse(key, f"one of {', '.join(str(value) for value in allowed)}", hint)
-
-    steps = token_weights.token_records_steps
-    if not isinstance(steps, int) or steps < 1:
-        refuse("token_weights.token_records_steps", "an integer >= 1", "It counts steps.")
-    if token_weights.token_records and made.signal != "attention_entropy":
-        hint = "A record holds attention entropies; the recipe has none."
-        refuse("token_weights.token_records", "null", hint)
-    if made.signal == "loss_magnitude":
-        refuse(
-            "token_weights.recipe",
-            "with a signal other than loss_magnitude",
-            "At rollout time the ratio is 1, so |loss| is |advantage|, the same for every token of "
-            "a response: there is nothing to rank. Use `predictive_low20` or `predictive_high20`.",
-        )
-    actor, model = "actor_rollout_ref.actor", "actor_rollout_ref.model"
-    require(f"{actor}.strategy", STRATEGIES, "Other engines lay attention out in their own way.")
+    made, steps = token_weights.recipe, token_weights.token_records_steps
+    actor, correction = "actor_rollout_ref.actor", "algorithm.rollout_correction"
+    fits = isinstance(steps, int) and steps >= 1
+    require(fits, "token_weights.token_records_steps", "an integer >= 1", "It counts steps.")
+    require(
+        made.signal != "loss_magnitude",
+        "token_weights.recipe",
+        "with a signal other than loss_magnitude",
+        "At rollout time the ratio is 1, so |loss| is |advantage|, the same for every token of a "
+        "response: there is nothing to rank. Use `predictive_low20` or `predictive_high20`.",
+    )
+    other_layout = "Other engines lay attention out in their own way."
+    require_one(f"{actor}.strategy", ("fsdp", "fsdp2"), other_layout)
     not_linear = "In other losses the advantage is no factor of each token's loss."
-    require(f"{actor}.policy_loss.loss_mode", LOSS_MODES, not_linear)
-    correction = "algorithm.rollout_correction"
-    if OmegaConf.select(config, f"{correction}.bypass_mode"):
-        hint = "It leaves out the pass for the old log-probabilities, which gives the scores."
-        refuse(f"{correction}.bypass_mode", "False", hint)
+    require_one(f"{actor}.policy_loss.loss_mode", LOSS_MODES, not_linear)
+    no_pass = "It leaves out the pass for the old log-probabilities, which gives the scores."
+    require_one(f"{correction}.bypass_mode", (False, None), no_pass)
     if made.denominator != "all_tokens":
         hint = f"The recipe divides by {made.denominator}; change this, or the recipe."
-        require(f"{actor}.loss_agg_mode", ("token-mean",), hint)
-        require(f"{correction}.rollout_rs", (None,), hint)
-    if made.signal == "attention_entropy":
-        grouped = "It packs the responses of a prompt behind one copy of it."
-        require(f"{actor}.use_prefix_grouper", (False, None), grouped)
-        key = f"{model}.override_config.attn_implementation"
-        ranks = max(
-            OmegaConf.select(config, f"{actor}.{place}ulysses_sequence_parallel_size") or 1
-            for place in ("", "fsdp_config.")
-        )
-        if ranks > 1 and "flash" not in (OmegaConf.select(config, key) or "flash_attention_2"):
-            hint = "VeRL's sequence parallelism reaches no other attention; results would be wrong."
-            refuse(key, f"flash attention with {ranks} sequence-parallel ranks", hint)
+        require_one(f"{actor}.loss_agg_mode", ("token-mean",), hint)
+        require_one(f"{correction}.rollout_rs", (None,), hint)
+    if made.signal != "attention_entropy":
+        hint = "A record holds attention entropies; the recipe has none."
+        return require_one("token_weights.token_records", (None,), hint)
+    one_copy = "It packs the responses of a prompt behind one copy of it."
+    require_one(f"{actor}.use_prefix_grouper", (False, None), one_copy)
+    size, key = "ulysses_sequence_parallel_size", "override_config.attn_implementation"
+    sizes = [OmegaConf.select(config, f"{actor}.{part}{size}") for part in ("", "fsdp_config.")]
+    attention = OmegaConf.select(config, f"actor_rollout_ref.model.{key}") or "flash_attention_2"
+    require(
+        max(value or 1 for value in sizes) == 1 or "flash" in attention,
+        f"actor_rollout_ref.model.{key}",
+        "flash attention under Ulysses",
+        "VeRL's sequence parallelism reaches no other attention; results would be wrong.",
+    )

@@ -5,23 +5,19 @@ from typing import Any
 from tokenweights.rewards import RIGHT, boxed_match_reward
 
 
-def boxed_match(
-    data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None, **kwargs: Any
-) -> dict[str, float]:
+def boxed_match(solution_str: str, ground_truth: str, **kwargs: Any) -> dict[str, float]:
     """-2 for no box, -1 for a wrong and 1 for the right one, and the accuracy next to it.
 
     Args:
-        data_source: Name of the data set; not read.
         solution_str: The response.
         ground_truth: The reference answer.
-        extra_info: Not read.
         kwargs: Whatever else VeRL hands over; not read.
 
     Returns:
         `score` for training; `acc`, 0 or 1, of which VeRL's validation takes mean@k.
 
     Example:
-        >>> boxed_match("math", r"So it is \\boxed{7}.", "7")
+        >>> boxed_match(solution_str="So it is \\\\boxed{7}.", ground_truth="7", data_source="math")
         {'score': 1.0, 'acc': 1.0}
     """
     score = float(boxed_match_reward(solution_str, ground_truth))

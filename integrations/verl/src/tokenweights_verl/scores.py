@@ -1,4 +1,4 @@
-"""From tensors as VeRL holds them, one row of its own length per response, to scores and back."""
+"""From tensors as VeRL holds them, rows of their own lengths, to scores and sample ids."""
 
 import hashlib
 
@@ -15,7 +15,7 @@ def call_entropy(
     key_mask: Tensor | None,
     group: torch.distributed.ProcessGroup | None,
 ) -> Tensor:
-    """Attention entropy of every token of one micro-batch in one layer.
+    """Attention entropy of every token of a micro-batch in one layer, row after row: ` token`.
 
     Args:
         captured: The attention call.
@@ -24,7 +24,7 @@ def call_entropy(
         group: Ranks that hold slices of a packed row; None if this is all.
 
     Returns:
-        Entropies (nats, or normalized) of this rank's real tokens, row after row, ` token`.
+        Entropies of this rank's real tokens, in nats or normalized.
     """
     options = {"kind": recipe.entropy_kind, "top_k": recipe.top_k, "fixed_k": recipe.fixed_k}
     # Queries and keys stay in the precision they have; the sums over them are float32.
@@ -35,7 +35,7 @@ def call_entropy(
 
 
 def response_scores(scores: Tensor, response_mask: Tensor, *, alignment: str) -> Tensor:
-    """Scores of response tokens out of scores of whole sequences.
+    """Scores of response tokens, `batch token`, out of nested scores of prompts and responses.
 
     Args:
         scores: Nested scores, each row a prompt and its response.
@@ -43,7 +43,7 @@ def response_scores(scores: Tensor, response_mask: Tensor, *, alignment: str) ->
         alignment: Whose row stands for a token: the one `deciding` it, to its left, or its `own`.
 
     Returns:
-        Scores, `batch token`, 0 beyond the end of a response.
+        Scores, 0 beyond the end of a response.
 
     Example:
         >>> rows = torch.nested.as_nested_tensor([torch.arange(5.0)], layout=torch.jagged)
@@ -52,35 +52,30 @@ def response_scores(scores: Tensor, response_mask: Tensor, *, alignment: str) ->
         tensor([[2., 3.]])
     """
     shift = 1 if alignment == "deciding" else 0
-    lengths = response_mask.offsets().diff().tolist()
-    ends = scores.offsets()[1:].tolist()
-    values = scores.values().float()
-    rows = [
-        values[end - length - shift : end - shift]
-        for end, length in zip(ends, lengths, strict=True)
-    ]
+    lengths, ends = response_mask.offsets().diff().tolist(), scores.offsets()[1:].tolist()
+    parts = zip((end - shift for end in ends), lengths, strict=True)
+    rows = [scores.values()[end - length : end].float() for end, length in parts]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def sample_ids(step: int, prompts: Tensor, responses: Tensor) -> Tensor:
-    """A number for each response that stays with it however the batch is ordered.
+    """A number in [0, 2^48) for each response that stays with it however the batch is ordered.
 
-    It is drawn from the step and the text, so that random rules give the same masks on any number
-    of ranks; equal responses are counted.
+    It follows from step and text, so random rules give the same masks on any number of ranks.
 
     Args:
         step: Training step.
         prompts: Nested token ids.
-        responses: Nested token ids.
+        responses: Nested token ids; equal ones are counted.
 
     Returns:
-        Numbers in [0, 2^48), ` batch`.
+        Numbers, ` batch`.
     """
-    seen: dict[bytes, int] = {}
+    seen: dict[str, int] = {}
     numbers = []
     for prompt, response in zip(prompts.unbind(), responses.unbind(), strict=True):
-        text = f"{step} {prompt.tolist()} {response.tolist()}".encode()
-        seen[text] = seen.get(text, -1) + 1
-        digest = hashlib.sha256(text + b" %d" % seen[text]).digest()
+        text = f"{step} {prompt.tolist()} {response.tolist()}"
+        seen[text] = seen.get(text, 0) + 1
+        digest = hashlib.sha256(f"{text} {seen[text]}".encode()).digest()
         numbers.append(int.from_bytes(digest[:6], "big"))
     return torch.tensor(numbers)

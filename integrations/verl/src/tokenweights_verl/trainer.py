@@ -1,22 +1,18 @@
-"""VeRL's PPO trainers with token weights: scores once per rollout batch, weighted advantages."""
+"""VeRL's PPO trainer with token weights: scores once per rollout batch, weighted advantages."""
 
-import dataclasses
-import inspect
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 import ray
-import torch
 import transfer_queue as tq
 from omegaconf import DictConfig
 from tensordict import TensorDict
-from tokenweights._errors import invalid
 from tokenweights.recipes import WeightedRollout, weighted_rollout
 from tokenweights.report.records import append_token_records, token_records
 from torch import Tensor
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_base import register_trainer
-from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.utils.padding import response_to_nested
@@ -25,14 +21,8 @@ from tokenweights_verl.config import token_weights_config
 from tokenweights_verl.engine import ENTROPY, PROBE, TokenWeightsWorker
 from tokenweights_verl.scores import response_scores, sample_ids
 
-# The methods of VeRL that are overridden here, with the parameters relied upon.
-CONTRACT = {
-    "_init_tokenizer": [],
-    "_init_resource_pool_mgr": [],
-    "_compute_old_log_prob": ["batch", "metrics"],
-    "_compute_advantage": ["batch", "metrics"],
-}
-ATTENTION_KINDS = ("full_attention", "sliding_attention")
+FIELDS = ("advantages", "response_mask", "prompts", "responses", "old_log_probs", "entropy")
+ATTENTION = ("full_attention", "sliding_attention")
 
 # What a mixin calls belongs to the trainer after it; VeRL's own types are too loose to check it.
 _Base: Any = object
@@ -42,35 +32,25 @@ class TokenWeightsMixin(_Base):
     """Token weights for a PPO trainer of VeRL; name it first among the bases.
 
     Once per rollout batch, after VeRL's own advantages, the scores of the rollout-time policy
-    become weights, and `advantages` become weighted ones. VeRL carries them through mini-batches,
-    epochs and micro-batches as it carries its own. Extrema and counts span the whole rollout batch,
-    since the trainer sees all of it. The schedule's step is `global_steps - 1`, so it starts at 0.
+    become weights, and `advantages` become weighted ones, which VeRL carries through mini-batches,
+    epochs and micro-batches. Extrema and counts span the whole rollout batch: the trainer sees all
+    of it. The schedule's step is `global_steps - 1`, so that it starts at 0.
 
     Attributes:
-        recipe: The recipe; its `layers` are those that are read.
+        recipe: The recipe; once the trainer is set up, its `layers` are those that are read.
 
     Raises:
-        TokenWeightsError: If `token_weights` is wrong or does not fit the configuration, or the
-            installed VeRL is not one this adapter fits.
+        TokenWeightsError: If `token_weights` is wrong or does not fit the rest of the
+            configuration; before anything is started.
     """
 
-    trainer_mode_of_base: ClassVar[str]
-
     def __init__(self, config: DictConfig) -> None:
-        self._check_contract()
         self._token_weights = token_weights_config(config)
         self.recipe = self._token_weights.recipe
         # VeRL chooses queue and data loader by the name of the mode.
-        config.trainer.v1.trainer_mode = self.trainer_mode_of_base
+        mode = config.trainer.v1.trainer_mode
+        config.trainer.v1.trainer_mode = mode.removeprefix("tokenweights_")
         super().__init__(config)
-
-    def _check_contract(self) -> None:
-        for method, needed in CONTRACT.items():
-            found = inspect.signature(getattr(super(), method, lambda: None)).parameters
-            if not set(needed) <= set(found):
-                condition = f"with {method}({', '.join(needed)})"
-                version = "tokenweights-verl is made for verl>=0.9,<0.10."
-                raise invalid(type(self).__name__, "verl", condition, list(found), version)
 
     def _init_tokenizer(self) -> None:
         super()._init_tokenizer()
@@ -78,10 +58,10 @@ class TokenWeightsMixin(_Base):
             model = omega_conf_to_dataclass(self.config.actor_rollout_ref.model)
             text = model.hf_config.get_text_config()
             depth = text.num_hidden_layers
-            kinds = getattr(text, "layer_types", None) or ["full_attention"] * depth
-            available = [layer for layer, kind in enumerate(kinds) if kind in ATTENTION_KINDS]
+            kinds = getattr(text, "layer_types", None) or [ATTENTION[0]] * depth
+            available = [layer for layer, kind in enumerate(kinds) if kind in ATTENTION]
             layers = self.recipe.probe_layers(depth, available=available)
-            self.recipe = dataclasses.replace(self.recipe, layers=layers)
+            self.recipe = replace(self.recipe, layers=layers)
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -92,76 +72,65 @@ class TokenWeightsMixin(_Base):
         if self.recipe.signal == "attention_entropy":
             batch.extra_info[PROBE] = self.recipe
         batch = super()._compute_old_log_prob(batch, metrics)
-        batch.extra_info.pop(PROBE, None)
+        batch.extra_info.pop(PROBE, None)  # an adapter's reference pass runs the same engine
         return batch
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         batch = super()._compute_advantage(batch, metrics)
-        fields = ["advantages", "response_mask", "prompts", "responses", "old_log_probs", "entropy"]
-        layers = self.recipe.layers if self.recipe.signal == "attention_entropy" else ()
-        fields += [ENTROPY.format(place) for place in range(len(layers or ()))]
-        data = tq.kv_batch_get(batch.keys, batch.partition_id, select_fields=fields)
-        padded = data.select(*fields[:6]).to_padded_tensor()
+        layers = self.recipe.layers if self.recipe.signal == "attention_entropy" else None
+        entropies = [ENTROPY.format(place) for place in range(len(layers or ()))]
+        data = tq.kv_batch_get(
+            keys=batch.keys,
+            partition_id=batch.partition_id,
+            select_fields=[*FIELDS, *entropies],
+        )
+        padded = data.select(*FIELDS).to_padded_tensor()
         mask = padded["response_mask"].bool()
-        scores = self._scores(data, padded, mask)
-        ids = sample_ids(self.global_steps, data["prompts"], data["responses"])
+        scores = padded["entropy"].float() if self.recipe.signal == "predictive_entropy" else None
+        if entropies:
+            parts = [
+                response_scores(data[key], data["response_mask"], alignment=self.recipe.alignment)
+                for key in entropies
+            ]
+            scores = self.recipe.merged_layers(parts, mask)
         rollout = weighted_rollout(
             self.recipe,
             scores,
             mask,
             step=self.global_steps - 1,
-            sample_ids=ids,
+            sample_ids=sample_ids(self.global_steps, data["prompts"], data["responses"]),
             token_groups=padded["responses"],
         )
-        metrics.update({f"token_weights/{k}": v for k, v in rollout.metrics.items()})
-        self._append_records(batch, data, padded, scores, rollout, ids)
+        metrics.update({f"token_weights/{name}": v for name, v in rollout.metrics.items()})
+        self._append_records(batch, data, scores, rollout)
         weighted = padded["advantages"] * rollout.weights * rollout.scale
         nested = response_to_nested(weighted, data["response_mask"])
-        return tq.kv_batch_put(
-            keys=batch.keys,
-            partition_id=batch.partition_id,
-            fields=TensorDict({"advantages": nested}, batch_size=len(batch)),
-        )
-
-    def _scores(self, data: TensorDict, padded: TensorDict, mask: Tensor) -> Tensor | None:
-        if self.recipe.signal == "none":
-            return None
-        if self.recipe.signal == "predictive_entropy":
-            return padded["entropy"].float()
-        scores = [
-            response_scores(data[key], data["response_mask"], alignment=self.recipe.alignment)
-            for key in sorted(key for key in data.keys() if key.startswith(ENTROPY.format("")))
-        ]
-        return self.recipe.merged_layers(scores, mask)
+        fields = TensorDict({"advantages": nested}, batch_size=len(batch))
+        return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
 
     def _append_records(
-        self,
-        batch: KVBatchMeta,
-        data: TensorDict,
-        padded: TensorDict,
-        scores: Tensor | None,
-        rollout: WeightedRollout,
-        ids: Tensor,
+        self, batch: KVBatchMeta, data: TensorDict, scores: Tensor | None, rollout: WeightedRollout
     ) -> None:
         """Token records of one prompt's responses, every `token_records_steps` steps."""
         path, every = self._token_weights.token_records, self._token_weights.token_records_steps
         if path is None or scores is None or (self.global_steps - 1) % every:
             return
-        # Keys are prompt, response and turn; the same prompt's share what is before the first "_".
+        # A key is prompt, response and turn, with "_" between them.
         prompts = [key.split("_")[0] for key in batch.keys]
         rows = [row for row, prompt in enumerate(prompts) if prompt == prompts[0]]
-        decode = self.tokenizer.decode
+        padded = data.select(*FIELDS).to_padded_tensor()
+        decode, layers = self.tokenizer.decode, self.recipe.layers
         records = token_records(
             scores[rows],
             padded["response_mask"][rows].bool(),
             step=self.global_steps - 1,
-            sample_ids=ids[rows],
+            sample_ids=sample_ids(self.global_steps, data["prompts"], data["responses"])[rows],
             prompts=[decode(data["prompts"][row]) for row in rows],
             token_ids=padded["responses"][rows],
             decode=decode,
             weights=rollout.weights[rows],
-            advantages=padded["advantages"][rows],
-            layer=self.recipe.layers[0] if len(self.recipe.layers) == 1 else self.recipe.layers,
+            advantages=padded["advantages"][rows].float(),
+            layer=layers[0] if len(layers) == 1 else layers,
             entropy_kind=self.recipe.entropy_kind,
             alignment=self.recipe.alignment,
             predictive_entropy=padded["entropy"][rows].float(),
@@ -173,12 +142,3 @@ class TokenWeightsMixin(_Base):
 @register_trainer("tokenweights_sync")
 class TokenWeightsTrainerSync(TokenWeightsMixin, PPOTrainerSync):
     """VeRL's synchronous trainer with token weights; see `TokenWeightsMixin`."""
-
-    trainer_mode_of_base = "sync"
-
-
-@register_trainer("tokenweights_colocate_async")
-class TokenWeightsTrainerColocateAsync(TokenWeightsMixin, PPOTrainerColocateAsync):
-    """VeRL's colocated asynchronous trainer with token weights; see `TokenWeightsMixin`."""
-
-    trainer_mode_of_base = "colocate_async"
