@@ -3,6 +3,8 @@
 Only the kernel is ours: transformers' way to it and VeRL's all-to-all around it are real.
 """
 
+import itertools
+
 import torch
 
 
@@ -21,7 +23,7 @@ def flash_attn_varlen_func(
     """Causal attention within each sequence, `token heads dim`."""
     assert causal and torch.equal(cu_seqlens_q, cu_seqlens_k)
     bounds, outputs = cu_seqlens_q.tolist(), []
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in itertools.pairwise(bounds):
         own = [part[first:last].transpose(0, 1)[None] for part in (q, k, v)]
         output = torch.nn.functional.scaled_dot_product_attention(
             *own, is_causal=True, enable_gqa=True, scale=softmax_scale

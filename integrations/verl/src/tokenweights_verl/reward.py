@@ -6,7 +6,7 @@ from tokenweights.rewards import RIGHT, boxed_match_reward
 
 
 def boxed_match(solution_str: str, ground_truth: str, **kwargs: Any) -> dict[str, float]:
-    """-2 for no box, -1 for a wrong and 1 for the right one, and the accuracy next to it.
+    r"""-2 for no box, -1 for a wrong and 1 for the right one, and the accuracy next to it.
 
     Args:
         solution_str: The response.
@@ -17,7 +17,7 @@ def boxed_match(solution_str: str, ground_truth: str, **kwargs: Any) -> dict[str
         `score` for training; `acc`, 0 or 1, of which VeRL's validation takes mean@k.
 
     Example:
-        >>> boxed_match(solution_str="So it is \\\\boxed{7}.", ground_truth="7", data_source="math")
+        >>> boxed_match(solution_str=r"It is \boxed{7}.", ground_truth="7", data_source="math")
         {'score': 1.0, 'acc': 1.0}
     """
     score = float(boxed_match_reward(solution_str, ground_truth))
