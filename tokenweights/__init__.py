@@ -32,6 +32,7 @@ from tokenweights.distributed import global_sum as global_sum
 from tokenweights.gradients import BandShares as BandShares
 from tokenweights.gradients import GradientGeometry as GradientGeometry
 from tokenweights.gradients import GradientProbe as GradientProbe
+from tokenweights.gradients import GradientSeries as GradientSeries
 from tokenweights.gradients import GroupGradients as GroupGradients
 from tokenweights.gradients import OnlineDispersion as OnlineDispersion
 from tokenweights.gradients import ProbeGeometry as ProbeGeometry
@@ -45,6 +46,7 @@ from tokenweights.gradients import group_gradients as group_gradients
 from tokenweights.gradients import group_projection_ratios as group_projection_ratios
 from tokenweights.gradients import selected_parameters as selected_parameters
 from tokenweights.gradients import token_alignment as token_alignment
+from tokenweights.gradients import unclipped_losses as unclipped_losses
 from tokenweights.losses import aggregate_loss as aggregate_loss
 from tokenweights.losses import clipped_surrogate_loss as clipped_surrogate_loss
 from tokenweights.losses import loss_denominator as loss_denominator
@@ -108,6 +110,7 @@ __all__ = [
     "ExchangeBytes",
     "GradientGeometry",
     "GradientProbe",
+    "GradientSeries",
     "GroupDynamics",
     "GroupGradients",
     "Interval",
@@ -189,6 +192,7 @@ __all__ = [
     "token_alignment",
     "token_weight_metrics",
     "top_fraction",
+    "unclipped_losses",
     "weight_statistics",
     "weighted_token_mean",
 ]
