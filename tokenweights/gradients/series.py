@@ -1,4 +1,4 @@
-"""What a gradient probe logs during training: the geometry of one batch, again and again (J.1, J.2).
+"""What a gradient probe logs during training: the geometry of one batch, again and again.
 
 A trainer adapter carries tensors here and numbers to its log; everything between is this file.
 """
