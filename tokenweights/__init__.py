@@ -71,6 +71,7 @@ from tokenweights.recipes import Recipe as Recipe
 from tokenweights.recipes import WeightedRollout as WeightedRollout
 from tokenweights.recipes import recipe as recipe
 from tokenweights.recipes import recipe_names as recipe_names
+from tokenweights.recipes import rollout_recipe as rollout_recipe
 from tokenweights.recipes import weighted_rollout as weighted_rollout
 from tokenweights.rewards import Interval as Interval
 from tokenweights.rewards import bootstrap_interval as bootstrap_interval
@@ -186,6 +187,7 @@ __all__ = [
     "recipe",
     "recipe_names",
     "relative_position",
+    "rollout_recipe",
     "score_extrema",
     "selected_parameters",
     "sequence_parallel_bytes",
