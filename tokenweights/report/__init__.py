@@ -2,11 +2,13 @@
 
 While a run trains, `append_metrics` and `append_token_records` write plain JSON lines. Afterwards
 `run_report_html` makes one HTML page of them, `trace_page_html` and `token_trace_html` show single
-responses, and the `*_figure` functions return matplotlib figures. Figures and the report need the
-extra `tokenweights[report]`; records and traces need nothing beyond the library.
+responses, and the `*_figure` functions and `decile_heatmap` return matplotlib figures. Figures and
+the report need the extra `tokenweights[report]`; records and traces need nothing beyond the
+library.
 """
 
 from tokenweights.report.figures import dynamics_figure, learning_figure, weights_figure
+from tokenweights.report.gradient_figures import decile_heatmap
 from tokenweights.report.page import Run, run_from_directory, run_report_html
 from tokenweights.report.records import (
     TokenRecord,
@@ -23,6 +25,7 @@ __all__ = [
     "TokenRecord",
     "append_metrics",
     "append_token_records",
+    "decile_heatmap",
     "dynamics_figure",
     "learning_figure",
     "read_metrics",
