@@ -21,6 +21,9 @@ from tokenweights.capture import CapturedAttention as CapturedAttention
 from tokenweights.capture import attention_layers as attention_layers
 from tokenweights.capture import capture_attention as capture_attention
 from tokenweights.capture import middle_layer as middle_layer
+from tokenweights.diagnostics import CollapseMonitor as CollapseMonitor
+from tokenweights.diagnostics import CollapseThresholds as CollapseThresholds
+from tokenweights.diagnostics import CollapseVerdict as CollapseVerdict
 from tokenweights.diagnostics import GroupDynamics as GroupDynamics
 from tokenweights.diagnostics import LayerAgreement as LayerAgreement
 from tokenweights.diagnostics import QuadrantTokens as QuadrantTokens
@@ -120,6 +123,9 @@ __all__ = [
     "AttentionStatistics",
     "BandShares",
     "CapturedAttention",
+    "CollapseMonitor",
+    "CollapseThresholds",
+    "CollapseVerdict",
     "Endpoints",
     "ExchangeBytes",
     "GradientGeometry",

@@ -3,6 +3,8 @@
 Statistics are records that merge over micro-batches (`merged`) and over ranks (`group=`).
 """
 
+from tokenweights.diagnostics.collapse import CollapseMonitor as CollapseMonitor
+from tokenweights.diagnostics.collapse import CollapseVerdict as CollapseVerdict
 from tokenweights.diagnostics.correlation import pearson_correlation as pearson_correlation
 from tokenweights.diagnostics.correlation import rank_correlation as rank_correlation
 from tokenweights.diagnostics.dynamics import GroupDynamics as GroupDynamics
@@ -20,6 +22,7 @@ from tokenweights.diagnostics.support import SupportConcentration as SupportConc
 from tokenweights.diagnostics.support import response_statistics as response_statistics
 from tokenweights.diagnostics.support import support_by_entropy as support_by_entropy
 from tokenweights.diagnostics.support import support_concentration as support_concentration
+from tokenweights.diagnostics.thresholds import CollapseThresholds as CollapseThresholds
 from tokenweights.diagnostics.token_weights import token_weight_metrics as token_weight_metrics
 from tokenweights.diagnostics.tokens import QuadrantTokens as QuadrantTokens
 from tokenweights.diagnostics.tokens import quadrant_tokens as quadrant_tokens
