@@ -93,7 +93,9 @@ from tokenweights.rewards import majority_at_k as majority_at_k
 from tokenweights.rewards import mean_at_k as mean_at_k
 from tokenweights.rewards import overlong_penalty as overlong_penalty
 from tokenweights.rewards import pass_at_k as pass_at_k
+from tokenweights.schedules import AdaptiveProgress as AdaptiveProgress
 from tokenweights.schedules import Endpoints as Endpoints
+from tokenweights.schedules import adaptive_progress as adaptive_progress
 from tokenweights.schedules import constant_schedule as constant_schedule
 from tokenweights.schedules import cosine_schedule as cosine_schedule
 from tokenweights.schedules import endpoint_schedule as endpoint_schedule
@@ -119,6 +121,7 @@ from tokenweights.weights import weight_statistics as weight_statistics
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveProgress",
     "AttentionCapture",
     "AttentionStatistics",
     "BandShares",
@@ -146,6 +149,7 @@ __all__ = [
     "TokenAlignment",
     "TokenWeightsError",
     "WeightStatistics",
+    "adaptive_progress",
     "aggregate_loss",
     "align_to_decision",
     "align_to_own",
