@@ -16,8 +16,10 @@ from typing import Any
 
 
 def asset(name: str) -> str:
-    """The text of a template, style sheet or script that lies beside this file."""
-    return resources.files("tokenweights.report").joinpath(name).read_text(encoding="utf-8")
+    """The text of a template, style sheet or script of this package."""
+    return (
+        resources.files("tokenweights.report").joinpath("assets", name).read_text(encoding="utf-8")
+    )
 
 
 def filled(name: str, **values: str) -> str:
