@@ -25,7 +25,7 @@ EVALUATIONS = [
 
 
 def text_of(page):
-    body = page[page.index("<body>") :]
+    body = page[page.index("<body>") : page.index('<script>"use strict"')]
     return " ".join(re.sub(r"<[^>]*>", " ", body).split())
 
 

@@ -27,19 +27,19 @@ def filled(name: str, **values: str) -> str:
     return Template(asset(name)).substitute(values)
 
 
-def document_html(*, title: str, body: str, styles: Sequence[str], script: str) -> str:
+def document_html(*, title: str, body: str, styles: Sequence[str], scripts: Sequence[str]) -> str:
     """A whole page.
 
     Args:
         title: Text of the window's title.
         body: HTML.
         styles: Names of style sheets, after the shared one.
-        script: Name of the script.
+        scripts: Names of scripts; they become one.
 
     Returns:
         HTML that needs no other file.
     """
-    code = asset(script)
+    code = "\n".join(map(asset, scripts))
     digest = hashlib.sha256(code.encode("utf-8")).digest()
     return filled(
         "document.html",

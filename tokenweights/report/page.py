@@ -138,7 +138,7 @@ def run_report_html(run: Run | FilePath) -> str:
         **{name: figure_svg(figure, name=name) for name, figure in figures.items()},
     )
     styles = ("page.css", *trace.STYLES)
-    return document_html(title=run.title, body=body, styles=styles, script=trace.SCRIPT)
+    return document_html(title=run.title, body=body, styles=styles, scripts=trace.SCRIPTS)
 
 
 def _described(path: Path) -> dict[str, Any]:
