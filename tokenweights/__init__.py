@@ -21,10 +21,28 @@ from tokenweights.capture import CapturedAttention as CapturedAttention
 from tokenweights.capture import attention_layers as attention_layers
 from tokenweights.capture import capture_attention as capture_attention
 from tokenweights.capture import middle_layer as middle_layer
+from tokenweights.diagnostics import CollapseMonitor as CollapseMonitor
+from tokenweights.diagnostics import CollapseThresholds as CollapseThresholds
+from tokenweights.diagnostics import CollapseVerdict as CollapseVerdict
 from tokenweights.diagnostics import GroupDynamics as GroupDynamics
+from tokenweights.diagnostics import LayerAgreement as LayerAgreement
+from tokenweights.diagnostics import QuadrantTokens as QuadrantTokens
+from tokenweights.diagnostics import RolloutStatistics as RolloutStatistics
+from tokenweights.diagnostics import ScoreMoments as ScoreMoments
+from tokenweights.diagnostics import SubsetOverlap as SubsetOverlap
+from tokenweights.diagnostics import SupportConcentration as SupportConcentration
 from tokenweights.diagnostics import group_dynamics as group_dynamics
+from tokenweights.diagnostics import layer_agreement as layer_agreement
+from tokenweights.diagnostics import partition_jaccard as partition_jaccard
 from tokenweights.diagnostics import pearson_correlation as pearson_correlation
+from tokenweights.diagnostics import quadrant_tokens as quadrant_tokens
 from tokenweights.diagnostics import rank_correlation as rank_correlation
+from tokenweights.diagnostics import response_statistics as response_statistics
+from tokenweights.diagnostics import rollout_statistics as rollout_statistics
+from tokenweights.diagnostics import score_moments as score_moments
+from tokenweights.diagnostics import subset_overlap as subset_overlap
+from tokenweights.diagnostics import support_by_entropy as support_by_entropy
+from tokenweights.diagnostics import support_concentration as support_concentration
 from tokenweights.diagnostics import token_weight_metrics as token_weight_metrics
 from tokenweights.distributed import gathered as gathered
 from tokenweights.distributed import global_extrema as global_extrema
@@ -57,6 +75,7 @@ from tokenweights.masked import masked_sum as masked_sum
 from tokenweights.partition import back_fraction as back_fraction
 from tokenweights.partition import bernoulli_subset as bernoulli_subset
 from tokenweights.partition import bottom_fraction as bottom_fraction
+from tokenweights.partition import first_tokens as first_tokens
 from tokenweights.partition import front_fraction as front_fraction
 from tokenweights.partition import matched_random as matched_random
 from tokenweights.partition import median_quadrants as median_quadrants
@@ -104,6 +123,9 @@ __all__ = [
     "AttentionStatistics",
     "BandShares",
     "CapturedAttention",
+    "CollapseMonitor",
+    "CollapseThresholds",
+    "CollapseVerdict",
     "Endpoints",
     "ExchangeBytes",
     "GradientGeometry",
@@ -111,10 +133,16 @@ __all__ = [
     "GroupDynamics",
     "GroupGradients",
     "Interval",
+    "LayerAgreement",
     "OnlineDispersion",
     "ProbeGeometry",
+    "QuadrantTokens",
     "Recipe",
+    "RolloutStatistics",
     "ScoreExtrema",
+    "ScoreMoments",
+    "SubsetOverlap",
+    "SupportConcentration",
     "TokenAlignment",
     "TokenWeightsError",
     "WeightStatistics",
@@ -142,6 +170,7 @@ __all__ = [
     "expected_random_cosine",
     "expected_random_error",
     "extreme_tokens",
+    "first_tokens",
     "front_fraction",
     "gathered",
     "global_extrema",
@@ -151,6 +180,7 @@ __all__ = [
     "group_gradients",
     "group_projection_ratios",
     "high_to_low",
+    "layer_agreement",
     "linear_schedule",
     "loss_denominator",
     "loss_magnitude",
@@ -167,23 +197,31 @@ __all__ = [
     "median_quadrants",
     "middle_layer",
     "overlong_penalty",
+    "partition_jaccard",
     "pass_at_k",
     "pearson_correlation",
     "piecewise_schedule",
     "predictive_entropy",
+    "quadrant_tokens",
     "quantile_bins",
     "random_fraction",
     "rank_correlation",
     "recipe",
     "recipe_names",
     "relative_position",
+    "response_statistics",
+    "rollout_statistics",
     "score_extrema",
+    "score_moments",
     "selected_parameters",
     "sequence_parallel_bytes",
     "sequence_parallel_entropy",
     "softmax_partition",
     "static_endpoints",
+    "subset_overlap",
     "subset_weights",
+    "support_by_entropy",
+    "support_concentration",
     "tensor_parallel_bytes",
     "tensor_parallel_entropy",
     "token_alignment",
