@@ -5,6 +5,7 @@ from tokenweights.attention.api import (
     attention_entropy_varlen,
     attention_statistics,
 )
+from tokenweights.attention.distribution import attention_weights
 from tokenweights.attention.given_weights import attention_entropy_from_weights
 from tokenweights.attention.parallel import (
     ExchangeBytes,
@@ -34,6 +35,7 @@ __all__ = [
     "attention_entropy_from_weights",
     "attention_entropy_varlen",
     "attention_statistics",
+    "attention_weights",
     "sequence_parallel_bytes",
     "sequence_parallel_entropy",
     "tensor_parallel_bytes",
