@@ -23,7 +23,7 @@ def attention_weights(
     softcap: float | None = None,
     sinks: Float[Tensor, " heads"] | None = None,
 ) -> Float[Tensor, "batch query key"]:
-    r"""Attention weights averaged over heads, `batch query key`, each row summing to one (Eq. 11).
+    r"""Attention weights averaged over heads, `batch query key`; each row sums to one (Section 2).
 
     $\bar a_{t,j}$, the distribution that `attention_entropy` measures, in float32: shares of the
     visible mass, 0 where a query does not look, and an empty row for a padded query. Detached.

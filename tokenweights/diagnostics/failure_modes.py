@@ -102,7 +102,7 @@ def short_response_collapse(
     gain = reward - episode.reward
     waited = episode.age >= limits.patience
     grown = gain >= limits.reward_change * limits.reward_range or reward >= limits.saturated_reward
-    if waited and grown or length >= episode.length + least:
+    if (waited and grown) or length >= episode.length + least:
         history.keep(limits.window)  # later lengths are compared with the present one
         return None, ""
     if episode.raised is None:

@@ -22,19 +22,15 @@ from tokenweights._errors import invalid
 from tokenweights._typing import typed
 from tokenweights.report import trace
 from tokenweights.report.document import document_html, escaped, facts_html, filled
-from tokenweights.report.figures import (
-    accuracy_names,
-    dynamics_figure,
-    learning_figure,
-    weights_figure,
-)
+from tokenweights.report.figures import dynamics_figure, learning_figure, weights_figure
+from tokenweights.report.figures.style import figure_svg
+from tokenweights.report.figures.training import accuracy_keys
 from tokenweights.report.records import (
     FilePath,
     TokenRecord,
     read_metrics,
     read_token_records,
 )
-from tokenweights.report.style import figure_svg
 
 
 @dataclass(frozen=True)
@@ -161,8 +157,7 @@ def _described(path: Path) -> dict[str, Any]:
 
 def _accuracy_html(evaluations: Sequence[Mapping[str, float]]) -> str:
     rows = []
-    for name in accuracy_names(evaluations):
-        key = f"accuracy/{name}"
+    for key, name in accuracy_keys(evaluations).items():
         lines = sorted((e for e in evaluations if math.isfinite(e.get(key, math.nan))), key=_step)
         if not lines:
             continue
