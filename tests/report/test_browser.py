@@ -250,6 +250,6 @@ def test_a_report_opens(opened, record):
     run = Run(metrics=metrics, records=[record(step=0), record(step=9)])
     driver = opened(run_report_html(run), scheme="dark")
     figures = all_of(driver, ".run-figure svg")
-    assert len(figures) == 3 and all(figure.size["width"] > 500 for figure in figures)
+    assert len(figures) == 5 and all(figure.size["width"] > 500 for figure in figures)
     all_of(driver, ".token")[0].click()
     assert tooltip(driver)["position"] == "1 of 5"

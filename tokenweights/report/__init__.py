@@ -21,7 +21,8 @@ from tokenweights.report.figures import (
     support_figure,
     weights_figure,
 )
-from tokenweights.report.page import Run, run_from_directory, run_report_html
+from tokenweights.report.inspection import inspected_records
+from tokenweights.report.page import run_report_html
 from tokenweights.report.records import (
     TokenRecord,
     append_metrics,
@@ -30,6 +31,7 @@ from tokenweights.report.records import (
     read_token_records,
     token_records,
 )
+from tokenweights.report.runs import Run, run_from_directory
 from tokenweights.report.trace import token_trace_html, trace_page_html
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "dynamics_figure",
     "entropy_relation_figure",
     "gradient_figure",
+    "inspected_records",
     "layer_agreement_figure",
     "learning_figure",
     "quadrant_figure",

@@ -26,6 +26,7 @@ from tokenweights.report.document import (
     script_json,
 )
 from tokenweights.report.records import EntropyKind, TokenGroup, TokenRecord
+from tokenweights.report.runs import outer_steps
 
 STYLES = ("trace.css",)
 SCRIPTS = ("trace.js", "trace_search.js", "trace_strip.js")
@@ -156,21 +157,13 @@ def first_and_last(records: Iterable[TokenRecord]) -> tuple[TokenRecord, ...]:
     """One response of the first step and one of the last, to the same prompt if there is one.
 
     Nothing is picked by hand: the first prompt of the first step that the last step has too, and
-    for each step the first response to it. The records are read once; two steps are held.
+    for each step the first response to it.
     """
-    first: list[TokenRecord] = []
-    last: list[TokenRecord] = []
-    for record in records:
-        if not first or record.step < first[0].step:
-            first = []
-        if not first or record.step == first[0].step:
-            first.append(record)
-        if last and record.step > last[0].step:
-            last = []
-        if not last or record.step == last[0].step:
-            last.append(record)
-    if not first or first[0].step == last[0].step:
-        return tuple(first[:1])
+    outer = outer_steps(records)
+    if not outer or outer[0].step == outer[-1].step:
+        return outer[:1]
+    first = [record for record in outer if record.step == outer[0].step]
+    last = [record for record in outer if record.step == outer[-1].step]
     answered = {record.prompt: record for record in reversed(last)}
     common = [record for record in first if record.prompt in answered]
     return (common[0], answered[common[0].prompt]) if common else (first[0], last[0])

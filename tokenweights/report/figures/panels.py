@@ -117,8 +117,9 @@ def draw_bars(
     colors: Sequence[str],
     *,
     shown: Callable[[float], str],
+    slots: int = 0,
 ) -> None:
-    """Draws horizontal bars from the top down, each with its name and its value as text."""
+    """Draws horizontal bars from the top down, named and with their values, in `slots` places."""
     if not names:
         say_nothing_recorded(axes)
         return
@@ -131,7 +132,7 @@ def draw_bars(
         offset = {"xytext": (4, 0), "textcoords": "offset points"}
         axes.annotate(text, where, va="center", fontsize=8, color=style.MUTED, **offset)
     axes.set_yticks(places, names, color=style.INK, parse_math=False)
-    axes.invert_yaxis()
+    axes.set_ylim(max(slots, len(names)) - 0.5, -0.5)
     axes.grid(visible=False)
     axes.set_xticks([])
     axes.margins(x=0.22)

@@ -150,7 +150,7 @@ def entropy_relation_figure(records: Sequence[TokenRecord]) -> "matplotlib.figur
         'not recorded'
     """
     with style.figure_style():
-        figure = figure_of(width=5.4, height=4.2)
+        figure = figure_of(width=8.0, height=3.8)
         axes = figure.subplots()
         found = _both_entropies(records)
         if found is None:
@@ -219,7 +219,8 @@ def quadrant_figure(
             axes.set_title(f"{name}{share}", fontsize=9)
             names = [style.drawable(texts[token]) for token, _ in pairs]
             numbers = [float(count) for _, count in pairs]
-            draw_bars(axes, names, numbers, [color] * len(names), shown="{:.0f}".format)
+            colors = [color] * len(names)
+            draw_bars(axes, names, numbers, colors, shown="{:.0f}".format, slots=limit)
     return figure
 
 
