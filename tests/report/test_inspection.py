@@ -112,11 +112,10 @@ def test_a_record_has_texts_groups_and_every_column():
     assert record.group.count("anchor") == record.group.count("explorer") == 3
     assert all(len(row) == 2 for row in record.attended)
     assert set(record.columns) == {
-        *(f"{kind}_entropy" for kind in ("raw", "normalized", "topk", "fixed")),
+        *(f"{kind}_entropy" for kind in ("raw", "topk", "fixed")),
         *(f"support_size_{mass}" for mass in (0.5, 0.8, 0.9, 0.95)),
         *("mean_distance", "local_mass", "max_weight"),
     }
-    assert record.columns["normalized_entropy"] == record.attention_entropy
 
 
 def test_progress_counts_every_token_once():

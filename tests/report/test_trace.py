@@ -124,6 +124,13 @@ def test_a_page_names_what_was_read(record):
     assert "Attention entropy, nats" in Page(trace_page_html([record(entropy_kind="raw")])).texts
 
 
+def test_layers_of_one_response_are_told_apart_by_layer(record):
+    page = trace_page_html([record(layer=layer) for layer in (1, 2)])
+    assert re.findall(r"<h3>(.*?)</h3>", page) == ["Layer 1", "Layer 2"]
+    page = trace_page_html([record(layer=1, step=0), record(layer=2, step=1)])
+    assert re.findall(r"<h3>(.*?)</h3>", page) == ["Step 0", "Step 1"]
+
+
 def test_optional_columns_leave_no_trace_when_missing(record):
     page = trace_page_html([record(predictive_entropy=None, log_probs=None, group=None)])
     body = page[page.index("<body>") : page.index('"use strict"')]

@@ -60,9 +60,8 @@ def inspected_records(
     The model reads the sequence once, in chunks over its own cache, so that memory holds the
     logits of one chunk and never an attention matrix. Each record has log-probabilities and
     predictive entropies at temperature 1, groups of bottom and top 20 %, the largest attention
-    weights of each token, and the columns `raw_entropy`, `normalized_entropy`, `topk_entropy`,
-    `fixed_entropy`, `support_size_0.5`, `_0.8`, `_0.9`, `_0.95`, `mean_distance`, `local_mass` and
-    `max_weight`.
+    weights of each token, and the columns `support_size_0.5`, `_0.8`, `_0.9`, `_0.95`,
+    `mean_distance`, `local_mass`, `max_weight` and `<kind>_entropy` for the other three kinds.
 
     Args:
         model: A transformers language model in evaluation mode.
@@ -160,7 +159,8 @@ def inspected_records(
             predictive_entropy=torch.cat(entropies)[None, rows],
             log_probs=torch.cat(log_probs)[None, rows],
         )
-        columns = {name: tuple(layer.values(name, read).tolist()) for name in layer.columns}
+        others = [name for name in layer.columns if name != f"{entropy_kind}_entropy"]
+        columns = {name: tuple(layer.values(name, read).tolist()) for name in others}
         records.append(
             replace(
                 record,

@@ -150,7 +150,11 @@ def traces_html(records: Sequence[TokenRecord]) -> str:
         hint = "Kinds have different scales: make a page for each."
         got = sorted(kinds) or "no record"
         raise invalid("trace_page_html", "records", "with one entropy_kind", got, hint)
-    return _section_html([_trace_of(record) for record in records], records[0].entropy_kind)
+    # One response at several layers, as the command `inspect` shows it, or several responses.
+    one_step = len(records) > 1 and len({record.step for record in records}) == 1
+    by_layer = one_step and len({record.layer for record in records}) == len(records)
+    traces = [_trace_of(record, by_layer=by_layer) for record in records]
+    return _section_html(traces, records[0].entropy_kind)
 
 
 def first_and_last(records: Iterable[TokenRecord]) -> tuple[TokenRecord, ...]:
@@ -189,17 +193,19 @@ class _Trace:
     reads_own_row: bool = False
 
 
-def _trace_of(record: TokenRecord) -> _Trace:
+def _trace_of(record: TokenRecord, *, by_layer: bool) -> _Trace:
     layers = record.layer if isinstance(record.layer, tuple) else (record.layer,)
+    layer = "layers" if len(layers) > 1 else "layer"
+    indices = ", ".join(map(str, layers))
     facts = {
         "reward": None if record.reward is None else f"{record.reward:g}".replace("-", "\u2212"),
         "tokens": len(record.tokens),
-        "layers" if len(layers) > 1 else "layer": ", ".join(map(str, layers)),
+        layer: None if by_layer else indices,
         "row": record.alignment,
-        "sample": record.sample_id,
+        "sample": None if by_layer else record.sample_id,
     }
     return _Trace(
-        title=f"Step {record.step}",
+        title=f"{layer.capitalize()} {indices}" if by_layer else f"Step {record.step}",
         facts=facts,
         prompt=record.prompt,
         tokens=record.tokens,

@@ -35,6 +35,7 @@ def support_figure(
 ) -> "matplotlib.figure.Figure":
     """How many keys hold a share of the attention, and how far away they are (Figures 3, 15-18).
 
+    Local mass is the share of the attention at distances below the local window of the records.
     Anchors and explorers are the bottom and top fifth of each response by the entropy of `kind`;
     the random fifth is drawn with a fixed seed. Values are means over the tokens of a group.
 
@@ -89,7 +90,7 @@ def support_figure(
         size, distance, local = figure.subplots(1, 3, width_ratios=(5, 3, 3))
         size.set_title("Keys that hold a share of the attention")
         distance.set_title("Mean distance, tokens")
-        local.set_title("Share within the local window")
+        local.set_title("Local mass")
         if all(value is None for value in vars(statistics).values()):
             for axes in figure.axes:
                 say_nothing_recorded(axes)
@@ -102,6 +103,8 @@ def support_figure(
             lines = [Line(name, color, shares, row) for name, color, row in rows]
             size.set_xlabel("share of the attention, %")
         draw_lines(size, lines, from_zero=True)
+        if lines:
+            size.set_xticks(lines[0].steps)
         spans = ((distance, found.mean_distance, "{:.1f}"), (local, found.local_mass, "{:.1%}"))
         for axes, values, shown in spans:
             names = () if values is None else _GROUPS
