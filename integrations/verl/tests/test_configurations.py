@@ -75,8 +75,12 @@ def test_the_reward_is_where_the_configuration_says():
     place = composed("+experiment=paper").reward.custom_reward_function
     reward = load_extern_object(place.path, place.name)
     texts = ("no box", r"\boxed{8}", r"\boxed{7}")
-    assert [reward("math", text, "7")["score"] for text in texts] == [-2.0, -1.0, 1.0]
-    assert [reward("math", text, "7")["acc"] for text in texts] == [0.0, 0.0, 1.0]
+    rewards = [
+        reward(data_source="math", solution_str=text, ground_truth="7", extra_info={})
+        for text in texts
+    ]
+    assert [found["score"] for found in rewards] == [-2.0, -1.0, 1.0]
+    assert [found["acc"] for found in rewards] == [0.0, 0.0, 1.0]
 
 
 def test_known_losses_exist():

@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from tokenweights._errors import invalid
-from tokenweights.recipes import Recipe, recipe
+from tokenweights.recipes import Recipe, rollout_recipe
 
 # Losses that are homogeneous in the advantage, token by token: for w >= 0 the loss of w * A is w
 # times the loss of A, so weighting advantages is weighting token losses.
@@ -46,10 +46,8 @@ def token_weights_config(config: DictConfig) -> TokenWeightsConfig:
     if unknown := sorted(set(fields) - set(known)):
         hint = f"Known are {', '.join(known)}."
         raise invalid("verl", "token_weights", "without unknown keys", unknown, hint)
-    if not fields.get("recipe"):
-        hint = "Add `+token_weights.recipe=low2high`."
-        raise invalid("verl", "token_weights.recipe", "a name or fields", None, hint)
-    token_weights = TokenWeightsConfig(**{**fields, "recipe": recipe(fields["recipe"])})
+    choice = fields.pop("recipe", None)
+    token_weights = TokenWeightsConfig(rollout_recipe(choice, caller="token_weights"), **fields)
     _check(config, token_weights)
     return token_weights
 
@@ -67,13 +65,6 @@ def _check(config: DictConfig, token_weights: TokenWeightsConfig) -> None:
     actor, correction = "actor_rollout_ref.actor", "algorithm.rollout_correction"
     fits = isinstance(steps, int) and steps >= 1
     require(fits, "token_weights.token_records_steps", "an integer >= 1", "It counts steps.")
-    require(
-        made.signal != "loss_magnitude",
-        "token_weights.recipe",
-        "with a signal other than loss_magnitude",
-        "At rollout time the ratio is 1, so |loss| is |advantage|, the same for every token of a "
-        "response: there is nothing to rank. Use `predictive_low20` or `predictive_high20`.",
-    )
     other_layout = "Other engines lay attention out in their own way."
     require_one(f"{actor}.strategy", ("fsdp", "fsdp2"), other_layout)
     not_linear = "In other losses the advantage is no factor of each token's loss."

@@ -12,8 +12,6 @@ from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker, TrainingWorkerConfig
 from verl.workers.utils.padding import build_attention_mask_from_nested
 
-from tokenweights_verl.scores import call_entropy
-
 # The key of the recipe that goes along with a batch whose attention is wanted.
 PROBE = "attention_probe"
 # The key of the output that answers it, one for each probed layer.
@@ -43,10 +41,14 @@ class TokenWeightsEngineMixin(_Base):
         packed = tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True)
 
         def entropy(captured: CapturedAttention) -> Tensor:
-            mask = None if packed else build_attention_mask_from_nested(micro_batch["input_ids"])
-            mask = None if mask is None else mask.bool().to(captured.query.device)
-            group = self.ulysses_parallel_group
-            return call_entropy(captured, recipe, key_mask=mask, group=group)
+            """Entropies of this rank's real tokens, row after row."""
+            # Queries and keys stay in the precision they have; the sums over them are float32.
+            with torch.autocast(captured.query.device.type, enabled=False):
+                if packed:
+                    return recipe.captured_entropy(captured, group=self.ulysses_parallel_group)[0]
+                mask = build_attention_mask_from_nested(micro_batch["input_ids"])
+                mask = mask.bool().to(captured.query.device)
+                return recipe.captured_entropy(captured, key_mask=mask)[mask]
 
         tap = capture_attention(self.module, recipe.layers, packed=packed, reduce=entropy)
         with tap as self._capture:

@@ -3,35 +3,7 @@
 import hashlib
 
 import torch
-from tokenweights.capture import CapturedAttention
-from tokenweights.recipes import Recipe
 from torch import Tensor
-
-
-def call_entropy(
-    captured: CapturedAttention,
-    recipe: Recipe,
-    *,
-    key_mask: Tensor | None,
-    group: torch.distributed.ProcessGroup | None,
-) -> Tensor:
-    """Attention entropy of every token of a micro-batch in one layer, row after row: ` token`.
-
-    Args:
-        captured: The attention call.
-        recipe: The entropy's kind.
-        key_mask: True at real tokens of rows padded on the right; None for a packed row.
-        group: Ranks that hold slices of a packed row; None if this is all.
-
-    Returns:
-        Entropies of this rank's real tokens, in nats or normalized.
-    """
-    options = {"kind": recipe.entropy_kind, "top_k": recipe.top_k, "fixed_k": recipe.fixed_k}
-    # Queries and keys stay in the precision they have; the sums over them are float32.
-    with torch.autocast(captured.query.device.type, enabled=False):
-        if key_mask is None:
-            return captured.packed_entropy(group=group, **options)[0]
-        return captured.entropy(key_mask=key_mask, **options)[key_mask]
 
 
 def response_scores(scores: Tensor, response_mask: Tensor, *, alignment: str) -> Tensor:
