@@ -1,7 +1,6 @@
 """What VeRL imports in every process, as the plug-in `tokenweights` of the group `verl.plugins`.
 
-VeRL hides a plug-in that fails, at level DEBUG. So this one says so itself, and a launcher can
-ask `require_plugin`.
+VeRL hides a plug-in that fails. So this one says so itself, and a launcher asks `require_plugin`.
 """
 
 import logging

@@ -11,10 +11,10 @@ def boxed_match(solution_str: str, ground_truth: str, **kwargs: Any) -> dict[str
     Args:
         solution_str: The response.
         ground_truth: The reference answer.
-        kwargs: Whatever else VeRL hands over; not read.
+        kwargs: What else VeRL hands over; not read.
 
     Returns:
-        `score` for training; `acc`, 0 or 1, of which VeRL's validation takes mean@k.
+        `score` to train on; `acc`, 0 or 1, of which VeRL's validation takes mean@k.
 
     Example:
         >>> boxed_match(solution_str=r"It is \boxed{7}.", ground_truth="7", data_source="math")

@@ -37,7 +37,7 @@ class TokenWeightsMixin(_Base):
     of it. The schedule's step is `global_steps - 1`, so that it starts at 0.
 
     Attributes:
-        recipe: The recipe; once the trainer is set up, its `layers` are those that are read.
+        recipe: The recipe.
 
     Raises:
         TokenWeightsError: If `token_weights` is wrong or does not fit the rest of the
@@ -47,6 +47,7 @@ class TokenWeightsMixin(_Base):
     def __init__(self, config: DictConfig) -> None:
         self._token_weights = token_weights_config(config)
         self.recipe = self._token_weights.recipe
+        self._layers: tuple[int, ...] = ()  # those that are read
         # VeRL chooses queue and data loader by the name of the mode.
         mode = config.trainer.v1.trainer_mode
         config.trainer.v1.trainer_mode = mode.removeprefix("tokenweights_")
@@ -60,8 +61,7 @@ class TokenWeightsMixin(_Base):
             depth = text.num_hidden_layers
             kinds = getattr(text, "layer_types", None) or [ATTENTION[0]] * depth
             available = [layer for layer, kind in enumerate(kinds) if kind in ATTENTION]
-            layers = self.recipe.probe_layers(depth, available=available)
-            self.recipe = replace(self.recipe, layers=layers)
+            self._layers = self.recipe.probe_layers(depth, available=available)
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -70,46 +70,43 @@ class TokenWeightsMixin(_Base):
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         if self.recipe.signal == "attention_entropy":
-            batch.extra_info[PROBE] = self.recipe
+            batch.extra_info[PROBE] = replace(self.recipe, layers=self._layers)
         batch = super()._compute_old_log_prob(batch, metrics)
         batch.extra_info.pop(PROBE, None)  # an adapter's reference pass runs the same engine
         return batch
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         batch = super()._compute_advantage(batch, metrics)
-        layers = self.recipe.layers if self.recipe.signal == "attention_entropy" else None
-        entropies = [ENTROPY.format(place) for place in range(len(layers or ()))]
-        data = tq.kv_batch_get(
-            keys=batch.keys,
-            partition_id=batch.partition_id,
-            select_fields=[*FIELDS, *entropies],
-        )
+        where = {"keys": batch.keys, "partition_id": batch.partition_id}
+        keys = [ENTROPY.format(place) for place in range(len(self._layers))]
+        data = tq.kv_batch_get(**where, select_fields=[*FIELDS, *keys])
         padded = data.select(*FIELDS).to_padded_tensor()
         mask = padded["response_mask"].bool()
         scores = padded["entropy"].float() if self.recipe.signal == "predictive_entropy" else None
-        if entropies:
-            parts = [
-                response_scores(data[key], data["response_mask"], alignment=self.recipe.alignment)
-                for key in entropies
-            ]
-            scores = self.recipe.merged_layers(parts, mask)
+        if keys:
+            lengths, alignment = data["response_mask"], self.recipe.alignment
+            layers = [response_scores(data[key], lengths, alignment=alignment) for key in keys]
+            scores = self.recipe.merged_layers(layers, mask)
+        ids = sample_ids(self.global_steps, data["prompts"], data["responses"])
+        step, types = self.global_steps - 1, padded["responses"]
         rollout = weighted_rollout(
-            self.recipe,
-            scores,
-            mask,
-            step=self.global_steps - 1,
-            sample_ids=sample_ids(self.global_steps, data["prompts"], data["responses"]),
-            token_groups=padded["responses"],
+            self.recipe, scores, mask, step=step, sample_ids=ids, token_groups=types
         )
         metrics.update({f"token_weights/{name}": v for name, v in rollout.metrics.items()})
-        self._append_records(batch, data, scores, rollout)
+        self._append_records(batch, data, padded, scores, rollout, ids)
         weighted = padded["advantages"] * rollout.weights * rollout.scale
         nested = response_to_nested(weighted, data["response_mask"])
         fields = TensorDict({"advantages": nested}, batch_size=len(batch))
-        return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
+        return tq.kv_batch_put(**where, fields=fields)
 
     def _append_records(
-        self, batch: KVBatchMeta, data: TensorDict, scores: Tensor | None, rollout: WeightedRollout
+        self,
+        batch: KVBatchMeta,
+        data: TensorDict,
+        padded: TensorDict,
+        scores: Tensor | None,
+        rollout: WeightedRollout,
+        ids: Tensor,
     ) -> None:
         """Token records of one prompt's responses, every `token_records_steps` steps."""
         path, every = self._token_weights.token_records, self._token_weights.token_records_steps
@@ -118,19 +115,18 @@ class TokenWeightsMixin(_Base):
         # A key is prompt, response and turn, with "_" between them.
         prompts = [key.split("_")[0] for key in batch.keys]
         rows = [row for row, prompt in enumerate(prompts) if prompt == prompts[0]]
-        padded = data.select(*FIELDS).to_padded_tensor()
-        decode, layers = self.tokenizer.decode, self.recipe.layers
+        decode = self.tokenizer.decode
         records = token_records(
             scores[rows],
             padded["response_mask"][rows].bool(),
             step=self.global_steps - 1,
-            sample_ids=sample_ids(self.global_steps, data["prompts"], data["responses"])[rows],
+            sample_ids=ids[rows],
             prompts=[decode(data["prompts"][row]) for row in rows],
             token_ids=padded["responses"][rows],
             decode=decode,
             weights=rollout.weights[rows],
             advantages=padded["advantages"][rows].float(),
-            layer=layers[0] if len(layers) == 1 else layers,
+            layer=self._layers[0] if len(self._layers) == 1 else self._layers,
             entropy_kind=self.recipe.entropy_kind,
             alignment=self.recipe.alignment,
             predictive_entropy=padded["entropy"][rows].float(),
