@@ -41,7 +41,7 @@ def token_weights_config(config: DictConfig) -> TokenWeightsConfig:
         TokenWeightsError: If the recipe is unknown, or VeRL as configured cannot honour it.
     """
     node = OmegaConf.select(config, "token_weights")
-    fields = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else {}
+    fields: Any = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else {}
     known = [field.name for field in dataclasses.fields(TokenWeightsConfig)]
     if unknown := sorted(set(fields) - set(known)):
         hint = f"Known are {', '.join(known)}."

@@ -8,8 +8,9 @@ from tensordict import TensorDict
 from tokenweights.capture import AttentionCapture, CapturedAttention, capture_attention
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
+from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
-from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker, TrainingWorkerConfig
+from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from verl.workers.utils.padding import build_attention_mask_from_nested
 
 # The key of the recipe that goes along with a batch whose attention is wanted.
@@ -65,13 +66,14 @@ class TokenWeightsEngineMixin(_Base):
             output=output, output_args=output_args, micro_batch=micro_batch, **kwargs
         )
         if self._capture is not None:
-            offsets = micro_batch["input_ids"].offsets()
+            ids: Any = micro_batch["input_ids"]
+            bounds = ids.offsets()
             for place, (entropy,) in enumerate(self._capture.calls.values()):
                 # Slices are gathered, and the padding at the end of a packed row is dropped.
                 if "pad_size" in output_args:
                     entropy = self._gather_and_unpad_packed(entropy, output_args["pad_size"])
-                nested = torch.nested.nested_tensor_from_jagged(entropy, offsets.to(entropy.device))
-                outputs[ENTROPY.format(place)] = nested
+                entropy = torch.nested.nested_tensor_from_jagged(entropy, bounds.to(entropy.device))
+                outputs[ENTROPY.format(place)] = entropy
         return outputs
 
 

@@ -1,12 +1,15 @@
 """From tensors as VeRL holds them, rows of their own lengths, to scores and sample ids."""
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor
 
+Nested = Any  # a jagged tensor; torch's own type does not know of its offsets
 
-def response_scores(scores: Tensor, response_mask: Tensor, *, alignment: str) -> Tensor:
+
+def response_scores(scores: Nested, response_mask: Nested, *, alignment: str) -> Tensor:
     """Scores of response tokens, `batch token`, out of nested scores of prompts and responses.
 
     Args:
@@ -30,7 +33,7 @@ def response_scores(scores: Tensor, response_mask: Tensor, *, alignment: str) ->
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def sample_ids(step: int, prompts: Tensor, responses: Tensor) -> Tensor:
+def sample_ids(step: int, prompts: Nested, responses: Nested) -> Tensor:
     """A number in [0, 2^48) for each response that stays with it however the batch is ordered.
 
     It follows from step and text, so random rules give the same masks on any number of ranks.

@@ -70,9 +70,12 @@ class TokenWeightsMixin(_Base):
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         if self.recipe.signal == "attention_entropy":
-            batch.extra_info[PROBE] = replace(self.recipe, layers=self._layers)
+            probe = replace(self.recipe, layers=self._layers)
+            batch.extra_info = {**(batch.extra_info or {}), PROBE: probe}
         batch = super()._compute_old_log_prob(batch, metrics)
-        batch.extra_info.pop(PROBE, None)  # an adapter's reference pass runs the same engine
+        (batch.extra_info or {}).pop(
+            PROBE, None
+        )  # an adapter's reference pass runs the same engine
         return batch
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
