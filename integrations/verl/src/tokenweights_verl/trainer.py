@@ -73,9 +73,8 @@ class TokenWeightsMixin(_Base):
             probe = replace(self.recipe, layers=self._layers)
             batch.extra_info = {**(batch.extra_info or {}), PROBE: probe}
         batch = super()._compute_old_log_prob(batch, metrics)
-        (batch.extra_info or {}).pop(
-            PROBE, None
-        )  # an adapter's reference pass runs the same engine
+        # With LoRA the reference pass runs the same engine, and asks for no entropies.
+        (batch.extra_info or {}).pop(PROBE, None)
         return batch
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
@@ -115,13 +114,14 @@ class TokenWeightsMixin(_Base):
         path, every = self._token_weights.token_records, self._token_weights.token_records_steps
         if path is None or scores is None or (self.global_steps - 1) % every:
             return
-        # A key is prompt, response and turn, with "_" between them.
+        mask, decode = padded["response_mask"].bool(), self.tokenizer.decode
+        # A key is prompt, response and turn, with "_" between them; padding has no valid token.
         prompts = [key.split("_")[0] for key in batch.keys]
-        rows = [row for row, prompt in enumerate(prompts) if prompt == prompts[0]]
-        decode = self.tokenizer.decode
+        real = [row for row, valid in enumerate(mask.any(-1).tolist()) if valid]
+        rows = [row for row in real if prompts[row] == prompts[real[0]]]
         records = token_records(
             scores[rows],
-            padded["response_mask"][rows].bool(),
+            mask[rows],
             step=self.global_steps - 1,
             sample_ids=ids[rows],
             prompts=[decode(data["prompts"][row]) for row in rows],
