@@ -42,6 +42,8 @@ REFUSED = {
         ],
         "flash attention",
     ),
+    "the old trainer": (["trainer.use_v1=false"], "use_v1"),
+    "a plain trainer": (["trainer.v1.trainer_mode=sync"], "tokenweights_sync"),
     "Megatron": (["model_engine=megatron"], "strategy"),
 }
 

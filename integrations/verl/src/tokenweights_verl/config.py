@@ -65,6 +65,10 @@ def _check(config: DictConfig, token_weights: TokenWeightsConfig) -> None:
     actor, correction = "actor_rollout_ref.actor", "algorithm.rollout_correction"
     fits = isinstance(steps, int) and steps >= 1
     require(fits, "token_weights.token_records_steps", "an integer >= 1", "It counts steps.")
+    mode, plain = "trainer.v1.trainer_mode", "Any other trainer of VeRL would ignore the recipe."
+    require_one("trainer.use_v1", (True,), plain)
+    named = str(OmegaConf.select(config, mode)).startswith("tokenweights_")
+    require(named, mode, "tokenweights_sync", plain)
     other_layout = "Other engines lay attention out in their own way."
     require_one(f"{actor}.strategy", ("fsdp", "fsdp2"), other_layout)
     not_linear = "In other losses the advantage is no factor of each token's loss."

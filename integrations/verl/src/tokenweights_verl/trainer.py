@@ -112,7 +112,7 @@ class TokenWeightsMixin(_Base):
     ) -> None:
         """Token records of one prompt's responses, every `token_records_steps` steps."""
         path, every = self._token_weights.token_records, self._token_weights.token_records_steps
-        if path is None or scores is None or (self.global_steps - 1) % every:
+        if not path or scores is None or not rollout.metrics or (self.global_steps - 1) % every:
             return
         mask, decode = padded["response_mask"].bool(), self.tokenizer.decode
         # A key is prompt, response and turn, with "_" between them; padding has no valid token.
