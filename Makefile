@@ -15,7 +15,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test lint format bench docs policy clean $(APART:%=test-%)
+.PHONY: help setup demo test lint format bench bench-gpu docs policy clean $(APART:%=test-%)
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -60,6 +60,10 @@ format: $(READY)  ## Rewrite the code in the project's style
 
 bench: $(READY)  ## Run the benchmarks on this machine
 	@$(BIN)/python -m pytest benchmarks --benchmark-only -o filterwarnings=default
+
+bench-gpu: $(READY)  ## Check, tune and time the attention kernels on this GPU, and record it
+	@$(BIN)/python benchmarks/kernels/report.py --device cuda --all \
+		--record benchmarks/kernels/RESULTS.md
 
 docs: $(READY)  ## Build the documentation site into site/, warnings being errors
 	@PYTHONPATH=docs/extensions $(BIN)/zensical build --clean --strict
