@@ -13,6 +13,7 @@ from tokenweights.attention import attention_entropy_from_weights as attention_e
 from tokenweights.attention import attention_entropy_varlen as attention_entropy_varlen
 from tokenweights.attention import attention_statistics as attention_statistics
 from tokenweights.attention import attention_weights as attention_weights
+from tokenweights.attention import packed_entropy as packed_entropy
 from tokenweights.attention import sequence_parallel_bytes as sequence_parallel_bytes
 from tokenweights.attention import sequence_parallel_entropy as sequence_parallel_entropy
 from tokenweights.attention import tensor_parallel_bytes as tensor_parallel_bytes
@@ -48,9 +49,11 @@ from tokenweights.diagnostics import token_weight_metrics as token_weight_metric
 from tokenweights.distributed import gathered as gathered
 from tokenweights.distributed import global_extrema as global_extrema
 from tokenweights.distributed import global_sum as global_sum
+from tokenweights.distributed import slice_positions as slice_positions
 from tokenweights.gradients import BandShares as BandShares
 from tokenweights.gradients import GradientGeometry as GradientGeometry
 from tokenweights.gradients import GradientProbe as GradientProbe
+from tokenweights.gradients import GradientSeries as GradientSeries
 from tokenweights.gradients import GroupGradients as GroupGradients
 from tokenweights.gradients import OnlineDispersion as OnlineDispersion
 from tokenweights.gradients import ProbeGeometry as ProbeGeometry
@@ -64,6 +67,7 @@ from tokenweights.gradients import group_gradients as group_gradients
 from tokenweights.gradients import group_projection_ratios as group_projection_ratios
 from tokenweights.gradients import selected_parameters as selected_parameters
 from tokenweights.gradients import token_alignment as token_alignment
+from tokenweights.gradients import unclipped_losses as unclipped_losses
 from tokenweights.losses import aggregate_loss as aggregate_loss
 from tokenweights.losses import clipped_surrogate_loss as clipped_surrogate_loss
 from tokenweights.losses import loss_denominator as loss_denominator
@@ -84,8 +88,11 @@ from tokenweights.partition import quantile_bins as quantile_bins
 from tokenweights.partition import random_fraction as random_fraction
 from tokenweights.partition import top_fraction as top_fraction
 from tokenweights.recipes import Recipe as Recipe
+from tokenweights.recipes import WeightedRollout as WeightedRollout
 from tokenweights.recipes import recipe as recipe
 from tokenweights.recipes import recipe_names as recipe_names
+from tokenweights.recipes import rollout_recipe as rollout_recipe
+from tokenweights.recipes import weighted_rollout as weighted_rollout
 from tokenweights.rewards import Interval as Interval
 from tokenweights.rewards import bootstrap_interval as bootstrap_interval
 from tokenweights.rewards import boxed_answer as boxed_answer
@@ -94,7 +101,9 @@ from tokenweights.rewards import majority_at_k as majority_at_k
 from tokenweights.rewards import mean_at_k as mean_at_k
 from tokenweights.rewards import overlong_penalty as overlong_penalty
 from tokenweights.rewards import pass_at_k as pass_at_k
+from tokenweights.schedules import AdaptiveProgress as AdaptiveProgress
 from tokenweights.schedules import Endpoints as Endpoints
+from tokenweights.schedules import adaptive_progress as adaptive_progress
 from tokenweights.schedules import constant_schedule as constant_schedule
 from tokenweights.schedules import cosine_schedule as cosine_schedule
 from tokenweights.schedules import endpoint_schedule as endpoint_schedule
@@ -120,6 +129,7 @@ from tokenweights.weights import weight_statistics as weight_statistics
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveProgress",
     "AttentionCapture",
     "AttentionStatistics",
     "BandShares",
@@ -131,6 +141,7 @@ __all__ = [
     "ExchangeBytes",
     "GradientGeometry",
     "GradientProbe",
+    "GradientSeries",
     "GroupDynamics",
     "GroupGradients",
     "Interval",
@@ -147,6 +158,8 @@ __all__ = [
     "TokenAlignment",
     "TokenWeightsError",
     "WeightStatistics",
+    "WeightedRollout",
+    "adaptive_progress",
     "aggregate_loss",
     "align_to_decision",
     "align_to_own",
@@ -199,6 +212,7 @@ __all__ = [
     "median_quadrants",
     "middle_layer",
     "overlong_penalty",
+    "packed_entropy",
     "partition_jaccard",
     "pass_at_k",
     "pearson_correlation",
@@ -212,12 +226,14 @@ __all__ = [
     "recipe_names",
     "relative_position",
     "response_statistics",
+    "rollout_recipe",
     "rollout_statistics",
     "score_extrema",
     "score_moments",
     "selected_parameters",
     "sequence_parallel_bytes",
     "sequence_parallel_entropy",
+    "slice_positions",
     "softmax_partition",
     "static_endpoints",
     "subset_overlap",
@@ -229,6 +245,8 @@ __all__ = [
     "token_alignment",
     "token_weight_metrics",
     "top_fraction",
+    "unclipped_losses",
     "weight_statistics",
+    "weighted_rollout",
     "weighted_token_mean",
 ]

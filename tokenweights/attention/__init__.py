@@ -7,6 +7,7 @@ from tokenweights.attention.api import (
 )
 from tokenweights.attention.distribution import attention_weights
 from tokenweights.attention.given_weights import attention_entropy_from_weights
+from tokenweights.attention.packed import packed_entropy
 from tokenweights.attention.parallel import (
     ExchangeBytes,
     sequence_parallel_bytes,
@@ -36,6 +37,7 @@ __all__ = [
     "attention_entropy_varlen",
     "attention_statistics",
     "attention_weights",
+    "packed_entropy",
     "sequence_parallel_bytes",
     "sequence_parallel_entropy",
     "tensor_parallel_bytes",

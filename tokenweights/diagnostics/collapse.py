@@ -48,7 +48,7 @@ class CollapseMonitor:
 
     | mode | the paper's words | raised when |
     |---|---|---|
-    | `short_response_collapse` | length rapidly shrinks and reward growth stalls | the mean length is at most `short_ratio` of its highest within `horizon`, and the mean reward has fallen by `reward_change`, or has not grown by it `patience` updates later |
+    | `short_response_collapse` | length rapidly shrinks and reward growth stalls | the median length is at most `short_ratio` of that over the `horizon` before, and the mean reward has fallen by `reward_change`, or has not grown by it `patience` updates later |
     | `length_instability` | sudden spikes in length followed by reward degradation | a step is `spike_ratio` times as long as the mean before it, and within `follow` updates the mean reward falls by `reward_change` |
     | `gradual_degeneration` | validation accuracy first improves, later declines | the mean of `evaluations` accuracies is `accuracy_decline` below its best |
 
@@ -70,9 +70,9 @@ class CollapseMonitor:
         ...         step, length=40.0 if shrinking else 400.0, reward=-1.0 if shrinking else 0.0
         ...     )
         >>> verdict.mode, verdict.since
-        ('short_response_collapse', 43)
+        ('short_response_collapse', 44)
         >>> verdict.reason
-        'mean length went from 400 to 40 tokens, and the reward from 0 to -1'
+        'median length went from 400 to 40 tokens, and the mean reward from 0 to -1'
     """  # noqa: E501
 
     def __init__(self, thresholds: CollapseThresholds | None = None):

@@ -20,7 +20,7 @@ class Episode:
     Attributes:
         since: Step at which it began.
         age: Updates since then.
-        length: Log of the mean length before.
+        length: Log of the length before.
         reward: Mean reward before.
         drop: Change of the reward that matters, noise considered.
         raised: Step at which it became a failure; None until then.
@@ -65,9 +65,12 @@ def noise(values: Sequence[float]) -> float:
     return 1.4826 * spread / math.sqrt(2)
 
 
-def means(values: Sequence[float], window: int) -> list[float]:
-    """Means of every `window` consecutive values, oldest first."""
-    return [sum(values[i : i + window]) / window for i in range(len(values) - window + 1)]
+def last_long(lengths: list[float], level: float, window: int) -> int:
+    """Number of updates before responses fell below a level for good."""
+    for end in range(len(lengths), window, -1):
+        if statistics.median(lengths[end - window : end]) >= level:
+            return end - window // 2  # where half of a window is shorter, its middle is the edge
+    return window // 2 + 1
 
 
 def reward_change(rewards: Sequence[float], limits: CollapseThresholds) -> float:
@@ -80,23 +83,24 @@ def short_response_collapse(
     episode: Episode | None, history: History, step: int, limits: CollapseThresholds
 ) -> tuple[Episode | None, str]:
     """Length has shrunk rapidly, and then the reward falls or does not grow."""
-    lengths, rewards = (means(v, limits.window) for v in (history.lengths, history.rewards))
-    if not lengths:
+    window = limits.window
+    if len(history.lengths) < window:
         return None, ""
-    length, reward = lengths[-1], rewards[-1]
+    # Medians, since the end of a spike is not a shrinking.
+    length = statistics.median(history.lengths[-window:])
+    reward = sum(history.rewards[-window:]) / window
     least = math.log(limits.recovery_ratio)
     if episode is None:
-        highest = max(lengths)
-        shrunk = highest - length
+        level = statistics.median(history.lengths)
+        shrunk = level - length
         if shrunk < -math.log(limits.short_ratio):
             return None, ""
-        error = noise(history.lengths) * math.sqrt(2 / limits.window)
-        if shrunk < limits.deviations * error:
+        if shrunk < limits.deviations * noise(history.lengths) * math.sqrt(math.pi / window):
             return None, ""
-        # Rewards are compared with those of the last long responses, not of the longest.
-        last = max(place for place, mean in enumerate(lengths) if mean >= highest + least)
+        before = last_long(history.lengths, level + least, window)
+        rewards = history.rewards[max(before - window, 0) : before]
         drop = reward_change(history.rewards, limits)
-        episode = Episode(step, highest, rewards[last], drop)
+        episode = Episode(step, level, sum(rewards) / len(rewards), drop)
     else:
         episode.age += 1
     gain = reward - episode.reward
@@ -110,7 +114,7 @@ def short_response_collapse(
             return episode, ""
         episode.raised = step
     return episode, (
-        f"mean length went from {math.exp(episode.length):.0f} to {math.exp(length):.0f} tokens, "
+        f"median length went from {math.exp(episode.length):.0f} to {math.exp(length):.0f} tokens, "
         f"and the mean reward from {episode.reward:.3g} to {reward:.3g}"
     )
 

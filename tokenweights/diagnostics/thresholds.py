@@ -12,7 +12,7 @@ class CollapseThresholds:
 
     The paper describes its three failure modes in words and prints no criterion (G.3), so every
     value is ours. Each was chosen so that synthetic runs of each mode are caught, and a thousand
-    healthy ones are not. A *mean* below is one over `window` updates.
+    healthy ones are not. A *mean* or *median* below is one over `window` updates.
 
     A difference has to pass two bars: the threshold named here, and `deviations` standard errors
     of the run's own step-to-step noise. Small, noisy batches thus make the monitor slower, not
@@ -26,9 +26,9 @@ class CollapseThresholds:
         reward_change: Share of that range by which a mean reward has to change to have fallen, or
             to have grown.
         saturated_reward: Mean reward that counts as solved; from there on it need not grow.
-        short_ratio: Share of its highest mean within the horizon to which length has to shrink.
+        short_ratio: Share of its median over the horizon to which length has to shrink.
         patience: Updates that a reward has to grow in after the responses have shrunk.
-        recovery_ratio: Share of that highest mean at which a shrunken length has recovered.
+        recovery_ratio: Share of that earlier median at which a shrunken length has recovered.
         spike_ratio: A step's length over the mean before it, from which on it is a spike.
         follow: Updates after a spike in which a falling reward is put down to it.
         evaluations: Evaluations that make up a mean accuracy.
@@ -50,16 +50,20 @@ class CollapseThresholds:
     recovery_ratio: float = 0.75
     spike_ratio: float = 1.5
     follow: int = 30
-    evaluations: int = 4
+    evaluations: int = 5
     accuracy_decline: float = 0.05
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if isinstance(field.default, int) and not isinstance(value, int):
+                raise _refused(field.name, "to be a whole number", value)
             if math.isnan(value) or (value <= 0 and field.name != "saturated_reward"):
                 raise _refused(field.name, "> 0", value)
         if self.window < 2:
             raise _refused("window", ">= 2", self.window)
+        if self.horizon < max(self.window, self.evaluations):
+            raise _refused("horizon", ">= `window` and `evaluations`", self.horizon)
         if not self.short_ratio < self.recovery_ratio <= 1:
             raise _refused("recovery_ratio", "in (`short_ratio`, 1]", self.recovery_ratio)
         if self.spike_ratio <= 1:
