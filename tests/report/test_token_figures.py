@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from tokenweights.report import (
     attention_map_figure,
     decile_figure,
     dispersion_figure,
+    dynamics_figure,
+    entropy_metrics,
     entropy_relation_figure,
     gradient_figure,
     layer_agreement_figure,
@@ -112,6 +115,27 @@ def test_support_without_columns_or_without_the_entropy(record):
     assert [a.texts[0].get_text() for a in support_figure([record()]).axes] == ["not recorded"] * 3
     with pytest.raises(TokenWeightsError, match="raw_entropy"):
         support_figure([record()], kind="raw")
+
+
+@pytest.mark.parametrize("kind", ["normalized", "raw"])
+def test_dynamics_follow_from_token_records(kind, record):
+    early, late = responses(record), responses(record, count=2, length=7)
+    records = [*early, *(replace(entry, step=9) for entry in late)]
+    metrics = entropy_metrics(iter(records), kind=kind)
+    assert [line["step"] for line in metrics] == [early[0].step, 9]
+    for line, entries in zip(metrics, (early, late), strict=True):
+        own = kind == "normalized"
+        rows = [e.attention_entropy if own else e.columns["raw_entropy"] for e in entries]
+        rows = np.sort(np.array(rows), axis=1)
+        count = -(-rows.shape[1] // 5)
+        groups = {"": rows, "anchor_": rows[:, :count], "explorer_": rows[:, -count:]}
+        for name, values in groups.items():
+            assert line[f"{name}entropy_mean"] == pytest.approx(values.mean())
+            assert line[f"{name}entropy_std"] == pytest.approx(values.std())
+    lines = named_lines(dynamics_figure(metrics, prefix="", title="Raw, nats").axes[0])
+    assert lines["anchors"] == [line["anchor_entropy_mean"] for line in metrics]
+    with pytest.raises(TokenWeightsError, match="topk_entropy"):
+        entropy_metrics(records, kind="topk")
 
 
 def test_layers_agree_as_computed():
