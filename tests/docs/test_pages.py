@@ -17,7 +17,11 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 # Pages about a distribution that the core does not depend on.
-NEEDS = {"README.md": "tokenweights_trl", "docs/guides/trl.md": "tokenweights_trl"}
+NEEDS = {
+    "README.md": "tokenweights_trl",
+    "docs/guides/see-it.md": "tokenweights_lab",
+    "docs/guides/trl.md": "tokenweights_trl",
+}
 
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.M | re.S)
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
