@@ -12,6 +12,7 @@ from tokenweights.attention import attention_entropy as attention_entropy
 from tokenweights.attention import attention_entropy_from_weights as attention_entropy_from_weights
 from tokenweights.attention import attention_entropy_varlen as attention_entropy_varlen
 from tokenweights.attention import attention_statistics as attention_statistics
+from tokenweights.attention import packed_entropy as packed_entropy
 from tokenweights.attention import sequence_parallel_bytes as sequence_parallel_bytes
 from tokenweights.attention import sequence_parallel_entropy as sequence_parallel_entropy
 from tokenweights.attention import tensor_parallel_bytes as tensor_parallel_bytes
@@ -29,6 +30,7 @@ from tokenweights.diagnostics import token_weight_metrics as token_weight_metric
 from tokenweights.distributed import gathered as gathered
 from tokenweights.distributed import global_extrema as global_extrema
 from tokenweights.distributed import global_sum as global_sum
+from tokenweights.distributed import slice_positions as slice_positions
 from tokenweights.gradients import BandShares as BandShares
 from tokenweights.gradients import GradientGeometry as GradientGeometry
 from tokenweights.gradients import GradientProbe as GradientProbe
@@ -64,8 +66,10 @@ from tokenweights.partition import quantile_bins as quantile_bins
 from tokenweights.partition import random_fraction as random_fraction
 from tokenweights.partition import top_fraction as top_fraction
 from tokenweights.recipes import Recipe as Recipe
+from tokenweights.recipes import WeightedRollout as WeightedRollout
 from tokenweights.recipes import recipe as recipe
 from tokenweights.recipes import recipe_names as recipe_names
+from tokenweights.recipes import weighted_rollout as weighted_rollout
 from tokenweights.rewards import Interval as Interval
 from tokenweights.rewards import bootstrap_interval as bootstrap_interval
 from tokenweights.rewards import boxed_answer as boxed_answer
@@ -118,6 +122,7 @@ __all__ = [
     "TokenAlignment",
     "TokenWeightsError",
     "WeightStatistics",
+    "WeightedRollout",
     "aggregate_loss",
     "align_to_decision",
     "align_to_own",
@@ -167,6 +172,7 @@ __all__ = [
     "median_quadrants",
     "middle_layer",
     "overlong_penalty",
+    "packed_entropy",
     "pass_at_k",
     "pearson_correlation",
     "piecewise_schedule",
@@ -181,6 +187,7 @@ __all__ = [
     "selected_parameters",
     "sequence_parallel_bytes",
     "sequence_parallel_entropy",
+    "slice_positions",
     "softmax_partition",
     "static_endpoints",
     "subset_weights",
@@ -190,5 +197,6 @@ __all__ = [
     "token_weight_metrics",
     "top_fraction",
     "weight_statistics",
+    "weighted_rollout",
     "weighted_token_mean",
 ]

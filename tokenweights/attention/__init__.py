@@ -6,6 +6,7 @@ from tokenweights.attention.api import (
     attention_statistics,
 )
 from tokenweights.attention.given_weights import attention_entropy_from_weights
+from tokenweights.attention.packed import packed_entropy
 from tokenweights.attention.parallel import (
     ExchangeBytes,
     sequence_parallel_bytes,
@@ -34,6 +35,7 @@ __all__ = [
     "attention_entropy_from_weights",
     "attention_entropy_varlen",
     "attention_statistics",
+    "packed_entropy",
     "sequence_parallel_bytes",
     "sequence_parallel_entropy",
     "tensor_parallel_bytes",
