@@ -20,6 +20,7 @@ def ray_session():
         num_cpus=16,
         num_gpus=16,  # by name only: OpenRLHF's actors ask for one each
         include_dashboard=False,
+        log_to_driver=False,
         object_store_memory=200_000_000,
         _temp_dir=folder,
         runtime_env={

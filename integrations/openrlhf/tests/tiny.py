@@ -5,7 +5,7 @@ from pathlib import Path
 
 import ray
 import torch
-from openrlhf.trainer.ppo_trainer import BasePPOTrainer, PPOTrainer
+from openrlhf.trainer.ppo_trainer import BasePPOTrainer
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 from openrlhf.trainer.ray.launcher import RayActorGroup
 from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
@@ -132,28 +132,28 @@ def rollouts(args, seed=0):
 
 
 class PlainTrainer(BasePPOTrainer):
-    pass
+    """OpenRLHF's trainer as it is; the real ones add a source of rollouts."""
 
 
 class WeightedTrainer(TokenWeightsMixin, BasePPOTrainer):
-    pass
+    """The same with token weights."""
 
 
-def trained(actors, args, *, steps=1, first_step=0, seed=0):
+def trained(actors, args, *, steps=1, first_step=0):
     """The status of each step, and the parameters after the last, of plain or weighted training."""
     weighted = hasattr(args, "tokenweights")
-    ranks = args.actor.num_gpus_per_node
-    group = actors(WeightedActor if weighted else PolicyModelActor, ranks)
+    actor_class = WeightedActor if weighted else PolicyModelActor
+    trainer_class = WeightedTrainer if weighted else PlainTrainer
+    group = actors(actor_class, args.actor.num_gpus_per_node)
     strategy = get_strategy(args)
     ray.get(group.async_init_model_from_pretrained(strategy, args.actor.model_name_or_path, 10))
-    trainer_class = WeightedTrainer if weighted else PlainTrainer
     trainer = trainer_class(strategy, group, None, None, None, None, load_tokenizer())
     statuses = []
     for step in range(first_step, first_step + steps):
-        status, _ = trainer.train_step(rollouts(args, seed + step), step)
+        status, _ = trainer.train_step(rollouts(args, seed=step - first_step), step)
         statuses.append(status)
     states = ray.get([actor.__ray_call__.remote(parameters) for actor in group._actor_handlers])
-    return statuses, states
+    return statuses, states[0]
 
 
 def parameters(actor):
