@@ -10,12 +10,6 @@ import pytest
 import tiny
 from tokenweights_lab import policy_path, problems
 
-RUN = """
-import sys
-import cpu_run
-cpu_run.main(sys.argv[1:])
-"""
-
 
 def command_line(folder, *options, steps, recipe="low2high", prompts=8, samples=8):
     rows = [{"input": p.prompt, "label": p.answer} for p in problems("train", prompts * steps)]
@@ -42,13 +36,14 @@ def run(folder, options, *, expect=0):
     environment = os.environ | cpu_process.ENVIRONMENT
     environment["PYTHONPATH"] = os.pathsep.join(tiny.PYTHONPATH)
     result = subprocess.run(
-        [sys.executable, "-c", RUN, *options],
+        [sys.executable, str(tiny.HERE / "cpu_run.py"), *options],
         env=environment,
         timeout=400,
         capture_output=True,
         text=True,
     )
-    assert result.returncode == expect, (result.stdout + result.stderr)[-6000:]
+    if result.returncode != expect:
+        pytest.fail((result.stdout + result.stderr)[-6000:], pytrace=False)
     return result
 
 
@@ -66,13 +61,32 @@ def logged(folder):
 
 
 def test_low2high_raises_the_reward(tmp_path):
-    options = command_line(tmp_path, "--tokenweights.token_records", str(tmp_path / "t"), steps=12)
-    run(tmp_path, options)
+    run(tmp_path, command_line(tmp_path, steps=12))
     metrics = logged(tmp_path)
     rewards = list(metrics["rollout/reward_mean"].values())
-    print(rewards)
     assert len(rewards) == 12
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.3
     high = metrics["token_weights/endpoint_high"]
     assert [high[step] for step in range(1, 13)] == pytest.approx([s / 100 for s in range(12)])
     assert (tmp_path / "policy" / "config.json").exists()
+
+
+def test_the_asynchronous_ppo_trainer_resumes_its_schedule(tmp_path):
+    options = command_line(
+        tmp_path,
+        *("--train.async_enable", "--algo.advantage.estimator", "gae"),
+        *("--critic.num_gpus_per_node", "1", "--algo.kl.init_coef", "0.01"),
+        *("--ref.num_gpus_per_node", "1", "--ckpt.save_steps", "1", "--ckpt.load_enable"),
+        *("--rollout.micro_batch_size", "4", "--train.micro_batch_size", "4"),
+        steps=4,
+        prompts=2,
+        samples=4,
+    )
+    run(tmp_path, [*options, "--data.max_samples", "4"])
+    assert list(logged(tmp_path)["token_weights/endpoint_high"]) == [1, 2]
+    run(tmp_path, [*options, "--data.max_samples", "8"])
+    metrics = logged(tmp_path)
+    high = metrics["token_weights/endpoint_high"]
+    assert high == pytest.approx({step: (step - 1) / 100 for step in (1, 2, 3, 4)})
+    assert all(0 < value < 1 for value in metrics["token_weights/weight_mean"].values())
+    assert "critic_loss" in metrics

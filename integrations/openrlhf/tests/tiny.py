@@ -95,8 +95,8 @@ def arguments(policy, *options, ranks=1, recipe=None, packed=False):
     return made
 
 
-def actor_group(actor_class, ranks):
-    return RayActorGroup(1, ranks, actor_class, num_gpus_per_actor=1)
+def actor_group(actor_class, ranks, ring):
+    return RayActorGroup(1, ranks, actor_class, num_gpus_per_actor=1, duplicate_actors=ring)
 
 
 def responses(seed=0):
@@ -144,7 +144,7 @@ def trained(actors, args, *, steps=1, first_step=0):
     weighted = hasattr(args, "tokenweights")
     actor_class = WeightedActor if weighted else PolicyModelActor
     trainer_class = WeightedTrainer if weighted else PlainTrainer
-    group = actors(actor_class, args.actor.num_gpus_per_node)
+    group = actors(actor_class, args.actor.num_gpus_per_node, args.ds.ring_attn_size)
     strategy = get_strategy(args)
     ray.get(group.async_init_model_from_pretrained(strategy, args.actor.model_name_or_path, 10))
     trainer = trainer_class(strategy, group, None, None, None, None, load_tokenizer())
