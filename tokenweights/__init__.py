@@ -34,6 +34,7 @@ from tokenweights.distributed import slice_positions as slice_positions
 from tokenweights.gradients import BandShares as BandShares
 from tokenweights.gradients import GradientGeometry as GradientGeometry
 from tokenweights.gradients import GradientProbe as GradientProbe
+from tokenweights.gradients import GradientSeries as GradientSeries
 from tokenweights.gradients import GroupGradients as GroupGradients
 from tokenweights.gradients import OnlineDispersion as OnlineDispersion
 from tokenweights.gradients import ProbeGeometry as ProbeGeometry
@@ -47,6 +48,7 @@ from tokenweights.gradients import group_gradients as group_gradients
 from tokenweights.gradients import group_projection_ratios as group_projection_ratios
 from tokenweights.gradients import selected_parameters as selected_parameters
 from tokenweights.gradients import token_alignment as token_alignment
+from tokenweights.gradients import unclipped_losses as unclipped_losses
 from tokenweights.losses import aggregate_loss as aggregate_loss
 from tokenweights.losses import clipped_surrogate_loss as clipped_surrogate_loss
 from tokenweights.losses import loss_denominator as loss_denominator
@@ -112,6 +114,7 @@ __all__ = [
     "ExchangeBytes",
     "GradientGeometry",
     "GradientProbe",
+    "GradientSeries",
     "GroupDynamics",
     "GroupGradients",
     "Interval",
@@ -196,6 +199,7 @@ __all__ = [
     "token_alignment",
     "token_weight_metrics",
     "top_fraction",
+    "unclipped_losses",
     "weight_statistics",
     "weighted_rollout",
     "weighted_token_mean",

@@ -128,6 +128,27 @@ def test_gradient_probe(ranks, kind, checkpointed, selection):
         assert own.projection_ratio == pytest.approx(one.projection_ratio, abs=slack * 4)
 
 
+def series_on(rank, size, kind):
+    batch, model, rows = tiny_policy.Batch(), wrapped(kind), rows_of(rank)
+    return tw.GradientSeries().metrics(
+        tw.GradientProbe(model, group=dist.group.WORLD),
+        lambda: batch.loss(model, rows),
+        scores=batch.scores[rows],
+        mask=batch.mask[rows],
+        sample_ids=torch.arange(4)[rows],
+    )
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_gradient_series(ranks, kind):
+    batch, model = tiny_policy.Batch(), tiny_policy.policy()
+    expected = tw.GradientSeries().metrics(
+        tw.GradientProbe(model), lambda: batch.loss(model), scores=batch.scores, mask=batch.mask
+    )
+    first, second = ranks(series_on, kind)
+    assert first == second == pytest.approx(expected, abs=1e-5)
+
+
 def sketched_on(rank, size):
     sketch = gradient_sketch([torch.arange(40.0)], width=8, seed=0, group=dist.group.WORLD)
     return next(iter(sketch.values()))

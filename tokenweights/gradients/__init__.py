@@ -16,3 +16,5 @@ from tokenweights.gradients.ratios import band_shares as band_shares
 from tokenweights.gradients.ratios import extreme_tokens as extreme_tokens
 from tokenweights.gradients.ratios import group_projection_ratios as group_projection_ratios
 from tokenweights.gradients.selection import selected_parameters as selected_parameters
+from tokenweights.gradients.series import GradientSeries as GradientSeries
+from tokenweights.gradients.series import unclipped_losses as unclipped_losses

@@ -16,7 +16,8 @@ def preserved(function: str, model: nn.Module) -> Iterator[Callable[[], None]]:
     """Gradients, buffers and random state are on exit, bit for bit, what they were on entry.
 
     Inside, every `.grad` is None. Gradients that were there are set aside, and copied only where a
-    wrapper keeps them in a bucket that the next backward pass overwrites.
+    wrapper keeps them in a bucket that the next backward pass overwrites. Parameters that FSDP
+    still holds gathered on entry are dropped.
 
     Args:
         function: Name of the public function, for errors.
@@ -61,6 +62,7 @@ def preserved(function: str, model: nn.Module) -> Iterator[Callable[[], None]]:
     try:
         for parameter in parameters:
             parameter.grad = None
+        rewind()
         yield rewind
     finally:
         for parameter, gradient, copy in zip(parameters, gradients, copies, strict=True):

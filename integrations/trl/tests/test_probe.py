@@ -47,7 +47,7 @@ def test_training_is_bitwise_the_same_with_and_without(tmp_path, checkpointing, 
         states.append(state(trainer))
     assert len(states[0]) > 100
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
-    assert trainer._cosines["anchor"].count == 2  # it did probe: after steps 1 and 3
+    assert trainer._series.cosines["anchor"].count == 2  # it did probe: after steps 1 and 3
 
 
 def test_the_series_holds_the_geometry_of_the_probe_batch(tmp_path):

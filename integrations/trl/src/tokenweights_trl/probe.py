@@ -1,6 +1,5 @@
 """Gradient geometry during training: every N steps, on a probe batch that stays the same."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,6 @@ from transformers import TrainerCallback
 
 from tokenweights_trl.scores import forward_scores
 
-SUBSETS = ("anchor", "explorer", "random")
 # What the probe reads of a rollout batch.
 KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
 
@@ -29,13 +27,8 @@ class GradientProbeMixin(_Base):
     The probe batch is the first rollout batch with a non-zero advantage, before any weights: there
     the adapter's recipes and plain GRPO are looked at alike. After optimizer steps 1, 1 + N,
     1 + 2N, ... its tokens are sorted anew by the policy's attention entropy, and the gradient of
-    $-A_t \pi(t) / \pi_{probe}(t)$, at ratio 1, is taken apart:
-
-    * `gradient/decile_0` ... `decile_9`: projection ratios (Eq. 6), which sum to one (J.1)
-    * `gradient/low_share`, `middle_share`, `high_share`: the bands of J.1
-    * `gradient/anchor_*`, `explorer_*`, `random_*`: `norm_ratio`, `cosine`, `projection_ratio` of
-      20 % subsets (Eq. 4-6), and `cosine_std`, `cosine_cv` over the probes so far (J.2)
-    * `gradient/full_norm`, `gradient/sum_error`
+    $-A_t \pi(t) / \pi_{probe}(t)$, at ratio 1, is taken apart into the `gradient/*` metrics that
+    `tokenweights.GradientSeries` lists.
 
     Parameters, optimizer state, gradients and random state stay as they are, so that training with
     and without the probe is the same. A probe costs five forward and backward passes over the probe
@@ -69,7 +62,7 @@ class GradientProbeMixin(_Base):
             hint = "Use DDP or FSDP2, or leave out the probe."
             raise invalid(name, "model", "with parameters of its own", "an engine's shards", hint)
         self._probe_batch: dict[str, Tensor] | None = None
-        self._cosines = {subset: tw.OnlineDispersion() for subset in SUBSETS}
+        self._series = tw.GradientSeries()
         self.add_callback(_AfterStep(self._after_step))
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -96,52 +89,17 @@ class GradientProbeMixin(_Base):
         # The wrapped model, for its wrapper is what reduces gradients over the ranks.
         model, mask = self.model_wrapped, batch["completion_mask"].bool()
         group = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
-        with preserved("GradientProbeMixin", model) as rewind:
-            rewind()
+        with preserved("GradientProbeMixin", model):
             scores, old_log_probs = self._scored(batch)
-            losses = self._token_losses(model, batch, old_log_probs)
-            options = {"mask": mask, "tolerance": self.gradient_probe_tolerance}
-            alignment = tw.token_alignment(losses, model, group=group, **options)
-            if alignment.full_squared_norm == 0:
-                return {"gradient/full_norm": 0.0}
-            ratios = tw.group_projection_ratios(
-                alignment.projection_ratio,
-                tw.quantile_bins(scores, mask, bins=10),
-                count=10,
-                group=group,
-                **options,
-            )
-            first = self.accelerator.process_index * len(mask)
-            subsets = [
-                tw.bottom_fraction(scores, mask),
-                tw.top_fraction(scores, mask),
-                tw.random_fraction(
-                    mask,
-                    fraction=0.2,
-                    seed=0,
-                    sample_ids=torch.arange(first, first + len(mask), device=mask.device),
-                ),
-            ]
-            geometry = tw.GradientProbe(model, group=group).geometry(
-                losses, torch.stack(subsets), **options
-            )
-        shares = tw.band_shares(ratios)
-        metrics = {f"decile_{number}": float(ratio) for number, ratio in enumerate(ratios)}
-        metrics |= {
-            "low_share": shares.low,
-            "middle_share": shares.middle,
-            "high_share": shares.high,
-            "full_norm": geometry.full_norm,
-            "sum_error": alignment.sum_error,
-        }
-        for subset, found in zip(SUBSETS, geometry.groups, strict=True):
-            metrics |= {f"{subset}_{name}": value for name, value in vars(found).items()}
-            if math.isfinite(found.cosine):
-                cosines = self._cosines[subset]
-                cosines.update(found.cosine)
-                metrics |= {f"{subset}_cosine_std": cosines.std, f"{subset}_cosine_cv": cosines.cv}
-        # A subset without a gradient has no cosine, and a log no line for it.
-        return {f"gradient/{name}": v for name, v in metrics.items() if math.isfinite(v)}
+        first = self.accelerator.process_index * len(mask)
+        return self._series.metrics(
+            tw.GradientProbe(model, group=group),
+            self._token_losses(model, batch, old_log_probs),
+            scores=scores,
+            mask=mask,
+            sample_ids=torch.arange(first, first + len(mask), device=mask.device),
+            tolerance=self.gradient_probe_tolerance,
+        )
 
     def _log_probs(self, model: Any, batch: dict[str, Tensor], rows: slice) -> Tensor:
         ids, mask = (
@@ -178,21 +136,13 @@ class GradientProbeMixin(_Base):
     def _token_losses(
         self, model: Any, batch: dict[str, Tensor], old_log_probs: Tensor
     ) -> list[Callable[[], Tensor]]:
-        advantages = batch["advantages"]
-        advantages = advantages if advantages.dim() == 2 else advantages[:, None]
-
-        def loss(rows: slice) -> Tensor:
-            # Without a clip, which is flat at ratio 1: a finite step may otherwise reach it.
-            return tw.clipped_surrogate_loss(
-                self._log_probs(model, batch, rows),
-                old_log_probs[rows],
-                advantages[rows],
-                clip_low=1.0,
-                clip_high=math.inf,
-                mask=batch["completion_mask"][rows].bool(),
-            )
-
-        return [lambda rows=rows: loss(rows) for rows in self._rows(batch)]
+        return tw.unclipped_losses(
+            lambda rows: self._log_probs(model, batch, rows),
+            old_log_probs,
+            batch["advantages"],
+            batch["completion_mask"].bool(),
+            micro_batch_size=self.args.per_device_train_batch_size,
+        )
 
 
 class _AfterStep(TrainerCallback):
