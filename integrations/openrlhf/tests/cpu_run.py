@@ -12,6 +12,7 @@ cpu_process.prepare()
 import ray  # noqa: E402
 import tiny  # noqa: E402
 from openrlhf.utils import config as openrlhf_config  # noqa: E402
+
 from tokenweights_openrlhf.train import main as train  # noqa: E402
 
 

@@ -17,7 +17,7 @@ LAYOUTS = [
     *(layout(ranks, zero) for ranks in (1, 2) for zero in (2, 3)),
     *(layout(ranks, zero, packed=True) for ranks in (1, 2) for zero in (2, 3)),
     *(layout(ranks, 3, packed=True, dynamic=True) for ranks in (1, 2)),
-    # The slicing is OpenRLHF's; a stand-in computes the attention. See stand_ins/ring_flash_attn.py.
+    # The slicing is OpenRLHF's; stand_ins/ring_flash_attn.py computes the attention.
     layout(2, 2, packed=True, ring=2),
     layout(2, 3, packed=True, dynamic=True, ring=2),
 ]

@@ -107,5 +107,3 @@ def largest_difference(first, second):
     shared = first.keys() & second.keys()
     assert shared, "nothing to compare"
     return max(float((first[name] - second[name]).abs().max()) for name in shared)
-
-

@@ -27,9 +27,7 @@ def test_weights_of_one_are_plain_openrlhf(actors, policy, options, settings):
 
 
 @pytest.mark.parametrize(("options", "settings"), LAYOUTS)
-def test_plain_openrlhf_steps_along_the_gradient_of_the_formulas(
-    actors, policy, options, settings
-):
+def test_plain_openrlhf_steps_along_the_gradient_of_the_formulas(actors, policy, options, settings):
     (status,), after = tiny.trained(actors, tiny.arguments(policy, *options, **settings))
     responses = list(tiny.responses())
     model, found = reference.read(policy, responses)

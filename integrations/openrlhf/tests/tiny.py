@@ -12,11 +12,12 @@ from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
 from openrlhf.utils import config as openrlhf_config
 from openrlhf.utils import get_strategy
 from tokenweights_lab import load_tokenizer
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
 from tokenweights_openrlhf import TokenWeightsConfig, TokenWeightsMixin, TokenWeightsPolicyActor
 from tokenweights_openrlhf.config import checked_arguments
 from tokenweights_openrlhf.train import COMMAND
 from tokenweights_openrlhf.trainer import substituted
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 HERE = Path(__file__).parent
 PYTHONPATH = (str(HERE), str(HERE / "stand_ins"))

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 
 def plain_class(actor_class: Any) -> Any:
-    """The class behind a Ray actor class, to derive from.
+    """The class that `ray.remote` made an actor class of, to derive from.
 
     Args:
-        actor_class: What `ray.remote` made of a class.
+        actor_class: A Ray actor class.
 
     Returns:
         The class.
@@ -32,14 +32,11 @@ def plain_class(actor_class: Any) -> Any:
     return found
 
 
-_PolicyModelActor: Any = plain_class(PolicyModelActor)
-
-
-class TokenWeightsPolicyActor(_PolicyModelActor):
+class TokenWeightsPolicyActor(plain_class(PolicyModelActor)):
     """OpenRLHF's policy actor; its pass for the old log-probabilities leaves scores behind.
 
-    Nothing else changes: training, its batches and the weight synchronization are OpenRLHF's. A
-    pass keeps one number for each token until `take_token_scores` hands them over.
+    Training, its batches and the weight synchronization are OpenRLHF's own. A pass keeps one number
+    for each token until `take_token_scores` hands them over.
     """
 
     def init_model_from_pretrained(self, strategy: Any, *args: Any, **kwargs: Any) -> Any:
@@ -52,7 +49,7 @@ class TokenWeightsPolicyActor(_PolicyModelActor):
             model = self.actor.model
             with capture_attention(model, ()):  # refuses a model without a layer it can tap
                 available = tuple(attention_layers(model))
-            depth = strategy._unwrap_model(self.actor).config.get_text_config().num_hidden_layers
+            depth = model.module.config.get_text_config().num_hidden_layers
             self.probe_layers = self.recipe.probe_layers(depth, available=available)
         return result
 
@@ -62,44 +59,40 @@ class TokenWeightsPolicyActor(_PolicyModelActor):
         """As OpenRLHF's; also keeps the scores of the response tokens."""
         if self.recipe.signal == "none":
             return super().forward(sequences, action_mask, attention_mask, **kwargs)
+        length = action_mask.shape[1]
         if self.probe_layers:
+            ring_group = self.strategy.ring_attn_group
             context = attention_scores(
-                self.actor,
-                attention_mask,
-                recipe=self.recipe,
-                layers=self.probe_layers,
-                response_length=action_mask.shape[1],
-                ring_group=self.strategy.ring_attn_group,
+                self.actor, attention_mask, self.recipe, self.probe_layers, length, ring_group
             )
         else:
-            context = predictive_scores(self.actor, response_length=action_mask.shape[1])
+            context = predictive_scores(self.actor, length)
         with context as scores:
             log_probs = super().forward(sequences, action_mask, attention_mask, **kwargs)
         merged = self.recipe.merged_layers([layer.cpu() for layer in scores], action_mask.bool())
         self._token_scores.append(merged.float())
         return log_probs
 
-    def token_score_layers(self) -> tuple[int, ...]:
-        """The layers that are read."""
-        return self.probe_layers
-
     def take_token_scores(self) -> list[Tensor]:
         """The scores of the passes since the last call, each `batch token`, in their order."""
         taken, self._token_scores = self._token_scores, []
         return taken
+
+    def token_score_layers(self) -> tuple[int, ...]:
+        """The layers that are read."""
+        return self.probe_layers
 
 
 @contextmanager
 def attention_scores(
     actor: Any,
     attention_mask: Tensor,
-    *,
     recipe: Recipe,
     layers: tuple[int, ...],
     response_length: int,
     ring_group: Any = None,
 ) -> Iterator[list[Tensor]]:
-    """A context in which one forward pass of an OpenRLHF `Actor` leaves attention entropies behind.
+    """A context in which one forward pass of an OpenRLHF `Actor` leaves attention entropies.
 
     Args:
         actor: The `Actor`; with `packing_samples` it takes the padding out of its batch, and over a
@@ -114,13 +107,13 @@ def attention_scores(
         A list that on exit holds the attention entropy of each response token (nats, `batch
         token`) for each layer.
     """
-    kind = {"kind": recipe.entropy_kind, "top_k": recipe.top_k, "fixed_k": recipe.fixed_k}
+    kind: Any = {"kind": recipe.entropy_kind, "top_k": recipe.top_k, "fixed_k": recipe.fixed_k}
     packed = bool(actor.packing_samples)
 
     def entropy(captured: CapturedAttention) -> Tensor:
         if packed:
             return captured.packed_entropy(group=ring_group, **kind)
-        return captured.entropy(key_mask=attention_mask.bool().to(captured.query.device), **kind)
+        return captured.entropy(key_mask=attention_mask.bool().to(captured.key.device), **kind)
 
     scores: list[Tensor] = []
     with capture_attention(actor.model, layers, packed=packed, reduce=entropy) as capture:
@@ -128,13 +121,16 @@ def attention_scores(
     for layer in layers:
         (entropies,) = capture.calls[layer]
         if packed:
-            entropies = _padded(entropies, attention_mask, ring_group)
+            indices = attention_mask.to(entropies.device).flatten().nonzero().flatten()
+            padding = 0 if ring_group is None else -len(indices) % ring_group.size()
+            shape = attention_mask.shape
+            entropies = gather_and_pad_tensor(entropies, ring_group, padding, indices, *shape)
         scores.append(recipe.aligned(entropies, response_length=response_length))
 
 
 @contextmanager
-def predictive_scores(actor: nn.Module, *, response_length: int) -> Iterator[list[Tensor]]:
-    """A context in which one forward pass of an OpenRLHF `Actor` leaves predictive entropies behind.
+def predictive_scores(actor: nn.Module, response_length: int) -> Iterator[list[Tensor]]:
+    """A context in which one forward pass of an OpenRLHF `Actor` leaves predictive entropies.
 
     They are those of the sampling distribution, logits over the rollout temperature.
 
@@ -155,18 +151,10 @@ def predictive_scores(actor: nn.Module, *, response_length: int) -> Iterator[lis
         scores.append(output.entropy[:, -response_length:])
         return log_probs
 
-    asking = actor.register_forward_pre_hook(ask, with_kwargs=True)
-    taking = actor.register_forward_hook(take)
+    hooks = [actor.register_forward_pre_hook(ask, with_kwargs=True)]
+    hooks.append(actor.register_forward_hook(take))
     try:
         yield scores
     finally:
-        asking.remove()
-        taking.remove()
-
-
-def _padded(entropies: Tensor, attention_mask: Tensor, ring_group: Any) -> Tensor:
-    """Entropies of a packed row, or of this rank's slice of it, as `batch position`."""
-    mask = attention_mask.to(entropies.device)
-    indices = mask.flatten().nonzero().flatten()
-    padding = 0 if ring_group is None else -len(indices) % ring_group.size()
-    return gather_and_pad_tensor(entropies, ring_group, padding, indices, *mask.shape)
+        for hook in hooks:
+            hook.remove()

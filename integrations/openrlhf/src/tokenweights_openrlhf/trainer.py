@@ -16,8 +16,7 @@ from torch import Tensor
 
 from tokenweights_openrlhf.scores import plain_class
 
-# What a mixin calls belongs to the trainer after it.
-_Base: Any = object
+_Trainer: Any = object  # what a mixin calls belongs to the trainer after it
 
 
 class TokenWeightsExperienceMaker(RemoteExperienceMaker):
@@ -52,11 +51,10 @@ class TokenWeightsExperienceMaker(RemoteExperienceMaker):
     def compute_advantages_and_returns(self, experiences: list[Experience]) -> list[Experience]:
         """As OpenRLHF's; then advantages are multiplied by weights. Returns are not."""
         experiences = super().compute_advantages_and_returns(experiences)
-        # Rows go back into the order of the rollout, which does not depend on the split.
+        # Back in the order of the rollout, which does not depend on how it was split.
         order = torch.tensor([row for made in experiences for row in made.index]).argsort()
-        mask = _rows([made.action_mask for made in experiences], order).bool()
-        token_ids = _rows([made.sequences[:, 1:] for made in experiences], order)
-        scores = None if self._scores is None else _rows(self._scores, order)
+        mask = _rows(experiences, order, "action_mask").bool()
+        scores = None if self._scores is None else _joined(self._scores)[order]
         most = self.args.rollout.batch_size * self.args.rollout.n_samples_per_prompt
         sample_ids = self.global_step * most + torch.arange(len(mask))
         rollout = weighted_rollout(
@@ -65,7 +63,7 @@ class TokenWeightsExperienceMaker(RemoteExperienceMaker):
             mask,
             step=self.global_step,
             sample_ids=sample_ids,
-            token_groups=token_ids,
+            token_groups=_rows(experiences, order, "sequences")[:, 1:],
         )
         self.metrics = rollout.metrics
         if rollout.metrics and scores is not None:
@@ -90,28 +88,29 @@ class TokenWeightsExperienceMaker(RemoteExperienceMaker):
         if path is None or step < self._next_record_step:
             return
         self._next_record_step = step + self.config.token_records_steps
-        rows = slice(0, self.args.rollout.n_samples_per_prompt)
         layers = ray.get(self.actor_model_group.async_run_method("token_score_layers"))[0]
         prompts = [prompt for made in experiences for prompt in made.prompts]
+        first = order[: self.args.rollout.n_samples_per_prompt]
+        rows = slice(0, len(first))
         records = token_records(
             scores[rows],
             mask[rows],
             step=step,
             sample_ids=sample_ids[rows],
-            prompts=[prompts[row] for row in order[rows]],
-            token_ids=_rows([made.sequences[:, 1:] for made in experiences], order)[rows],
+            prompts=[prompts[row] for row in first],
+            token_ids=_rows(experiences, first, "sequences")[:, 1:],
             decode=self.tokenizer.decode,
             weights=weights[rows],
-            advantages=_rows([made.advantages for made in experiences], order)[rows].float(),
+            advantages=_rows(experiences, first, "advantages").float(),
             layer=layers[0] if len(layers) == 1 else layers,
             entropy_kind=self.recipe.entropy_kind,
             alignment=self.recipe.alignment,
-            log_probs=_rows([made.action_log_probs for made in experiences], order)[rows].float(),
+            log_probs=_rows(experiences, first, "action_log_probs").float(),
         )
         append_token_records(path, records)
 
 
-class TokenWeightsMixin(_Base):
+class TokenWeightsMixin(_Trainer):
     """Token weights for a subclass of OpenRLHF's `BasePPOTrainer`; name it first among the bases.
 
     The schedule's step is OpenRLHF's global step, which a resumed run goes on with.
@@ -130,7 +129,7 @@ class TokenWeightsMixin(_Base):
         )
 
     def train_step(self, rollout_samples: Any, global_step: int) -> tuple[dict[str, Any], int]:
-        """As OpenRLHF's; also tells the step to the experience maker, and the weights to the log."""
+        """As OpenRLHF's; also passes the step to the experience maker, and metrics to the log."""
         self.experience_maker.global_step = global_step
         status, next_step = super().train_step(rollout_samples, global_step)
         metrics = self.experience_maker.metrics
@@ -156,13 +155,7 @@ class TokenWeightsPPOTrainerAsync(plain_class(ppo_trainer_async.PPOTrainerAsync)
 
 @contextmanager
 def substituted(module: Any, name: str, value: Any) -> Iterator[None]:
-    """A context in which a module's name stands for something else, for code that looks it up.
-
-    Args:
-        module: The module.
-        name: A name that it has.
-        value: What the name stands for.
-    """
+    """A context in which a module's name stands for something else, for code that looks it up."""
     before = getattr(module, name)
     setattr(module, name, value)
     try:
@@ -171,6 +164,10 @@ def substituted(module: Any, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, before)
 
 
-def _rows(parts: list[Tensor], order: Tensor) -> Tensor:
-    """Batches of rows as one, padded to the same width, in another order."""
-    return zero_pad_sequences(parts, side="right")[order]
+def _rows(experiences: list[Experience], order: Tensor, field: str) -> Tensor:
+    """A field of all experiences, padded to the same width, in the given order."""
+    return _joined([getattr(made, field) for made in experiences])[order]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return zero_pad_sequences(parts, side="right")

@@ -43,7 +43,9 @@ def prepare():
 
     strategy.init_device_mesh = lambda _, *args, **kwargs: init_device_mesh("cpu", *args, **kwargs)
     stock_dtype, stock_config = utils.convert_to_torch_dtype, strategy.get_train_ds_config
-    utils.convert_to_torch_dtype = lambda name: torch.float32 if name == "fp32" else stock_dtype(name)
+    utils.convert_to_torch_dtype = lambda name: (
+        torch.float32 if name == "fp32" else stock_dtype(name)
+    )
 
     def train_config(*args, **kwargs):
         config = stock_config(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Attention of packed rows that are sliced over a ring of ranks, without kernels and without a ring.
+"""Attention of packed rows that are sliced over ranks, without kernels and without a ring.
 
 Every rank gathers all keys and values and attends with its own queries. What OpenRLHF does around
 the attention (slicing, padding, positions, gathering) is its own.

@@ -56,7 +56,7 @@ class AsyncLLMEngine:
         answer = asyncio.get_running_loop().create_future()
         self.pending.append((prompt["prompt_token_ids"], params, answer))
         if len(self.pending) == 1:
-            asyncio.create_task(self._generate_pending())
+            self.task = asyncio.create_task(self._generate_pending())
         yield await answer
 
     async def _generate_pending(self):

@@ -16,7 +16,8 @@ class AllGather(torch.autograd.Function):
     def backward(context, gradient):
         gradient = gradient.contiguous()
         dist.all_reduce(gradient, group=context.group)
-        return gradient.chunk(dist.get_world_size(context.group))[dist.get_rank(context.group)], None
+        parts = gradient.chunk(dist.get_world_size(context.group))
+        return parts[dist.get_rank(context.group)], None
 
 
 all_gather = AllGather.apply
