@@ -9,6 +9,12 @@ import cpu_run  # noqa: E402
 import tiny  # noqa: E402
 
 
+def pytest_collection_modifyitems(items):
+    """One worker runs all: several Rays at once are too much for two cores."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture(scope="session")
 def ray_session():
     with cpu_run.ray_on_cpus():
