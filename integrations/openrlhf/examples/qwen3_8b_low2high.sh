@@ -21,8 +21,6 @@ mkdir -p "$OUTPUT"
 options=(
   # Token weights. temperature 1 and 100 steps of warm-up: ours.
   --tokenweights.recipe "{\"name\": \"$recipe\", \"layers\": [20], \"temperature\": 1.0, \"warmup_steps\": 100}"
-  --tokenweights.token_records "$OUTPUT/tokens.jsonl"
-  --tokenweights.token_records_steps 50 # ours
 
   # Model and memory. The engines share the GPUs with the policy: ours.
   --actor.model_name_or_path "${MODEL:-Qwen/Qwen3-8B-Base}"
@@ -58,4 +56,8 @@ options=(
   --ckpt.save_steps 50 --ckpt.load_enable # started again, it goes on
   --logger.tensorboard_dir "$OUTPUT/board"
 )
+case $recipe in
+  full | random20 | front20 | back20 | predictive_*) ;; # no attention entropy to record
+  *) options+=(--tokenweights.token_records "$OUTPUT/tokens.jsonl") ;;
+esac
 exec python -m tokenweights_openrlhf.train "${options[@]}" "$@"

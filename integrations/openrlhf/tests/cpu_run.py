@@ -26,6 +26,8 @@ def ray_on_cpus():
             num_gpus=16,  # by name only: OpenRLHF's actors ask for one each
             include_dashboard=False,
             object_store_memory=200_000_000,
+            # A worker imports torch and DeepSpeed, so none is started before it is asked for.
+            _system_config={"prestart_worker_first_driver": False},
             log_to_driver=False,
             _temp_dir=folder,
             runtime_env={

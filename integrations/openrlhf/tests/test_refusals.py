@@ -6,7 +6,7 @@ from tokenweights import TokenWeightsError
 
 from tokenweights_openrlhf import TokenWeightsConfig
 from tokenweights_openrlhf.config import checked_arguments
-from tokenweights_openrlhf.train import main
+from tokenweights_openrlhf.train import main, refuse_other_versions
 
 
 @pytest.mark.parametrize(
@@ -90,6 +90,14 @@ def test_the_command_refuses_with_one_line_and_starts_nothing(options, message, 
     printed = capsys.readouterr().err
     assert message in printed
     assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize("other", ["0.11.0", "0.9.4", "0.12", "1.0.0"])
+def test_another_openrlhf_is_refused(other):
+    with pytest.raises(TokenWeightsError, match=rf"`openrlhf` >=0\.11\.2,<0\.12, got {other}"):
+        refuse_other_versions(other)
+    for right in ("0.11.2", "0.11.10.post1"):
+        refuse_other_versions(right)
 
 
 def test_help_lists_the_options_of_both(capsys):

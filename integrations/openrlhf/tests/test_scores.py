@@ -13,6 +13,7 @@ from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.trainer.ppo_utils.kl_controller import FixedKLController
 from tokenweights.recipes import recipe
 from tokenweights.report.records import read_token_records
+from tokenweights_lab import load_tokenizer
 
 from tokenweights_openrlhf import TokenWeightsConfig, TokenWeightsExperienceMaker
 from tokenweights_openrlhf.config import checked_arguments
@@ -60,7 +61,8 @@ def test_predictive_entropies_equal_the_full_softmax(policy, packed):
 
 def maker(maker_class, args):
     nothing = (None, None, None, None)
-    return maker_class(*nothing, FixedKLController(0.1), SimpleNamespace(args=args), None)
+    strategy = SimpleNamespace(args=args)
+    return maker_class(*nothing, FixedKLController(0.1), strategy, load_tokenizer())
 
 
 ESTIMATORS = ["gae", "reinforce", "rloo", "reinforce_baseline", "group_norm", "dr_grpo"]

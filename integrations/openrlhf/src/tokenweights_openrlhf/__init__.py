@@ -1,6 +1,6 @@
 """Token weights inside OpenRLHF's PPO trainers, by subclasses at its own seams."""
 
-from tokenweights_openrlhf.config import TokenWeightsConfig
+from tokenweights_openrlhf.config import TokenWeightsConfig, checked_arguments
 from tokenweights_openrlhf.scores import TokenWeightsPolicyActor
 from tokenweights_openrlhf.trainer import (
     TokenWeightsExperienceMaker,
@@ -18,4 +18,5 @@ __all__ = [
     "TokenWeightsPPOTrainerAsync",
     "TokenWeightsPolicyActor",
     "TokenWeightsTrainingActor",
+    "checked_arguments",
 ]

@@ -55,10 +55,10 @@ class TokenWeightsConfig:
     @property
     def token_recipe(self) -> Recipe:
         """The recipe that `recipe` names."""
-        text, values = self.recipe, self.recipe
-        if not text:
+        text = values = self.recipe
+        if not values:
             condition = "a recipe name or a dict"
-            raise invalid("TokenWeightsConfig", "recipe", condition, repr(text), _RECIPE)
+            raise invalid("TokenWeightsConfig", "recipe", condition, repr(values), _RECIPE)
         if isinstance(text, str) and text.lstrip().startswith("{"):
             try:
                 values = json.loads(text)
