@@ -75,8 +75,7 @@ def test_the_asynchronous_ppo_trainer_resumes_its_schedule(tmp_path):
     options = command_line(
         tmp_path,
         *("--train.async_enable", "--algo.advantage.estimator", "gae"),
-        *("--critic.num_gpus_per_node", "1", "--algo.kl.init_coef", "0.01"),
-        *("--ref.num_gpus_per_node", "1", "--ckpt.save_steps", "1", "--ckpt.load_enable"),
+        *("--critic.num_gpus_per_node", "1", "--ckpt.save_steps", "1", "--ckpt.load_enable"),
         *("--rollout.micro_batch_size", "4", "--train.micro_batch_size", "4"),
         steps=4,
         prompts=2,

@@ -1,10 +1,13 @@
 """Makes a process run OpenRLHF on the CPU: what calls for CUDA gets a stand-in, and no op is built.
 
 Everything else is OpenRLHF's and DeepSpeed's own: actors, strategy, ZeRO, losses, replay buffer.
+A module is changed when it is imported, so that a process pays for no module that it does not need.
 """
 
-import contextlib
+import importlib.abc
+import importlib.util
 import os
+import sys
 
 ENVIRONMENT = {
     "CI": "1",
@@ -26,31 +29,68 @@ class Cpu(str):
         return "0"
 
 
-def prepare():
-    os.environ |= ENVIRONMENT
-    import deepspeed.comm.torch
-    import torch
-
-    torch.set_num_threads(1)
+def without_cuda(torch):
     torch.cuda.current_device = lambda: Cpu("cpu")
     for name in ("set_device", "synchronize", "empty_cache", "current_stream"):
         setattr(torch.cuda, name, lambda *_, **__: None)
-    deepspeed.comm.torch.build_shm_op = lambda: None
 
-    import openrlhf.utils.deepspeed.deepspeed as strategy
-    import openrlhf.utils.utils as utils
-    from torch.distributed.device_mesh import init_device_mesh
 
-    strategy.init_device_mesh = lambda _, *args, **kwargs: init_device_mesh("cpu", *args, **kwargs)
-    stock_dtype, stock_config = utils.convert_to_torch_dtype, strategy.get_train_ds_config
-    utils.convert_to_torch_dtype = lambda name: (
-        torch.float32 if name == "fp32" else stock_dtype(name)
-    )
+def without_shared_memory(communication):
+    communication.build_shm_op = lambda: None  # it would be compiled
 
-    def train_config(*args, **kwargs):
-        config = stock_config(*args, **kwargs)
-        with contextlib.suppress(KeyError):
-            config["optimizer"]["params"]["torch_adam"] = True  # the fused one would be compiled
-        return config
 
-    strategy.get_train_ds_config = train_config
+def with_float32(utils):
+    stock = utils.convert_to_torch_dtype
+
+    def dtype(name):
+        import torch
+
+        return torch.float32 if name == "fp32" else stock(name)
+
+    utils.convert_to_torch_dtype = dtype
+
+
+def with_plain_adam(strategy):
+    stock_mesh, stock_config = strategy.init_device_mesh, strategy.get_train_ds_config
+    strategy.init_device_mesh = lambda _, *args, **kwargs: stock_mesh("cpu", *args, **kwargs)
+
+    def config(*args, **kwargs):
+        made = stock_config(*args, **kwargs)
+        if "optimizer" in made:
+            made["optimizer"]["params"]["torch_adam"] = True  # the fused one would be compiled
+        return made
+
+    strategy.get_train_ds_config = config
+
+
+CHANGES = {
+    "torch": without_cuda,
+    "deepspeed.comm.torch": without_shared_memory,
+    "openrlhf.utils.utils": with_float32,
+    "openrlhf.utils.deepspeed.deepspeed": with_plain_adam,
+}
+
+
+class Changed(importlib.abc.MetaPathFinder):
+    """Finds the modules of `CHANGES`, each once, and changes them after they have run."""
+
+    def find_spec(self, name, path, target=None):
+        change = CHANGES.pop(name, None)
+        if change is None:
+            return None
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+
+        def exec_module(module):
+            run(module)
+            change(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def prepare():
+    os.environ |= ENVIRONMENT
+    sys.meta_path.insert(0, Changed())
+    for name in CHANGES.keys() & sys.modules.keys():
+        CHANGES.pop(name)(sys.modules[name])
