@@ -151,3 +151,15 @@ def test_positions_that_jump_are_refused():
         wrong[place] = value
         with pytest.raises(TokenWeightsError, match="counting up"):
             tw.packed_entropy(query, key, wrong)
+
+
+def test_a_recipe_reads_both_kinds_of_rows():
+    ids, positions = sequences()
+    model, made = tiny("qwen3", "sdpa"), tw.recipe({"name": "low2high", "entropy_kind": "raw"})
+    for is_packed, method in ((True, "packed_entropy"), (False, "entropy")):
+        options = {"position_ids": positions[None]} if is_packed else {}
+        with torch.no_grad(), tw.capture_attention(model, [0], packed=is_packed) as capture:
+            model(ids[None], use_cache=False, **options)
+        (captured,) = capture.calls[0]
+        expected = getattr(captured, method)(kind="raw")
+        assert torch.equal(made.captured_entropy(captured), expected)

@@ -54,6 +54,22 @@ def test_missing_scores_are_refused():
         tw.weighted_rollout(tw.recipe("low2high"), None, batch()[1], step=0)
 
 
+def test_the_recipe_of_a_trainer_comes_as_name_fields_or_text():
+    made = tw.recipe({"name": "anchor20", "fraction": 0.4})
+    for choice in (made, made.to_dict(), '{"name": "anchor20", "fraction": 0.4}'):
+        assert tw.rollout_recipe(choice, caller="train") == made
+    for choice, message in (
+        (None, "a recipe name or its fields"),
+        ("", "a recipe name or its fields"),
+        ("{name: anchor20}", "valid JSON"),
+        ("anchro20", "Did you mean 'anchor20'"),
+        ("loss_low20", "other than loss_magnitude"),
+        (tw.recipe("loss_high20"), "other than loss_magnitude"),
+    ):
+        with pytest.raises(TokenWeightsError, match=message):
+            tw.rollout_recipe(choice, caller="train")
+
+
 def rows_of_a_rank(rank, size):
     rows = slice(rank * 2, rank * 2 + 2)
     return [rollout(name, rows, dist.group.WORLD) for name in RECIPES]

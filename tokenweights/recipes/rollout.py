@@ -1,14 +1,60 @@
 """What a recipe makes of one rollout batch: the part that all trainer adapters share."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tokenweights._errors import invalid
 from tokenweights._typing import typed
 from tokenweights.diagnostics import token_weight_metrics
+from tokenweights.recipes.named import recipe
 from tokenweights.recipes.record import Recipe
+
+
+@typed
+def rollout_recipe(choice: str | Mapping[str, Any] | Recipe | None, *, caller: str) -> Recipe:
+    """The recipe that a user chose for a trainer, if scores of a rollout batch can serve it.
+
+    Args:
+        choice: As `recipe` takes it, or the JSON text of a mapping, as a command line has it.
+        caller: What the user called, for the message of an error.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        TokenWeightsError: If the choice is empty or unknown, or the signal is `"loss_magnitude"`.
+
+    Example:
+        >>> rollout_recipe('{"name": "low2high", "warmup_steps": 50}', caller="train").warmup_steps
+        50
+    """
+    hint = 'Write `low2high`, or `{"name": "low2high", "warmup_steps": 50}`.'
+    if not choice:
+        raise invalid(caller, "recipe", "a recipe name or its fields", repr(choice), hint)
+    if isinstance(choice, str) and choice.lstrip().startswith("{"):
+        try:
+            made = recipe(json.loads(choice))
+        except json.JSONDecodeError as error:
+            condition = "a name or valid JSON"
+            raise invalid(caller, "recipe", condition, repr(choice), hint) from error
+    else:
+        made = recipe(choice)
+    if made.signal == "loss_magnitude":
+        raise invalid(
+            caller,
+            "recipe",
+            "with a signal other than loss_magnitude",
+            repr(made.name),
+            "At rollout time the ratio is 1, so |loss| is |advantage|, the same for every token of "
+            "a response: there is nothing to rank. Use `predictive_low20` or `predictive_high20`.",
+        )
+    return made
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,10 @@ function element(name, text) {
   return made;
 }
 
+function tokenText(token) {
+  return token.textContent.replaceAll("\u00a0", "\u00b7").replaceAll("\n", "\u21b5");
+}
+
 function show(token, position, data) {
   const list = document.createElement("dl");
   const row = (label, value) => list.append(element("dt", label), element("dd", value));
@@ -23,8 +27,7 @@ function show(token, position, data) {
     const shown = typeof value !== "number" || Number.isInteger(value) ? value : value.toPrecision(3);
     row(column.label, `${shown} ${column.unit}`.replace("-", "\u2212"));
   }
-  const text = token.textContent.replaceAll("\u00a0", "\u00b7");
-  tooltip.replaceChildren(element("strong", text), list);
+  tooltip.replaceChildren(element("strong", tokenText(token)), list);
   tooltip.hidden = false;
   const gap = 8;
   // A token that wraps has several boxes; the tooltip goes to the last.
@@ -66,13 +69,15 @@ function vertical(tokens, from, direction) {
   return best;
 }
 
-function activate(trace) {
-  const container = trace.querySelector(".trace-tokens");
-  const data = JSON.parse(trace.querySelector(".trace-data").textContent);
+function activate(article) {
+  const section = article.closest(".traces");
+  const container = article.querySelector(".trace-tokens");
+  const data = JSON.parse(article.querySelector(".trace-data").textContent);
   const tokens = [...container.querySelectorAll(".token")];
   const positions = new Map(tokens.map((token, position) => [token, position]));
-  const filter = trace.closest(".traces").querySelector(".trace-filter");
-  if (tokens.length === 0) return;
+  const filter = section.querySelector(".trace-filter");
+  const trace = { article, section, data, tokens, select };
+  if (tokens.length === 0) return trace;
 
   // One token at a time is in the tab order; the arrow keys move it.
   let current = tokens[0];
@@ -94,7 +99,16 @@ function activate(trace) {
 
   container.addEventListener("keydown", (event) => {
     if (event.altKey || event.ctrlKey || event.metaKey) return;
-    if (event.key === "Escape") return hide();
+    if (event.key === "Escape") {
+      hide();
+      closeStrip(section);
+      return;
+    }
+    if (event.key === "Enter" || event.key === " ") {
+      event.preventDefault();
+      showStrip(trace, positions.get(current));
+      return;
+    }
     const visible = shown();
     if (visible.length === 0) return;
     // With a filter on, a hidden token may be current: then the next shown one counts as its place.
@@ -128,10 +142,31 @@ function activate(trace) {
   container.addEventListener("mouseout", hide);
   container.addEventListener("click", (event) => {
     const token = tokenOf(event);
-    if (token) select(token);
+    if (!token) return;
+    select(token);
+    showStrip(trace, positions.get(token));
   });
+  return trace;
 }
 
-document.querySelectorAll(".trace").forEach(activate);
+function activatePicker(section, traces) {
+  const picker = section.querySelector(".trace-picker select");
+  const choose = () =>
+    traces.forEach((trace, number) => {
+      trace.article.hidden = picker.value !== "all" && picker.value !== String(number);
+    });
+  picker?.addEventListener("change", choose);
+  // A browser may restore the choice of an earlier visit.
+  if (picker) choose();
+}
+
+addEventListener("DOMContentLoaded", () => {
+  for (const section of document.querySelectorAll(".traces")) {
+    const traces = [...section.querySelectorAll(".trace")].map(activate);
+    activatePicker(section, traces);
+    activateSearch(section, traces);
+    activateStrip(section);
+  }
+});
 // The tooltip is fixed to the window, so it follows its token when the page scrolls.
 addEventListener("scroll", () => described?.(), { passive: true });

@@ -9,8 +9,11 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from tokenweights.report.document import visible
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 # Blue and orange stay apart under every common color blindness, and in grey by lightness.
@@ -97,6 +100,24 @@ def label_lines(axes: "Axes", labels: Sequence[tuple[float, float, str, str]]) -
             annotation_clip=False,
             parse_math=False,
         )
+
+
+def colormap(*, diverging: bool = False) -> "Colormap":
+    """Light to dark in one hue; or, if `diverging`, blue through light to orange."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    colors = (ANCHOR, "#f4f2ec", EXPLORER) if diverging else ("#f4f2ec", "#8fb8b9", ACCENT)
+    return LinearSegmentedColormap.from_list("tokenweights", colors)
+
+
+def drawable(text: str) -> str:
+    """A token's text in the characters of the figures' font: marks for spaces, codes for others."""
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont("DejaVu Sans"))
+    shown = "".join(map(visible, text)).replace(" ", "\u00b7")
+    shown = shown.replace("\n", "\u21b5").replace("\t", "\u21e5") or "\u2205"
+    return "".join(c if font.get_char_index(ord(c)) else f"U+{ord(c):04X}" for c in shown)
 
 
 def figure_svg(figure: "Figure", *, name: str) -> str:
