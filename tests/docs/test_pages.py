@@ -90,7 +90,9 @@ def test_commands_name_targets_and_modules_that_exist(page):
         for module in re.findall(r"-m (\w+(?:\.\w+)+)", commands):
             if module.split(".")[0] == NEEDS.get(name(page)):
                 pytest.importorskip(NEEDS[name(page)])
-            assert importlib.util.find_spec(module), f"{name(page)}: python -m {module}"
+            # An adapter with an environment of its own is not installed here.
+            ours = any(ROOT.glob(f"integrations/*/src/{module.replace('.', '/')}.py"))
+            assert ours or importlib.util.find_spec(module), f"{name(page)}: python -m {module}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
