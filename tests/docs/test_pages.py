@@ -16,8 +16,14 @@ import tokenweights as tw
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+# Pages whose code the suite of another environment runs.
+ELSEWHERE = {"docs/guides/openrlhf.md"}
 # Pages about a distribution that the core does not depend on.
-NEEDS = {"README.md": "tokenweights_trl", "docs/guides/trl.md": "tokenweights_trl"}
+NEEDS = {
+    "README.md": "tokenweights_trl",
+    "docs/guides/see-it.md": "tokenweights_lab",
+    "docs/guides/trl.md": "tokenweights_trl",
+}
 
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.M | re.S)
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
@@ -44,7 +50,8 @@ def name(page: Path) -> str:
 
 
 def with_language(*languages: str) -> list[Path]:
-    return [page for page in PAGES if any(block.language in languages for block in blocks(page))]
+    pages = [page for page in PAGES if name(page) not in ELSEWHERE]
+    return [page for page in pages if any(block.language in languages for block in blocks(page))]
 
 
 def printed(source: str, namespace: dict, *, file: str, line: int) -> str:
