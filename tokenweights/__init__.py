@@ -12,6 +12,7 @@ from tokenweights.attention import attention_entropy as attention_entropy
 from tokenweights.attention import attention_entropy_from_weights as attention_entropy_from_weights
 from tokenweights.attention import attention_entropy_varlen as attention_entropy_varlen
 from tokenweights.attention import attention_statistics as attention_statistics
+from tokenweights.attention import attention_weights as attention_weights
 from tokenweights.attention import packed_entropy as packed_entropy
 from tokenweights.attention import sequence_parallel_bytes as sequence_parallel_bytes
 from tokenweights.attention import sequence_parallel_entropy as sequence_parallel_entropy
@@ -167,6 +168,7 @@ __all__ = [
     "attention_entropy_varlen",
     "attention_layers",
     "attention_statistics",
+    "attention_weights",
     "back_fraction",
     "band_shares",
     "bernoulli_subset",

@@ -41,6 +41,9 @@ POINTERS = {
 }
 # Multiples of 16 in every layout in use, which is what a launch would find out.
 DIVISIBLE = {"query_batch", "query_head", "query_token", "key_batch", "key_head", "key_token"}
+# What a launch may find to be a multiple of 16, as with 16384 tokens, or to be 1.
+ROUND = frozenset({"query_slots", "all_rows", "sum_rows"})
+ONES = ROUND | {"group", "window", "fixed_k", "local_window", "top_k"}
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 EVERYTHING = {"ENTROPY": True, "LINEAR": True, "FIXED": True}
 ENTROPY_ONLY = {"ENTROPY": True, "LINEAR": False, "FIXED": False}
@@ -56,6 +59,9 @@ class Case:
     warps: int = 4
     stages: int = 1
     note: str = ""
+    # A launch compiles anew for numbers that are 1, and for those that are multiples of 16.
+    ones: frozenset[str] = frozenset()
+    multiples: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -77,16 +83,16 @@ def usage(case: Case, arch: int) -> Usage:
     kernel = getattr(triton_kernels, case.kernel)
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
-        if name in case.constants:
+        if name in case.constants or name in case.ones:
             signature[name] = "constexpr"
-            constants[(index,)] = case.constants[name]
+            constants[(index,)] = case.constants.get(name, 1)
         elif name in ("query", "key"):
             signature[name] = _input_type(name, case)
         elif name in ("scale", "softcap"):
             signature[name] = "fp32"
         else:
             signature[name] = POINTERS.get(name, "i32")
-        if signature[name].startswith("*") or name in DIVISIBLE:
+        if signature[name].startswith("*") or name in DIVISIBLE | case.multiples:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": case.warps, "num_stages": case.stages}
@@ -98,16 +104,22 @@ def shipped_cases(arch: int) -> Iterator[Case]:
     """All kernels in the configurations that the library uses on this compute capability."""
     for dim, dtype in ((64, "bf16"), (96, "bf16"), (128, "bf16"), (256, "bf16"), (128, "fp32")):
         yield from cases(shipped(arch // 10, block_dim(dim), _BYTES[dtype]), dim, dtype)
+    usual = list(cases(shipped(arch // 10, 128, 2), 128, "bf16"))
     for flag in ("WINDOW", "SOFTCAP"):
-        for case in cases(shipped(arch // 10, 128, 2), 128, "bf16"):
+        for case in usual:
             constants = case.constants | {flag: True}
             yield replace(case, constants=constants, note=f"{case.note} {flag.lower()}")
+    for case in usual:
+        yield replace(case, multiples=ROUND, note=f"{case.note} round")
+        yield replace(case, ones=ONES, note=f"{case.note} ones")
     # Tensors that descriptors cannot address; where there are none, nothing new.
     configuration = shipped(arch // 10, 128, 2, describable=False)
     if configuration != shipped(arch // 10, 128, 2):
         yield from cases(configuration, 128, "bf16")
     for width in (16, 512, 4096, 8192, 16384, 131072):
         yield selection_case(configuration, width)
+    yield replace(selection_case(configuration, 4096), ones=ONES, note="keys=4096 ones")
+    yield replace(selection_case(configuration, 4096), multiples=ROUND, note="keys=4096 round")
 
 
 def cases(configuration: Configuration, dim: int, dtype: str) -> Iterator[Case]:

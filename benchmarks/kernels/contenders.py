@@ -20,8 +20,11 @@ Contender = Callable[[Tensor, Tensor, Tensor], object]
 BLOCK = 512
 
 
-def contenders(device: str, backend: str) -> dict[str, Contender]:
-    """Everything that can be timed on this device, by the name it has in tables."""
+def contenders(device: str, backend: str, *, toy: bool = False) -> dict[str, Contender]:
+    """Everything that can be timed on this device, by the name it has in tables.
+
+    A toy run tries what a GPU would be given, and finds what is not available.
+    """
     found: dict[str, Contender] = {
         "entropy, lse given": lambda q, k, lse: attention_entropy(q, k, lse=lse, backend=backend),
         "entropy": lambda q, k, lse: attention_entropy(q, k, backend=backend),
@@ -32,7 +35,7 @@ def contenders(device: str, backend: str) -> dict[str, Contender]:
         "torch.compile": compiled_entropy,
         "FlexAttention + compiled blocks": flex_entropy,
     }
-    if device == "cpu":
+    if device == "cpu" and not toy:
         found["attention forward, SDPA"] = lambda q, k, lse: sdpa(q, k, None)
         return found
     found["attention forward, SDPA flash"] = lambda q, k, lse: sdpa(

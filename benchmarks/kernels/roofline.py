@@ -7,6 +7,7 @@ log-sum-exp unknown there are two passes. Memory traffic is left out: queries, k
 are read and written once, which is far less.
 """
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -48,8 +49,11 @@ def floor(tokens: int, heads: int, dim: int, rates: Rates) -> Floor:
 def measured_rates(device: torch.device, dtype: torch.dtype, clock: float) -> Rates:
     """The rate of a large matrix product, measured now, and that of exponentials at this clock.
 
-    A measured rate takes the device's power limit into account, which a data sheet does not.
+    A measured rate takes the device's power limit into account, which a data sheet does not. On a
+    CPU both rates are measured, on the threads that torch uses.
     """
+    if device.type == "cpu":
+        return _cpu_rates(dtype)
     size = 8192
     left = torch.randn(size, size, device=device, dtype=dtype)
     right = torch.randn(size, size, device=device, dtype=dtype)
@@ -63,3 +67,18 @@ def measured_rates(device: torch.device, dtype: torch.dtype, clock: float) -> Ra
         best = min(best, start.elapsed_time(end) / 1e3)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     return Rates(2 * size**3 / best, EXPONENTIALS_PER_CLOCK * multiprocessors * clock)
+
+
+def _cpu_rates(dtype: torch.dtype) -> Rates:
+    size = 512
+    left, right = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
+    out = torch.empty_like(left)
+    products, exponentials = float("inf"), float("inf")
+    for _ in range(5):
+        start = time.process_time()
+        torch.mm(left, right, out=out)
+        middle = time.process_time()
+        torch.exp(left, out=out)
+        products = min(products, middle - start)
+        exponentials = min(exponentials, time.process_time() - middle)
+    return Rates(2 * size**3 / products, size**2 / exponentials)

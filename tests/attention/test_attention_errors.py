@@ -1,6 +1,7 @@
 import jaxtyping
 import pytest
 import torch
+from attention import bad_input
 
 from tokenweights import TokenWeightsError
 from tokenweights.attention import (
@@ -10,12 +11,6 @@ from tokenweights.attention import (
 )
 
 QUERY, KEY = torch.ones(2, 4, 3, 8), torch.ones(2, 2, 5, 8)
-
-
-def changed(tensor, index, value):
-    tensor = tensor.clone()
-    tensor[index] = value
-    return tensor
 
 
 @pytest.mark.parametrize(
@@ -85,16 +80,27 @@ def test_shapes_are_refused_with_and_without_type_checks(arguments, message):
         attention_entropy.__wrapped__(**arguments)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
-def test_non_finite_values_at_real_positions_are_refused(bad, backend):
-    cases = {
-        "query": (changed(QUERY, (0, 1, 2, 3), bad), KEY),
-        "key": (QUERY, changed(KEY, (1, 0, 4, 2), bad)),
-    }
-    for name, (query, key) in cases.items():
-        with pytest.raises(TokenWeightsError, match=f"expected `{name}` to be finite at real"):
-            attention_entropy(query, key, backend=backend)
+@pytest.mark.parametrize("case", bad_input.CASES)
+def test_bad_input_is_refused(case, backend):
+    """`triton_cases.py` runs the same cases through the kernels."""
+    change, message = bad_input.CASES[case]
+    valid = bad_input.arguments()
+    with pytest.raises(TokenWeightsError, match=message):
+        attention_statistics(**valid | change(**valid), backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_its_own_lse_is_taken_and_a_row_without_a_visible_key_is_zero(backend):
+    valid = bad_input.arguments()
+    mask = torch.ones(2, bad_input.TOKENS, dtype=torch.bool)
+    mask[1] = False
+    lse = bad_input.denominators(**valid)
+    lse[1] = torch.nan  # nothing there is real
+    options = {"key_mask": mask, "lse": lse, "local_window": 5, "backend": backend}
+    found = attention_statistics(**valid, **options)
+    for value in vars(found).values():
+        assert value[0].any() and not value[1].any()
 
 
 def test_overflow_of_finite_values_is_refused():

@@ -14,8 +14,18 @@ import pytest
 import torch
 
 from tokenweights import TokenWeightsError, attention_entropy
+from tokenweights.attention.statistics import Logits
 from tokenweights.attention.triton_configuration import triton_refusal
-from tokenweights.attention.triton_work import item_table, unit_table, workspace_chunks
+from tokenweights.attention.triton_work import (
+    item_table,
+    part_span,
+    result_starts,
+    row_counts,
+    unit_table,
+    widths,
+    with_sum_rows,
+    workspace_chunks,
+)
 
 ROOT = Path(__file__).parents[2]
 with_triton = pytest.mark.skipif(
@@ -62,14 +72,32 @@ def test_shipped_configurations_fit_the_device(arch):
 
 
 @with_triton
-def test_report_runs_at_toy_size(tmp_path):
-    options = ["--device", "cpu", "--toy", "--tokens", "40", "--output", str(tmp_path)]
+def test_the_whole_report_runs_at_toy_size(tmp_path):
+    """Agreement, tile sizes, times, tables and figures, as one command does them on a GPU."""
+    results = tmp_path / "RESULTS.md"
+    results.write_text("before\n<!-- report: begin -->\nold\n<!-- report: end -->\nafter\n")
+    options = ["--device", "cpu", "--toy", "--all", "--tokens", "40", "--output", str(tmp_path)]
+    options += ["--record", str(results), "--cases", "nothing_asked or number_of_selected"]
     names = ["--only", "entropy", "all statistics", "eager", "attention forward"]
     run = finished(["-W", "ignore", "benchmarks/kernels/report.py", *options, *names])
     assert run.returncode == 0, run.stderr[-3000:]
-    names = {record["name"] for record in json.loads((tmp_path / "results.json").read_text())}
-    assert {"entropy, lse given", "eager, materialised", "attention forward, SDPA"} <= names
-    assert "| 40 | entropy |" in (tmp_path / "results.md").read_text()
+    agreement, tuning, times = (
+        json.loads((tmp_path / f"{step}.json").read_text())
+        for step in ("agreement", "tuning", "results")
+    )
+    assert agreement == {"passed": 5, "failed": 0, "skipped": 0}
+    assert {record["role"] for record in tuning} == {"weights", "sums", "denominators"}
+    assert all(record["ms"] for record in tuning)
+    times = {record["name"]: record for record in times}
+    assert times["entropy, lse given"]["of_floor"] > 0
+    assert times["attention forward, SDPA flash"]["p50"] > 0
+    assert times["attention forward, SDPA cuDNN"]["missing"] == "not available here"
+    text = results.read_text()
+    assert text == (tmp_path / "results.md").read_text().join(
+        ("before\n<!-- report: begin -->\n\n", "\n<!-- report: end -->\nafter\n")
+    )
+    ours, flash = (times[n]["p50"] for n in ("entropy, lse given", "attention forward, SDPA flash"))
+    assert f"| 40 | {ours / flash:.2f} |" in text and "| 40 | entropy |" in text
     assert (tmp_path / "times.png").stat().st_size > 1000
 
 
@@ -106,8 +134,6 @@ def test_workspace_that_holds_nothing_is_refused():
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("causal", [True, False])
 def test_items_cover_every_visible_key_of_every_row_once(window, causal):
-    from tokenweights.attention.statistics import Logits
-
     if window is not None and not causal:
         return
     sequences = torch.tensor([[0, 3, 70, 10, 200], [1, 0, 1, 0, 1], [1, 5, 33, 5, 33]])
@@ -128,17 +154,40 @@ def test_items_cover_every_visible_key_of_every_row_once(window, causal):
 
 
 def test_workspace_chunks_stay_within_the_bytes_and_do_not_overlap():
-    from tokenweights.attention.statistics import Logits
-
     sequences = torch.tensor([[0, 0, 100, 0, 300], [1, 0, 100, 0, 100]], dtype=torch.int32)
     units = unit_table(sequences, Logits(1.0), rows=16, out_heads=2)
     bound, found = 40_000, 0
     for chunk, size in workspace_chunks(units, 64, bound):
         assert 4 * size <= bound
         used = torch.zeros(size, dtype=torch.int32)
-        for _, first, stop, start, end, _, _, place, width in chunk.tolist():
+        for _, first, stop, start, end, _, _, place, width, _ in chunk.tolist():
             for row in range(stop - first):
                 used[place + start + row * width : place + row * width + end] += 1
                 found += end - start
         assert int(used.max()) == 1
     assert found == sum((u[2] - u[1]) * (u[4] - u[3]) for u in units.tolist())
+
+
+def test_the_rows_of_a_chunk_have_places_of_their_own():
+    sequences = torch.tensor([[0, 0, 100, 0, 300], [1, 3, 97, 0, 100]], dtype=torch.int32)
+    units = unit_table(sequences, Logits(1.0), rows=16, out_heads=2)
+    starts, counts = result_starts(units, sequences, 100, 200), row_counts(units)
+    seen = torch.zeros(400, dtype=torch.int32)
+    for start, count in zip(starts.tolist(), counts.tolist(), strict=True):
+        seen[start : start + count] += 1
+    # Slots 0 to 2 of the second batch row hold no query; both output heads have all rows.
+    expected = torch.ones(200, dtype=torch.int32)
+    expected[100:103] = 0
+    assert torch.equal(seen, expected.repeat(2))
+    items = item_table(with_sum_rows(units, starts), 64)
+    assert set(items[:, -1].tolist()) == set(starts.tolist())
+
+
+@pytest.mark.parametrize("tokens", [16384, 32768, 131072])
+def test_every_chunk_of_a_long_sequence_fills_a_device(tokens):
+    units = unit_table(torch.tensor([[0, 0, tokens, 0, tokens]]).int(), Logits(1.0), rows=64)
+    for chunk, size in workspace_chunks(units, 64, 2**28):
+        longest = int(widths(chunk).max())
+        parts = len(item_table(chunk, part_span(chunk, 64, longest)))
+        full = size > 2**25  # the last chunks of a causal sequence are small
+        assert parts >= 132 or not full

@@ -1,7 +1,9 @@
+import base64
 import itertools
 import json
 import math
 import re
+import struct
 from html.parser import HTMLParser
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from tokenweights import TokenWeightsError
 from tokenweights.report import token_trace_html, trace_page_html
 from tokenweights.report.document import asset, script_json
-from tokenweights.report.trace import first_and_last
+from tokenweights.report.trace import SCRIPTS, first_and_last
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -124,6 +126,13 @@ def test_a_page_names_what_was_read(record):
     assert "Attention entropy, nats" in Page(trace_page_html([record(entropy_kind="raw")])).texts
 
 
+def test_layers_of_one_response_are_told_apart_by_layer(record):
+    page = trace_page_html([record(layer=layer) for layer in (1, 2)])
+    assert re.findall(r"<h3>(.*?)</h3>", page) == ["Layer 1", "Layer 2"]
+    page = trace_page_html([record(layer=1, step=0), record(layer=2, step=1)])
+    assert re.findall(r"<h3>(.*?)</h3>", page) == ["Step 0", "Step 1"]
+
+
 def test_optional_columns_leave_no_trace_when_missing(record):
     page = trace_page_html([record(predictive_entropy=None, log_probs=None, group=None)])
     body = page[page.index("<body>") : page.index('"use strict"')]
@@ -190,8 +199,10 @@ def test_a_page_loads_nothing_and_runs_one_script_only(record):
     policy = next(a["content"] for t, a in page.tags if a.get("http-equiv"))
     assert policy.startswith("default-src 'none';") and "script-src 'sha256-" in policy
     code = [script for kind, script in page.scripts if kind is None]
-    assert code == [asset("trace.js")]
-    assert "innerHTML" not in code[0] and "eval" not in code[0]
+    assert code == ["\n".join(map(asset, SCRIPTS))]
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacent|document\.write|eval|Function", code[0]
+    )
 
 
 def test_8192_tokens_stay_under_five_megabytes(record):
@@ -299,3 +310,72 @@ def test_the_ramp_is_ordered_by_lightness_and_text_on_it_is_readable():
             # WCAG 2 level AA for body text.
             assert (bright + 0.05) / (dark + 0.05) >= 4.5
     assert directions == [False, True]
+
+
+def test_attention_is_packed_row_by_row(record):
+    rows = ((0,), (), (1, 70_000), (2,), (0, 1))
+    weights = ((1.0,), (), (0.25, 0.5), (0.125,), (1.0000001, 0.0))
+    entry = record(
+        prompt_tokens=("x",) * 70_000, attended=rows, attended_weights=weights, alignment="own"
+    )
+    page = Page(trace_page_html([entry]))
+    (data,) = (json.loads(text)["attention"] for kind, text in page.scripts if kind)
+
+    def unpacked(name, code):
+        data_bytes = base64.b64decode(data[name])
+        return struct.unpack(f"<{len(data_bytes) // struct.calcsize(code)}{code}", data_bytes)
+
+    assert (data["prompt"], data["own"], data["wide"]) == (70_000, True, True)
+    assert unpacked("counts", "I") == (1, 0, 2, 1, 2)
+    assert unpacked("places", "I") == (0, 1, 70_000, 2, 0, 1)
+    shares = [count / 65535 for count in unpacked("weights", "H")]
+    assert shares == pytest.approx([1, 0.25, 0.5, 0.125, 1, 0], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("attended", "weights", "words"),
+    [
+        ([(0,)], [(1.0,)], "2 rows"),
+        ([(0,), (0,)], [(1.0,), ()], "2 rows"),
+        ([(0,), (0,)], None, "2 rows"),
+        ([(0,), (3,)], [(1.0,), (1.0,)], "context of 3 tokens"),
+        ([(0,), (-1,)], [(1.0,), (1.0,)], "context of 3 tokens"),
+        ([(0,), (0,)], [(1.0,), (1.5,)], r"in \[0, 1\]"),
+        ([(0,), (0,)], [(1.0,), (math.nan,)], r"in \[0, 1\]"),
+    ],
+)
+def test_attention_must_fit_the_context(attended, weights, words):
+    with pytest.raises(TokenWeightsError, match=words):
+        page_of(["a", "b"], prompt_tokens=["?"], attended=attended, attended_weights=weights)
+
+
+def test_columns_must_fit():
+    with pytest.raises(TokenWeightsError, match=r"columns\['support'\]"):
+        page_of(["a", "b"], columns={"support": [1.0]})
+
+
+def test_of_many_long_responses_the_first_is_shown(record):
+    def shown(count, length):
+        values = tuple(map(float, range(length)))
+        nothing = dict.fromkeys(("weights", "advantages", "predictive_entropy", "log_probs"))
+        entries = [
+            record(
+                sample_id=sample,
+                tokens=("x",) * length,
+                token_ids=(0,) * length,
+                attention_entropy=values,
+                group=None,
+                **nothing,
+            )
+            for sample in range(count)
+        ]
+        tags = Page(trace_page_html(entries)).tags
+        traces = [attrs for tag, attrs in tags if tag == "article"]
+        options = [attrs for tag, attrs in tags if tag == "option"]
+        chosen = [attrs["value"] for attrs in options if "selected" in attrs]
+        return ["hidden" not in attrs for attrs in traces], chosen
+
+    assert shown(3, 1500) == ([True, False, False], ["0"])
+    assert shown(3, 100) == ([True] * 3, ["all"])
+    assert shown(2, 3000) == ([True] * 2, ["all"])
+    assert shown(1, 10) == ([True], [])

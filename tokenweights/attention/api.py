@@ -228,7 +228,7 @@ def attention_entropy_varlen(
     used = backend_used(function, backend, query, key)
     if used == "reference":
         results = empty_results(request, shape, query, torch.float64)
-        packed_reference(batch, request, logits, results, per_head=per_head, sinks=sinks)
+        packed_reference(function, batch, request, logits, results, per_head=per_head, sinks=sinks)
     else:
         results = empty_results(request, shape, query)
         sweep(
@@ -358,7 +358,15 @@ def _padded(
     used = backend_used(function, backend, query, key)
     if used == "reference":
         results = reference_statistics(
-            query, key, request, logits, key_mask=key_mask, sinks=sinks, per_head=per_head
+            query,
+            key,
+            request,
+            logits,
+            key_mask=key_mask,
+            sinks=sinks,
+            per_head=per_head,
+            lse=lse,
+            function=function,
         )
     else:
         rows, all_heads, queries, _ = query.shape

@@ -129,6 +129,7 @@ def chunked_sweep(
 
 
 def packed_reference(
+    function: str,
     batch: TokenBatch,
     request: Request,
     logits: Logits,
@@ -146,6 +147,8 @@ def packed_reference(
             logits,
             per_head=per_head,
             sinks=sinks,
+            lse=None if sequence.lse is None else sequence.lse[None],
+            function=function,
         )
         write_results(results, {kind: value[0] for kind, value in found.items()}, sequence.slots)
 

@@ -10,6 +10,7 @@ from einops import repeat
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tokenweights.attention.checks import check_total_mass
 from tokenweights.attention.statistics import Logits, Request
 
 
@@ -27,25 +28,27 @@ def visible_keys(
     return visible
 
 
-def attention_log_weights(
+def attention_logits(
     query: Float[Tensor, "batch heads query dim"],
     key: Float[Tensor, "batch kv_heads key dim"],
     visible: Bool[Tensor, "batch query key"],
     logits: Logits,
-    sinks: Float[Tensor, " heads"] | None,
 ) -> Float[Tensor, "batch heads query key"]:
-    """Log-softmax over the visible keys, and the sink if there is one; -inf elsewhere."""
+    """Scaled and capped inner products; -inf where a query does not see a key."""
     group = query.shape[1] // key.shape[1]
     key = repeat(key.double(), "b kv k d -> b (kv group) k d", group=group)
     score = query.double() @ key.transpose(2, 3) * logits.scale
     if logits.softcap is not None:
         score = logits.softcap * torch.tanh(score / logits.softcap)
-    score = score.masked_fill(~visible[:, None], -torch.inf)
-    denominator = score.logsumexp(-1, keepdim=True)
-    if sinks is not None:
-        denominator = torch.logaddexp(denominator, sinks.double()[:, None, None])
-    # A padded query sees nothing: its row would be -inf - -inf.
-    return (score - denominator).masked_fill(~visible[:, None], -torch.inf)
+    return score.masked_fill(~visible[:, None], -torch.inf)
+
+
+def denominators(
+    score: Float[Tensor, "batch heads query key"], sinks: Float[Tensor, " heads"] | None
+) -> Float[Tensor, "batch heads query"]:
+    """Log-sum-exp over the visible keys, and the sink if there is one."""
+    lse = score.logsumexp(-1)
+    return lse if sinks is None else torch.logaddexp(lse, sinks.double()[:, None])
 
 
 def entropy(log_weights: Float[Tensor, "*row key"]) -> Float[Tensor, "*row"]:
@@ -65,13 +68,25 @@ def reference_statistics(
     key_mask: Bool[Tensor, "batch key"] | None = None,
     sinks: Float[Tensor, " heads"] | None = None,
     per_head: bool = False,
+    lse: Float[Tensor, "batch heads query"] | None = None,
+    function: str = "attention_statistics",
 ) -> dict[str, Tensor]:
-    """Every requested statistic, as `batch heads query`, of the mean distribution or per head."""
+    """Every requested statistic, as `batch heads query`, of the mean distribution or per head.
+
+    A given `lse` is not used, but it is refused, in the name of `function`, where it is another.
+    """
     queries = query.shape[2]
     if key_mask is None:
         key_mask = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
     visible = visible_keys(key_mask, queries=queries, causal=logits.causal, window=logits.window)
-    log_weights = attention_log_weights(query, key, visible, logits, sinks)
+    score = attention_logits(query, key, visible, logits)
+    denominator = denominators(score, sinks)
+    if lse is not None:
+        total = (denominator - lse.double()).exp()
+        total = total if per_head else total.mean(1, keepdim=True)
+        check_total_mass(function, total.where(visible.any(-1)[:, None], 1.0))
+    # A padded query sees nothing: its row would be -inf - -inf.
+    log_weights = (score - denominator[..., None]).masked_fill(~visible[:, None], -torch.inf)
     if not per_head:
         heads = query.shape[1]
         log_weights = log_weights.logsumexp(1, keepdim=True) - math.log(heads)

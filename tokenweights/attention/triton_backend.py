@@ -6,6 +6,7 @@ rows at a time, and selected from there.
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -28,12 +29,16 @@ from tokenweights.attention.triton_configuration import (
     shipped_configuration,
 )
 from tokenweights.attention.triton_work import (
+    MOST_PARTS,
     affordable_rows,
     item_table,
     part_span,
+    result_starts,
+    row_counts,
     sequence_table,
     unit_table,
     widths,
+    with_sum_rows,
     workspace_chunks,
 )
 
@@ -74,16 +79,17 @@ def triton_sweep(
     """
     contiguous = all(isinstance(sequence.slots.key, slice) for sequence in batch.sequences)
     dense = batch if contiguous else _gathered(batch)
-    sweep = _Sweep(
-        dense,
-        request,
-        logits,
-        per_head,
-        None if sinks is None else sinks.float().contiguous(),
-        workspace_bytes,
-        configuration or shipped_configuration(dense.query, dense.key),
-    )
-    found, mass, asked = sweep.statistics(function)
+    # A launch goes to the current device, which need not be that of the tensors.
+    with torch.cuda.device(dense.query.device) if dense.query.is_cuda else nullcontext():
+        found, mass, asked = _Sweep(
+            dense,
+            request,
+            logits,
+            per_head,
+            None if sinks is None else sinks.float().contiguous(),
+            workspace_bytes,
+            configuration or shipped_configuration(dense.query, dense.key),
+        ).statistics(function)
     if not contiguous:
         for packed, sequence in zip(dense.sequences, batch.sequences, strict=True):
             one = {kind: value[0][:, packed.slots.query] for kind, value in found.items()}
@@ -191,8 +197,7 @@ class _Sweep:
         longest = int(widths(self._units(tiles.rows)).max())
         rows = affordable_rows(longest, tiles.rows, tiles.keys, self.workspace_bytes)
         units = self._units(rows)
-        span = part_span(units, tiles.keys)
-        total = self._sums(units, span)
+        total = torch.zeros(8, self.out_heads * self.all_rows, device=self.device)
         shares = self.request.support_mass if "support_size" in self.request.kinds else ()
         with_top_k = "topk" in self.request.kinds
         targets = torch.tensor([0.0] * with_top_k + list(shares), device=self.device)
@@ -205,7 +210,14 @@ class _Sweep:
         for chunk, size in workspace_chunks(units, tiles.keys, self.workspace_bytes):
             if workspace is None or workspace.numel() < size:
                 workspace = torch.empty(size, device=self.device)
-            self._launch(tiles, item_table(chunk, span), self.request, total, workspace)
+            # Sums of this chunk alone: few rows, which may be cut into as many parts as keep the
+            # device busy.
+            count = row_counts(chunk)
+            place = count.cumsum(0) - count
+            size = int(count.sum())
+            sums = self._part_sums(chunk, place, size, tiles, self.request, longest, workspace)
+            start = (self._result_starts(chunk) - place).repeat_interleave(count)
+            total[:, self._on_device(start + torch.arange(size))] = sums
             selection = self.configuration.selection(int(widths(chunk).max()), rows)
             _KERNELS.selections[(len(chunk), -(-rows // selection.rows))](
                 workspace,
@@ -228,31 +240,48 @@ class _Sweep:
                 PIECES=selection.pieces,
                 num_warps=selection.warps,
             )
-        return _added(total), {"topk": entropy, "support_size": sizes}
+        total = total.view(8, self.out_heads, self.all_rows)
+        return total, {"topk": entropy, "support_size": sizes}
 
     def _row_sums(
         self, units: Int[Tensor, "unit column"], request: Request
     ) -> Float[Tensor, "sum head row"]:
         tiles = self._tiles_of(request)
-        span = part_span(units, tiles.keys)
-        sums = self._sums(units, span)
-        self._launch(tiles, item_table(units, span), request, sums, None)
+        size = self.out_heads * self.all_rows
+        place = self._result_starts(units)
+        sums = self._part_sums(units, place, size, tiles, request, MOST_PARTS, None)
+        return sums.view(8, self.out_heads, self.all_rows)
+
+    def _result_starts(self, units: Int[Tensor, "unit column"]) -> Int[Tensor, " unit"]:
+        return result_starts(units, self.sequences_host, self.query_slots, self.all_rows)
+
+    def _part_sums(
+        self,
+        units: Int[Tensor, "unit column"],
+        place: Int[Tensor, " unit"],
+        size: int,
+        tiles: Tiles,
+        request: Request,
+        most_parts: int,
+        workspace: Float[Tensor, " weight"] | None,
+    ) -> Float[Tensor, "sum row"]:
+        """Row sums of units, put together from parts; each unit's rows begin at its place."""
+        span = part_span(units, tiles.keys, most_parts)
+        parts = -(-int(widths(units).max()) // span)
+        sums = torch.zeros(parts, 8, size, device=self.device)
+        self._launch(tiles, item_table(with_sum_rows(units, place), span), request, sums, workspace)
         return _added(sums)
 
     def _tiles_of(self, request: Request) -> Tiles:
         few = set(request.kinds) <= {"raw", "normalized", "row_mass"}
         return self.configuration.weights if few else self.configuration.sums
 
-    def _sums(self, units: Int[Tensor, "unit column"], span: int) -> Tensor:
-        parts = -(-int(widths(units).max()) // span)
-        return torch.zeros(parts, 8, self.out_heads, self.all_rows, device=self.device)
-
     def _launch(
         self,
         tiles: Tiles,
         items: Int[Tensor, "item column"],
         request: Request,
-        sums: Float[Tensor, "part sum head row"],
+        sums: Float[Tensor, "part sum row"],
         workspace: Float[Tensor, " weight"] | None,
     ) -> None:
         kinds = set(request.kinds)
@@ -270,7 +299,7 @@ class _Sweep:
             self.query_slots,
             self.all_rows,
             self.group,
-            self.out_heads,
+            sums.shape[2],
             *self._logit_parameters(),
             request.fixed_k,
             request.local_window,
@@ -307,7 +336,7 @@ class _Sweep:
         if self.sinks is not None:
             share = (self.sinks[:, None] - self.lse).exp()
             total = total + (share if self.out_heads > 1 else share.mean(0, keepdim=True))
-        check_total_mass(function, total[sums[7] > 0])
+        check_total_mass(function, torch.where(sums[7] > 0, total, 1.0))
 
     def _check_last_rows(self, function: str) -> None:
         """The same for the last rows of each sequence, which is what `fixed` alone can afford."""
@@ -353,7 +382,7 @@ class _Sweep:
         return value.view(shape).transpose(0, 1)
 
 
-def _added(sums: Float[Tensor, "part sum head row"]) -> Float[Tensor, "sum head row"]:
+def _added(sums: Float[Tensor, "part sum row"]) -> Float[Tensor, "sum row"]:
     """Parts of rows put together."""
     if len(sums) == 1:
         return sums[0]

@@ -4,7 +4,8 @@ All sequences of a batch share a launch. A program reads its work from two int32
 
 - `sequences`: batch row, first query slot, queries, first key slot, keys;
 - `items`: sequence, first row, row after the last, first key, key after the last, part, output
-  head, workspace offset, workspace width. Rows and keys count from the start of the sequence.
+  head, workspace offset, workspace width, place of the first row among the row sums. Rows and keys
+  count from the start of the sequence.
 
 Rows of results are numbered `batch row * query_slots + query slot`. Exponentials are base 2: their
 factor is folded into the scale. Comparisons are written so that a NaN survives them.
@@ -16,7 +17,7 @@ import triton.language as tl
 
 INTERPRETED = triton.knobs.runtime.interpret
 SEQUENCE_COLUMNS = tl.constexpr(5)
-ITEM_COLUMNS = tl.constexpr(9)
+ITEM_COLUMNS = tl.constexpr(10)
 # Row sums per part: mass, p log2 p, distance, local mass, largest, fixed mass and p log2 p, N_t.
 SUMS = tl.constexpr(8)
 
@@ -72,7 +73,7 @@ def log_sum_exp(
 ):
     """Natural log of the softmax denominators, `heads row`: one program per row block and head."""
     item = items + tl.program_id(0) * ITEM_COLUMNS
-    head = tl.program_id(1)
+    head = tl.cast(tl.program_id(1), tl.int64)
     sequence = sequences + tl.load(item) * SEQUENCE_COLUMNS
     first_row, row_stop = tl.load(item + 1), tl.load(item + 2)
     first_key, key_stop = tl.load(item + 3), tl.load(item + 4)
@@ -84,7 +85,8 @@ def log_sum_exp(
     real = tl.minimum(row, row_stop - first_row - 1)
     position = keys - queries + first_row + row
     if DESCRIPTORS:
-        q = query.load([batch, head, query_slot + first_row, 0]).reshape(BLOCK_ROWS, BLOCK_DIM)
+        q = query.load([batch, tl.program_id(1), query_slot + first_row, 0])
+        q = q.reshape(BLOCK_ROWS, BLOCK_DIM)
     else:
         q_start = query + tl.cast(batch, tl.int64) * query_batch + head * query_head
         q_start += tl.cast(query_slot + first_row, tl.int64) * query_token
@@ -103,7 +105,7 @@ def log_sum_exp(
     for start in range(first_key, key_stop, BLOCK_KEYS):
         column = start + tl.arange(0, BLOCK_KEYS)
         if DESCRIPTORS:
-            k = key.load([batch, head // group, key_slot + start, 0])
+            k = key.load([batch, tl.program_id(1) // group, key_slot + start, 0])
             k = k.reshape(BLOCK_KEYS, BLOCK_DIM)
         else:
             real_key = tl.minimum(column, keys - 1) - start
@@ -135,7 +137,7 @@ def log_sum_exp(
         total += tl.exp2(tl.load(sinks + head) * LOG2E - largest)
     out = batch * query_slots + query_slot + first_row + row
     value = (largest + tl.log2(total)) * LN2
-    tl.store(lse + tl.cast(head, tl.int64) * all_rows + out, value, mask=row < row_stop - first_row)
+    tl.store(lse + head * all_rows + out, value, mask=row < row_stop - first_row)
 
 
 @triton.jit
@@ -156,7 +158,7 @@ def mean_weights(
     query_slots,
     all_rows,
     group,
-    out_heads,
+    sum_rows,
     scale,
     softcap,
     window,
@@ -281,8 +283,8 @@ def mean_weights(
                 fixed_mass += tl.sum(tl.where(first, mean, 0.0), axis=1)
                 fixed_plogp += tl.sum(tl.where(first, term, 0.0), axis=1)
 
-    found = sums + (part * SUMS * out_heads + out_head).to(tl.int64) * all_rows + out
-    stride = tl.cast(out_heads, tl.int64) * all_rows
+    stride = tl.cast(sum_rows, tl.int64)
+    found = sums + part * SUMS * stride + tl.load(item + 9) + real
     tl.store(found, mass, mask=live)
     if ENTROPY:
         tl.store(found + stride, plogp, mask=live)

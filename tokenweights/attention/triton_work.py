@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenweights.attention.layout import TokenSequence
 from tokenweights.attention.statistics import Logits
 
-FIRST_ROW, ROW_STOP, FIRST_KEY, KEY_STOP, PART, OUT_HEAD, PLACE, WIDTH = range(1, 9)
+FIRST_ROW, ROW_STOP, FIRST_KEY, KEY_STOP, PART, OUT_HEAD, PLACE, WIDTH, SUM_ROW = range(1, 10)
 # Parts of fewer keys would spend their time on starting.
 LEAST_PART = 1024
 # Enough programs that the last ones to finish do not matter, few enough that sums stay small.
@@ -58,7 +58,7 @@ def unit_table(
         last_only: Keeps only the last block of each sequence.
 
     Returns:
-        One row per block and output head, without a place in the workspace.
+        One row per block and output head, without places in the workspace and among the row sums.
     """
     queries, keys = sequences[:, 2].long(), sequences[:, 4].long()
     blocks = (queries + rows - 1) // rows
@@ -78,7 +78,7 @@ def unit_table(
     if fixed_k is not None:
         key_stop = torch.minimum(key_stop, last_start + fixed_k)
     empty = torch.zeros_like(owner)
-    columns = [owner, first_row, row_stop, first_key, key_stop, empty, empty, empty, empty]
+    columns = [owner, first_row, row_stop, first_key, key_stop, empty, empty, empty, empty, empty]
     units = torch.stack(columns, 1).to(torch.int32)
     units = units[(first_key - key_stop).argsort(stable=True)]
     units = units.repeat_interleave(out_heads, 0)
@@ -91,10 +91,39 @@ def widths(units: Int[Tensor, "unit column"]) -> Int[Tensor, " unit"]:
     return (units[:, KEY_STOP] - units[:, FIRST_KEY]).long()
 
 
-def part_span(units: Int[Tensor, "unit column"], tile: int) -> int:
+def result_starts(
+    units: Int[Tensor, "unit column"],
+    sequences: Int[Tensor, "sequence 5"],
+    query_slots: int,
+    all_rows: int,
+) -> Int[Tensor, " unit"]:
+    """Place of each unit's first row among `output head * all_rows + row` of all results.
+
+    Rows are numbered as `triton_kernels.py` says.
+    """
+    batch, slot = sequences[units[:, 0].long(), :2].long().unbind(1)
+    head, row = units[:, OUT_HEAD].long(), units[:, FIRST_ROW].long()
+    return head * all_rows + batch * query_slots + slot + row
+
+
+def row_counts(units: Int[Tensor, "unit column"]) -> Int[Tensor, " unit"]:
+    """Rows of each unit."""
+    return (units[:, ROW_STOP] - units[:, FIRST_ROW]).long()
+
+
+def with_sum_rows(
+    units: Int[Tensor, "unit column"], places: Int[Tensor, " unit"]
+) -> Int[Tensor, "unit column"]:
+    """Units with the place of each one's first row among the row sums."""
+    units = units.clone()
+    units[:, SUM_ROW] = places.to(torch.int32)
+    return units
+
+
+def part_span(units: Int[Tensor, "unit column"], tile: int, most_parts: int = MOST_PARTS) -> int:
     """Keys per part, a multiple of `tile`, that keeps a device busy with parts of equal weight."""
     width = widths(units)
-    span = max(LEAST_PART, int(width.sum()) // WANTED_ITEMS, -(-int(width.max()) // MOST_PARTS))
+    span = max(LEAST_PART, int(width.sum()) // WANTED_ITEMS, -(-int(width.max()) // most_parts))
     return -(-span // tile) * tile
 
 
@@ -128,7 +157,7 @@ def workspace_chunks(
         The units, and how many numbers they need.
     """
     width = (widths(units) + tile - 1) // tile * tile
-    sizes = width * (units[:, ROW_STOP] - units[:, FIRST_ROW]).long()
+    sizes = width * row_counts(units)
     # Places are int32.
     most = min(workspace_bytes // 4, 2**30)
     start = 0

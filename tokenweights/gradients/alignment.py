@@ -30,7 +30,8 @@ class TokenAlignment:
             share of Eq. 6. They sum to one over all tokens; NaN if the full gradient is 0.
         full_squared_norm: $\|g\|^2$.
         count: Number of valid tokens $N$, over all ranks.
-        sum_error: How far the sum of the projection ratios is from one.
+        sum_error: How far the sum of the projection ratios is from one; with differences, how far
+            it was before they were scaled to it.
         step_error: Estimated relative error of `inner` (root mean square over tokens) from a
             comparison of two step sizes; None where only one was needed, and in forward mode.
         step: Factor on the full gradient by which the parameters were moved; 0 in forward mode.
@@ -54,7 +55,7 @@ def token_alignment(
     method: Literal["differences", "forward"] = "differences",
     step: float | None = None,
     compare_steps: bool = False,
-    tolerance: float = 1e-5,
+    tolerance: float = 1e-4,
     pattern: str | None = None,
     layers: Sequence[int] | None = None,
     group: dist.ProcessGroup | None = None,
@@ -67,10 +68,14 @@ def token_alignment(
     DDP and FSDP2; `"forward"` takes one forward-mode pass, exact, where every kernel allows it.
 
     The step is chosen so that token losses change by a small share of their size. If the
-    projection ratios do not sum to one, up to three more step sizes are tried, two forward passes
-    each, and combined (Richardson); if they still do not, this raises. In float32 a `tolerance` of
-    1e-4 usually takes the first two passes only, 1e-5 two more. Parameters below float32 round the
-    step: give them a larger `tolerance`, or probe in float32.
+    projection ratios do not sum to one within `tolerance`, up to three more step sizes are tried,
+    two forward passes each, and combined (Richardson); if they still do not, this raises. In
+    float32 the default usually takes the first two passes only and leaves a relative error of about
+    $10^{-4}$ (root mean square over tokens); a `tolerance` of 1e-5 takes two more and leaves about
+    $2 \cdot 10^{-5}$. Since the sum is known exactly from the backward pass, differences that
+    passed are at last scaled to it by one common factor, so that the ratios of any partition sum to
+    one. Parameters below float32 round the step: give them a larger `tolerance`, or probe in
+    float32.
 
     Parameters, buffers, gradients and random state are bitwise unchanged afterwards, also after an
     exception. Memory beside the model: the backward pass, then one copy of the parameters, which
@@ -84,7 +89,8 @@ def token_alignment(
         method: See above.
         step: $h$; chosen if None.
         compare_steps: Always take a second step size, at two more forward passes, for `step_error`.
-        tolerance: Largest distance of the sum of the projection ratios from one.
+        tolerance: Largest distance of the sum of the projection ratios from one, before they are
+            scaled to it; below 1.
         pattern: Regular expression; only parameters whose name it is found in.
         layers: Only parameters of these layers.
         group: The ranks that share the batch, each with its own rows.
@@ -94,7 +100,8 @@ def token_alignment(
 
     Raises:
         TokenWeightsError: If the projection ratios do not sum to one, a kernel has no forward mode,
-            or the losses are not finite, not `batch token`, or without a graph.
+            `tolerance` is not in (0, 1), or the losses are not finite, not `batch token`, or
+            without a graph.
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -103,6 +110,8 @@ def token_alignment(
         >>> token_alignment(lambda: model(inputs)[..., 0], model, mask=mask, method="forward").inner
         tensor([[1., 3.]], dtype=torch.float64)
     """
+    if not 0 < tolerance < 1:
+        raise invalid("token_alignment", "tolerance", "in (0, 1)", tolerance, "Try 1e-4.")
     parameters = list(selected_parameters(model, pattern=pattern, layers=layers).values())
     with preserved("token_alignment", model) as rewind:
         losses = LossEvaluation("token_alignment", token_loss, mask, rewind=rewind, group=group)
@@ -113,9 +122,8 @@ def token_alignment(
             zero = torch.zeros_like(values)
             return TokenAlignment(zero, zero / 0, 0.0, int(losses.count), float("nan"), None, 0.0)
 
-        def sum_error(inner: Tensor) -> float:
-            total = float(global_sum(inner.sum(), group=group))
-            return abs(total / (losses.count * full_square) - 1)
+        def ratio_sum(inner: Tensor) -> float:
+            return float(global_sum(inner.sum(), group=group)) / (losses.count * full_square)
 
         if method == "forward":
             inner, used, step_error = forward_derivative(losses, parameters, gradient), 0.0, None
@@ -128,11 +136,12 @@ def token_alignment(
                 full_square=full_square,
                 step=step,
                 compare_steps=compare_steps,
-                sum_error=sum_error,
+                sum_error=lambda inner: abs(ratio_sum(inner) - 1),
                 tolerance=tolerance,
                 group=group,
             )
-    error = sum_error(inner)
+    total = ratio_sum(inner)
+    error = abs(total - 1)
     if not error <= tolerance:
         raise invalid(
             "token_alignment",
@@ -142,6 +151,8 @@ def token_alignment(
             "Is it a function of the parameters and of torch's random state alone? Low precision "
             "needs a larger `tolerance`; several ranks need `group`.",
         )
+    if method == "differences":
+        inner = inner / total
     return TokenAlignment(
         inner=inner,
         projection_ratio=inner / (losses.count * full_square),

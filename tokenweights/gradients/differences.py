@@ -87,14 +87,16 @@ def central_differences(
 def _share(parameters: Sequence[Tensor], tolerance: float) -> float:
     r"""The share of its size by which a step should change the loss of a token.
 
-    Truncation grows as $h^2$ and rounding as $\epsilon / h$. A share of $0.3 \sqrt{tolerance}$
-    mostly passes at once, if rounding leaves room for it; if not, two larger steps are combined.
+    Truncation grows as $h^2$ and rounding as $\epsilon / h$; they balance near half the cube root
+    of $\epsilon$. A share of $0.3 \sqrt{tolerance}$ mostly passes at once, if rounding leaves room
+    for it; more than the cube root would only lose precision. If rounding leaves no room, two
+    larger steps are combined.
     """
     # Parts of a float64 model may still compute in float32.
     dtypes = {torch.float32, *(parameter.dtype for parameter in parameters)}
     rounding = max(torch.finfo(dtype).eps for dtype in dtypes) ** (1 / 3)
     at_once = 0.3 * tolerance**0.5
-    return at_once if at_once > rounding / 2 else 4 * rounding
+    return min(at_once, rounding) if at_once > rounding / 2 else 4 * rounding
 
 
 def _root_sum_square(values: Tensor, group: dist.ProcessGroup | None) -> float:

@@ -69,7 +69,7 @@ class GradientSeries:
     ) -> dict[str, float]:
         """The metrics of one probe.
 
-        The deciles come from `token_alignment`: one backward pass and two to four forward passes.
+        The deciles come from `token_alignment`: one backward pass and usually two forward passes.
         An engine that keeps its parameters to itself, whose probe has `gradients`, takes a backward
         pass for each decile instead.
 

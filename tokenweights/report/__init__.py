@@ -6,8 +6,24 @@ responses, and the `*_figure` functions return matplotlib figures. Figures and t
 extra `tokenweights[report]`; records and traces need nothing beyond the library.
 """
 
-from tokenweights.report.figures import dynamics_figure, learning_figure, weights_figure
-from tokenweights.report.page import Run, run_from_directory, run_report_html
+from tokenweights.report.dynamics import entropy_metrics
+from tokenweights.report.figures import (
+    attention_map_figure,
+    decile_figure,
+    dispersion_figure,
+    dynamics_figure,
+    entropy_relation_figure,
+    gradient_figure,
+    layer_agreement_figure,
+    learning_figure,
+    quadrant_figure,
+    response_figure,
+    runs_figure,
+    support_figure,
+    weights_figure,
+)
+from tokenweights.report.inspection import inspected_records
+from tokenweights.report.page import run_report_html
 from tokenweights.report.records import (
     TokenRecord,
     append_metrics,
@@ -16,6 +32,7 @@ from tokenweights.report.records import (
     read_token_records,
     token_records,
 )
+from tokenweights.report.runs import Run, run_from_directory
 from tokenweights.report.trace import token_trace_html, trace_page_html
 
 __all__ = [
@@ -23,12 +40,24 @@ __all__ = [
     "TokenRecord",
     "append_metrics",
     "append_token_records",
+    "attention_map_figure",
+    "decile_figure",
+    "dispersion_figure",
     "dynamics_figure",
+    "entropy_metrics",
+    "entropy_relation_figure",
+    "gradient_figure",
+    "inspected_records",
+    "layer_agreement_figure",
     "learning_figure",
+    "quadrant_figure",
     "read_metrics",
     "read_token_records",
+    "response_figure",
     "run_from_directory",
     "run_report_html",
+    "runs_figure",
+    "support_figure",
     "token_records",
     "token_trace_html",
     "trace_page_html",

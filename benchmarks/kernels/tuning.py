@@ -1,0 +1,89 @@
+"""Times of the kernels over tile sizes, next to those of the tiles that are shipped."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+from contenders import log_sum_exp
+from layer import Layer
+from timing import quantiles, seconds
+
+from tokenweights.attention.layout import padded_batch
+from tokenweights.attention.results import empty_results
+from tokenweights.attention.statistics import STATISTIC_KINDS, Logits, Request
+from tokenweights.attention.triton_backend import triton_sweep
+from tokenweights.attention.triton_configuration import Configuration, Tiles, shipped_configuration
+
+# What a set of tiles serves, and what has to be asked for to use it.
+ROLES = {
+    "weights": (("normalized",), True),
+    "sums": (STATISTIC_KINDS, True),
+    "denominators": (("normalized",), False),
+}
+SHAPES = ((64, 64, 4), (64, 128, 8), (128, 64, 8), (128, 128, 8), (64, 256, 8))
+# Query heads that share one load of keys need room for all of them.
+SHARED = ((64, 64, 8), (64, 128, 8), (128, 64, 8), (128, 128, 8))
+
+
+def tuned(layer: Layer, budget: float, *, toy: bool) -> Iterator[dict[str, str | float | None]]:
+    """Milliseconds for each choice of tiles, None with the reason where it does not run.
+
+    Args:
+        layer: Its log-sum-exp is given, except for the tiles that compute it.
+        budget: Seconds per choice.
+        toy: Few and small tiles, as the interpreter can bear them.
+    """
+    query, key = layer.inputs()
+    lse = log_sum_exp(query, key)
+    base = shipped_configuration(query, key)
+    for role, (kinds, given) in ROLES.items():
+        batch = padded_batch(query, key, None, lse if given else None)
+        for name, configuration in candidates(base, role, toy=toy):
+            request = Request(kinds, support_mass=(0.5, 0.8, 0.9, 0.95))
+            run = partial(sweep, layer, query, batch, request, configuration)
+            record: dict[str, str | float | None] = {"role": role, "tiles": name, "ms": None}
+            try:
+                record["ms"] = 1e3 * quantiles(seconds(run, layer, budget))[1]
+            except Exception as error:  # out of shared memory or registers, as the launch finds
+                record["reason"] = f"{type(error).__name__}: {str(error)[:80]}"
+            yield record
+
+
+def candidates(base: Configuration, role: str, *, toy: bool) -> Iterator[tuple[str, Configuration]]:
+    """The shipped tiles, then others in their place."""
+    yield "shipped, " + shown(getattr(base, role), base.unrolled), base
+    if toy:
+        tiles, shared = Tiles(32, 32, 1, 1), role != "denominators"
+        yield shown(tiles, shared), replace(base, **{role: tiles}, unrolled=shared)
+        return
+    for rows, keys, warps in SHAPES:
+        for stages in (2, 3):
+            tiles = Tiles(rows, keys, warps, stages)
+            yield shown(tiles, False), replace(base, **{role: tiles}, unrolled=False)
+    if role == "denominators":
+        return
+    for rows, keys, warps in SHARED:
+        for stages in (1, 2):
+            tiles = Tiles(rows, keys, warps, stages)
+            yield shown(tiles, True), replace(base, **{role: tiles}, unrolled=True)
+
+
+def sweep(layer: Layer, query, batch, request: Request, configuration: Configuration) -> None:
+    """One call of the Triton backend."""
+    triton_sweep(
+        "tune",
+        batch,
+        request,
+        Logits(layer.dim**-0.5),
+        empty_results(request, (1, 1, layer.tokens), query),
+        per_head=False,
+        sinks=None,
+        workspace_bytes=2**28,
+        configuration=configuration,
+    )
+
+
+def shown(tiles: Tiles, unrolled: bool) -> str:
+    """Tiles in words."""
+    words = f"{tiles.rows}x{tiles.keys} {tiles.warps}w s{tiles.stages}"
+    return words + ", keys shared" * unrolled
