@@ -66,8 +66,7 @@ def attention_weights(
         sink = None if sinks is None else sinks[head : head + 1]
         one = query[:, head : head + 1]
         score = attention_logits(one, key[:, own], visible, logits)
-        log_weights = score - denominators(score, sink)[..., None]
-        # A padded query sees nothing: its row would be -inf - -inf.
-        total += log_weights.masked_fill(~visible[:, None], -torch.inf).exp()[:, 0]
+        weights = (score - denominators(score, sink)[..., None]).exp()[:, 0]
+        total += weights.masked_fill(~visible, 0.0)  # a padded query's row is not a number
     mass = total.sum(-1, keepdim=True)
     return (total / mass.where(mass > 0, 1.0)).float()
