@@ -5,6 +5,8 @@ VENV   := .venv
 READY  := $(VENV)/.ready
 BIN    := $(VENV)/bin
 SUITES := core lab trl
+# Adapters whose pins clash with the others': each has an environment of its own, .venv-NAME.
+APART  := verl
 
 # Small models run many times faster on one thread; nothing here may reach for a model hub.
 export OMP_NUM_THREADS ?= 1
@@ -13,7 +15,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test lint format bench bench-gpu docs policy clean
+.PHONY: help setup demo test lint format bench bench-gpu docs policy clean $(APART:%=test-%)
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -21,7 +23,7 @@ help:  ## List the targets
 
 setup: $(READY)  ## Create the virtual environment (all others do it when needed)
 
-$(READY): constraints.txt pyproject.toml $(wildcard integrations/*/pyproject.toml)
+$(READY): constraints.txt pyproject.toml integrations/lab/pyproject.toml integrations/trl/pyproject.toml
 	@echo "Setting up $(VENV) (a few minutes the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed to run the adapters") if sys.version_info < (3, 11) else None'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,11 +32,22 @@ $(READY): constraints.txt pyproject.toml $(wildcard integrations/*/pyproject.tom
 		--editable integrations/lab --editable 'integrations/trl[test]'
 	@touch $@
 
+.venv-%/.ready: integrations/%/constraints.txt integrations/%/pyproject.toml pyproject.toml
+	@echo "Setting up .venv-$* (a few minutes the first time)"
+	@test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	@.venv-$*/bin/pip install --quiet --constraint integrations/$*/constraints.txt \
+		--editable . --editable integrations/lab --editable 'integrations/$*[test]'
+	@touch $@
+
 demo: $(READY)  ## Train the embedded policy with TRL under Low2High and write runs/demo
 	@$(BIN)/python integrations/trl/examples/demo.py
 
-test: $(READY)  ## Run every test suite and count what passed, failed and was skipped
-	@PATH="$(abspath $(BIN)):$$PATH" sh .ci/suites $(SUITES)
+test: $(READY) $(APART:%=.venv-%/.ready)  ## Run every test suite and count what passed, failed and was skipped
+	@PATH="$(abspath $(BIN)):$$PATH" sh .ci/suites $(SUITES) $(APART)
+
+test-verl:  ## Run only the suite of the VeRL adapter, in its own environment
+$(APART:%=test-%): test-%: .venv-%/.ready
+	@PATH="$(abspath .venv-$*/bin):$$PATH" sh .ci/suites $*
 
 lint: $(READY)  ## Check style and types
 	@$(BIN)/ruff check .
@@ -59,4 +72,4 @@ policy: $(READY)  ## Train the embedded policy anew, from nothing
 	@$(BIN)/python -m tokenweights_lab.warm_start
 
 clean:  ## Remove the virtual environment and everything that was built
-	rm -rf $(VENV) build site runs .cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(APART:%=.venv-%) build site runs .cache .pytest_cache .ruff_cache .hypothesis .benchmarks

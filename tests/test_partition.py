@@ -194,3 +194,18 @@ ONE = torch.ones(1, 2, dtype=torch.bool)
 def test_nonsense_is_refused(make):
     with pytest.raises(TokenWeightsError, match="expected"):
         make()
+
+
+@given(masks(), st.integers(0, 14))
+def test_first_tokens_are_the_first_valid_ones(mask, count):
+    got = tw.first_tokens(mask, count=count)
+    for row in range(len(mask)):
+        assert (
+            got[row].nonzero().flatten().tolist()
+            == (mask[row].nonzero().flatten().tolist()[:count])
+        )
+
+
+def test_a_negative_count_of_first_tokens_is_refused():
+    with pytest.raises(TokenWeightsError, match="count"):
+        tw.first_tokens(torch.ones(1, 1, dtype=torch.bool), count=-1)

@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -61,3 +62,53 @@ def test_zero_steps_give_the_end_value_at_once():
 def test_nonsense_is_refused(make):
     with pytest.raises(TokenWeightsError):
         make()
+
+
+@given(st.integers(0, 60), st.integers(0, 3), st.lists(st.booleans(), max_size=60))
+def test_the_clock_agrees_with_a_walk(warmup, rollback, verdicts):
+    schedule = tw.adaptive_progress(tw.low_to_high(warmup), rollback=rollback)
+    clock = 0
+    for step, troubled in enumerate(verdicts):
+        assert schedule.clock(step) == clock
+        assert schedule(step) == tw.low_to_high(warmup)(clock)
+        schedule.update(step, troubled=troubled)
+        assert schedule.clock(step) == clock  # a step's own value does not change afterwards
+        clock = max(clock - rollback, 0) if troubled else clock + 1
+
+
+@given(st.integers(0, 1000))
+def test_without_trouble_the_schedule_is_its_own(step):
+    plain, adaptive = tw.low_to_high(100), tw.adaptive_progress(tw.low_to_high(100))
+    assert adaptive(step) == plain(step)
+    adaptive.update(step, troubled=False)
+    assert adaptive(step + 1) == plain(step + 1)
+
+
+def test_a_pause_lasts_until_the_next_verdict():
+    schedule = tw.adaptive_progress(tw.linear_schedule(0.0, 1.0, 10))
+    schedule.update(4, troubled=True)
+    assert [schedule(step) for step in (4, 5, 9)] == [0.4, 0.4, 0.4]
+    schedule.update(9, troubled=False)
+    assert schedule(10) == 0.5
+
+
+def test_a_resumed_clock_goes_on_where_it_stopped():
+    first = tw.adaptive_progress(tw.low_to_high(10), rollback=1)
+    second = tw.adaptive_progress(tw.low_to_high(10), rollback=1)
+    for step, troubled in enumerate([False, False, False, False, True, True]):
+        first.update(step, troubled=troubled)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert [second.clock(step) for step in (5, 6, 9)] == [3, 2, 0]
+    assert second.state_dict() == first.state_dict()
+
+
+def test_an_adaptive_clock_refuses_the_past_and_other_states():
+    schedule = tw.adaptive_progress(tw.constant_schedule(1.0))
+    schedule.update(7, troubled=True)
+    for run in (lambda: schedule(6), lambda: schedule.update(6, troubled=False)):
+        with pytest.raises(TokenWeightsError, match="the last one judged"):
+            run()
+    with pytest.raises(TokenWeightsError, match="state_dict"):
+        schedule.load_state_dict({"step": 1})
+    with pytest.raises(TokenWeightsError, match="rollback"):
+        tw.adaptive_progress(tw.constant_schedule(1.0), rollback=-1)

@@ -12,6 +12,8 @@ from tokenweights.attention import attention_entropy as attention_entropy
 from tokenweights.attention import attention_entropy_from_weights as attention_entropy_from_weights
 from tokenweights.attention import attention_entropy_varlen as attention_entropy_varlen
 from tokenweights.attention import attention_statistics as attention_statistics
+from tokenweights.attention import attention_weights as attention_weights
+from tokenweights.attention import packed_entropy as packed_entropy
 from tokenweights.attention import sequence_parallel_bytes as sequence_parallel_bytes
 from tokenweights.attention import sequence_parallel_entropy as sequence_parallel_entropy
 from tokenweights.attention import tensor_parallel_bytes as tensor_parallel_bytes
@@ -21,14 +23,33 @@ from tokenweights.capture import CapturedAttention as CapturedAttention
 from tokenweights.capture import attention_layers as attention_layers
 from tokenweights.capture import capture_attention as capture_attention
 from tokenweights.capture import middle_layer as middle_layer
+from tokenweights.diagnostics import CollapseMonitor as CollapseMonitor
+from tokenweights.diagnostics import CollapseThresholds as CollapseThresholds
+from tokenweights.diagnostics import CollapseVerdict as CollapseVerdict
 from tokenweights.diagnostics import GroupDynamics as GroupDynamics
+from tokenweights.diagnostics import LayerAgreement as LayerAgreement
+from tokenweights.diagnostics import QuadrantTokens as QuadrantTokens
+from tokenweights.diagnostics import RolloutStatistics as RolloutStatistics
+from tokenweights.diagnostics import ScoreMoments as ScoreMoments
+from tokenweights.diagnostics import SubsetOverlap as SubsetOverlap
+from tokenweights.diagnostics import SupportConcentration as SupportConcentration
 from tokenweights.diagnostics import group_dynamics as group_dynamics
+from tokenweights.diagnostics import layer_agreement as layer_agreement
+from tokenweights.diagnostics import partition_jaccard as partition_jaccard
 from tokenweights.diagnostics import pearson_correlation as pearson_correlation
+from tokenweights.diagnostics import quadrant_tokens as quadrant_tokens
 from tokenweights.diagnostics import rank_correlation as rank_correlation
+from tokenweights.diagnostics import response_statistics as response_statistics
+from tokenweights.diagnostics import rollout_statistics as rollout_statistics
+from tokenweights.diagnostics import score_moments as score_moments
+from tokenweights.diagnostics import subset_overlap as subset_overlap
+from tokenweights.diagnostics import support_by_entropy as support_by_entropy
+from tokenweights.diagnostics import support_concentration as support_concentration
 from tokenweights.diagnostics import token_weight_metrics as token_weight_metrics
 from tokenweights.distributed import gathered as gathered
 from tokenweights.distributed import global_extrema as global_extrema
 from tokenweights.distributed import global_sum as global_sum
+from tokenweights.distributed import slice_positions as slice_positions
 from tokenweights.gradients import BandShares as BandShares
 from tokenweights.gradients import GradientGeometry as GradientGeometry
 from tokenweights.gradients import GradientProbe as GradientProbe
@@ -59,6 +80,7 @@ from tokenweights.masked import masked_sum as masked_sum
 from tokenweights.partition import back_fraction as back_fraction
 from tokenweights.partition import bernoulli_subset as bernoulli_subset
 from tokenweights.partition import bottom_fraction as bottom_fraction
+from tokenweights.partition import first_tokens as first_tokens
 from tokenweights.partition import front_fraction as front_fraction
 from tokenweights.partition import matched_random as matched_random
 from tokenweights.partition import median_quadrants as median_quadrants
@@ -66,8 +88,11 @@ from tokenweights.partition import quantile_bins as quantile_bins
 from tokenweights.partition import random_fraction as random_fraction
 from tokenweights.partition import top_fraction as top_fraction
 from tokenweights.recipes import Recipe as Recipe
+from tokenweights.recipes import WeightedRollout as WeightedRollout
 from tokenweights.recipes import recipe as recipe
 from tokenweights.recipes import recipe_names as recipe_names
+from tokenweights.recipes import rollout_recipe as rollout_recipe
+from tokenweights.recipes import weighted_rollout as weighted_rollout
 from tokenweights.rewards import Interval as Interval
 from tokenweights.rewards import bootstrap_interval as bootstrap_interval
 from tokenweights.rewards import boxed_answer as boxed_answer
@@ -76,7 +101,9 @@ from tokenweights.rewards import majority_at_k as majority_at_k
 from tokenweights.rewards import mean_at_k as mean_at_k
 from tokenweights.rewards import overlong_penalty as overlong_penalty
 from tokenweights.rewards import pass_at_k as pass_at_k
+from tokenweights.schedules import AdaptiveProgress as AdaptiveProgress
 from tokenweights.schedules import Endpoints as Endpoints
+from tokenweights.schedules import adaptive_progress as adaptive_progress
 from tokenweights.schedules import constant_schedule as constant_schedule
 from tokenweights.schedules import cosine_schedule as cosine_schedule
 from tokenweights.schedules import endpoint_schedule as endpoint_schedule
@@ -102,10 +129,14 @@ from tokenweights.weights import weight_statistics as weight_statistics
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveProgress",
     "AttentionCapture",
     "AttentionStatistics",
     "BandShares",
     "CapturedAttention",
+    "CollapseMonitor",
+    "CollapseThresholds",
+    "CollapseVerdict",
     "Endpoints",
     "ExchangeBytes",
     "GradientGeometry",
@@ -114,13 +145,21 @@ __all__ = [
     "GroupDynamics",
     "GroupGradients",
     "Interval",
+    "LayerAgreement",
     "OnlineDispersion",
     "ProbeGeometry",
+    "QuadrantTokens",
     "Recipe",
+    "RolloutStatistics",
     "ScoreExtrema",
+    "ScoreMoments",
+    "SubsetOverlap",
+    "SupportConcentration",
     "TokenAlignment",
     "TokenWeightsError",
     "WeightStatistics",
+    "WeightedRollout",
+    "adaptive_progress",
     "aggregate_loss",
     "align_to_decision",
     "align_to_own",
@@ -129,6 +168,7 @@ __all__ = [
     "attention_entropy_varlen",
     "attention_layers",
     "attention_statistics",
+    "attention_weights",
     "back_fraction",
     "band_shares",
     "bernoulli_subset",
@@ -145,6 +185,7 @@ __all__ = [
     "expected_random_cosine",
     "expected_random_error",
     "extreme_tokens",
+    "first_tokens",
     "front_fraction",
     "gathered",
     "global_extrema",
@@ -154,6 +195,7 @@ __all__ = [
     "group_gradients",
     "group_projection_ratios",
     "high_to_low",
+    "layer_agreement",
     "linear_schedule",
     "loss_denominator",
     "loss_magnitude",
@@ -170,23 +212,34 @@ __all__ = [
     "median_quadrants",
     "middle_layer",
     "overlong_penalty",
+    "packed_entropy",
+    "partition_jaccard",
     "pass_at_k",
     "pearson_correlation",
     "piecewise_schedule",
     "predictive_entropy",
+    "quadrant_tokens",
     "quantile_bins",
     "random_fraction",
     "rank_correlation",
     "recipe",
     "recipe_names",
     "relative_position",
+    "response_statistics",
+    "rollout_recipe",
+    "rollout_statistics",
     "score_extrema",
+    "score_moments",
     "selected_parameters",
     "sequence_parallel_bytes",
     "sequence_parallel_entropy",
+    "slice_positions",
     "softmax_partition",
     "static_endpoints",
+    "subset_overlap",
     "subset_weights",
+    "support_by_entropy",
+    "support_concentration",
     "tensor_parallel_bytes",
     "tensor_parallel_entropy",
     "token_alignment",
@@ -194,5 +247,6 @@ __all__ = [
     "top_fraction",
     "unclipped_losses",
     "weight_statistics",
+    "weighted_rollout",
     "weighted_token_mean",
 ]

@@ -9,6 +9,7 @@
 | `dim` | width of one head |
 | `vocab` | next-token vocabulary |
 | `total` | tokens of all packed sequences, one after another |
+| `layers` | layers, heads or other scores of the same tokens |
 | `mass` | thresholds of attention mass |
 """
 

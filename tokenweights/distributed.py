@@ -111,6 +111,29 @@ def gathered(
     return whole.index_select(dim, order.argsort())
 
 
+@typed
+def slice_positions(
+    count: int, *, device: torch.device | str = "cpu", group: dist.ProcessGroup | None = None
+) -> Int[Tensor, " token"]:
+    """Positions in the whole of this rank's tokens, where ranks hold consecutive slices in order.
+
+    Args:
+        count: Number of this rank's tokens; it may differ between ranks and be 0.
+        device: Where the result lies, and what the exchange of counts goes over.
+        group: The ranks that share the sequence, all of which have to call; None if this is all.
+
+    Returns:
+        Positions for `gathered`.
+
+    Example:
+        >>> slice_positions(3)
+        tensor([0, 1, 2])
+    """
+    lengths = _shard_lengths(count, torch.device(device), group)
+    first = sum(lengths[: 0 if group is None else group.rank()])
+    return torch.arange(first, first + count, device=device)
+
+
 def _shard_lengths(own: int, device: torch.device, group: dist.ProcessGroup | None) -> list[int]:
     if group is None:
         return [own]

@@ -88,6 +88,33 @@ def top_fraction(
 
 
 @typed
+def first_tokens(
+    mask: Bool[Tensor, "batch token"], *, count: int = 512
+) -> Bool[Tensor, "batch token"]:
+    """The first `count` valid tokens of each response, all of a shorter one (Appendix H.1).
+
+    As the mask of a partition or a statistic it takes out the effect of a growing context.
+
+    Args:
+        mask: True for valid response tokens.
+        count: Tokens of each response, >= 0.
+
+    Returns:
+        True for the chosen tokens, a subset of `mask`.
+
+    Raises:
+        TokenWeightsError: If `count` is negative.
+
+    Example:
+        >>> first_tokens(torch.tensor([[True, False, True, True]]), count=2)
+        tensor([[ True, False,  True, False]])
+    """
+    if count < 0:
+        raise invalid("first_tokens", "count", ">= 0", count, "Pass a number of tokens.")
+    return mask & (_ordinals(mask) <= count)
+
+
+@typed
 def front_fraction(
     mask: Bool[Tensor, "batch token"], *, fraction: float = 0.2
 ) -> Bool[Tensor, "batch token"]:

@@ -1,18 +1,20 @@
 """Schedules: closures from the training step to a number, or to a pair of endpoint weights.
 
 A schedule has no state. It gives the same value for the same step, so it survives checkpoint and
-resume as soon as the step does.
+resume as soon as the step does. The exception is `adaptive_progress`, which reacts to the run.
 """
 
 import bisect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
 
 Schedule = Callable[[int], float]
+Value = TypeVar("Value")
 
 # Weights are float32.
 MAX_WEIGHT = 1e30
@@ -232,6 +234,127 @@ def static_endpoints(low: float, high: float) -> EndpointSchedule:
         Endpoints(low=1.0, high=0.0)
     """
     return endpoint_schedule(constant_schedule(low), constant_schedule(high))
+
+
+class AdaptiveProgress(Generic[Value]):
+    """A schedule that reads a clock, and the clock stands or runs back while a run is in trouble.
+
+    Without trouble the clock shows the step, so the schedule is the one it was made from, exactly.
+    Made by `adaptive_progress`.
+
+    Args:
+        schedule: Any schedule.
+        rollback: Ticks that the clock runs back per step in trouble; 0 makes it stand.
+    """
+
+    def __init__(self, schedule: Callable[[int], Value], *, rollback: int = 0):
+        if rollback < 0:
+            raise invalid("adaptive_progress", "rollback", ">= 0", rollback, "0 pauses the clock.")
+        self.schedule = schedule
+        self.rollback = rollback
+        self._step, self._clock, self._troubled = 0, 0, False
+
+    def __call__(self, step: int) -> Value:
+        """The schedule's value at the clock of a step."""
+        return self.schedule(self.clock(step))
+
+    def clock(self, step: int) -> int:
+        """What the clock shows at a step, as far as is known: what a recipe takes as its step.
+
+        Args:
+            step: Training step, not before the last one that was judged.
+
+        Returns:
+            Healthy steps so far, less those rolled back; >= 0.
+
+        Raises:
+            TokenWeightsError: If the step lies before the last one that was judged.
+        """
+        if step < self._step:
+            raise invalid(
+                "adaptive_progress", "step", f">= {self._step}, the last one judged", step,
+                "To go back in time, load the state of that time.",
+            )  # fmt: skip
+        elapsed = step - self._step
+        return (
+            max(self._clock - self.rollback * elapsed, 0)
+            if self._troubled
+            else (self._clock + elapsed)
+        )
+
+    def update(self, step: int, *, troubled: bool) -> None:
+        """Takes in the verdict on a step, which holds for the steps after it until the next.
+
+        Args:
+            step: The step that was judged; of several verdicts on one step the last counts.
+            troubled: Whether the run is in trouble, such as a collapse monitor's
+                `verdict.collapsed`. Has to be the same on every rank.
+
+        Raises:
+            TokenWeightsError: If the step lies before the last one that was judged.
+        """
+        self._clock = self.clock(step)
+        self._step, self._troubled = step, troubled
+
+    def state_dict(self) -> dict[str, int]:
+        """Everything needed to go on later, but for the schedule.
+
+        Returns:
+            Plain numbers.
+        """
+        return {"step": self._step, "clock": self._clock, "troubled": int(self._troubled)}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Goes on where a saved schedule stopped.
+
+        Args:
+            state: From `state_dict`.
+
+        Raises:
+            TokenWeightsError: If the keys are others.
+        """
+        if set(state) != set(self.state_dict()):
+            raise invalid(
+                "adaptive_progress", "state", f"with the keys {sorted(self.state_dict())}",
+                sorted(state), "Pass what `state_dict` returned.",
+            )  # fmt: skip
+        self._step, self._clock = int(state["step"]), int(state["clock"])
+        self._troubled = bool(state["troubled"])
+
+
+@typed
+def adaptive_progress(
+    schedule: Callable[[int], Value], *, rollback: int = 0
+) -> AdaptiveProgress[Value]:
+    """A schedule that pauses, or rolls back, while a run is in trouble.
+
+    The paper leaves open whether allocation can react to collapse indicators (Section 7,
+    Limitations); this is one way, and its default is ours. Low2High, for one, goes back towards
+    anchors while responses collapse, and forward again once they have recovered.
+
+    Args:
+        schedule: Any schedule, of numbers or of endpoint weights.
+        rollback: Ticks that the clock runs back per step in trouble; 0 pauses it.
+
+    Returns:
+        A schedule with the methods `update`, `clock`, `state_dict` and `load_state_dict`.
+
+    Raises:
+        TokenWeightsError: If `rollback` is negative.
+
+    Example:
+        >>> schedule = adaptive_progress(low_to_high(10), rollback=2)
+        >>> for step, troubled in enumerate([False, False, False, True, True, False]):
+        ...     print(step, schedule(step).high)
+        ...     schedule.update(step, troubled=troubled)
+        0 0.0
+        1 0.1
+        2 0.2
+        3 0.3
+        4 0.1
+        5 0.0
+    """
+    return AdaptiveProgress(schedule, rollback=rollback)
 
 
 def _checked(step: int) -> int:

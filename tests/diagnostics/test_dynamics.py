@@ -39,3 +39,16 @@ def test_nan_inside_a_group_is_refused():
     scores = torch.tensor([[0.0, math.nan]])
     with pytest.raises(TokenWeightsError, match="finite"):
         tw.group_dynamics(scores, [torch.ones(1, 2, dtype=torch.bool)])
+
+
+def test_heads_keep_an_axis():
+    scores = torch.rand(3, 2, 5)
+    mask = torch.rand(3, 5) < 0.7
+    got = tw.group_dynamics(scores, [mask, mask & False])
+    for head in range(2):
+        alone = tw.group_dynamics(scores[:, head], [mask, mask & False])
+        torch.testing.assert_close(got.mean[:, head], alone.mean, equal_nan=True)
+        torch.testing.assert_close(got.std[:, head], alone.std, equal_nan=True)
+        assert torch.equal(got.count[:, head], alone.count)
+    with pytest.raises(TokenWeightsError, match="finite"):
+        tw.group_dynamics(torch.where(mask[:, None], torch.nan, scores), [mask])

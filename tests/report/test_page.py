@@ -25,7 +25,7 @@ EVALUATIONS = [
 
 
 def text_of(page):
-    body = page[page.index("<body>") :]
+    body = page[page.index("<body>") : page.index('<script>"use strict"')]
     return " ".join(re.sub(r"<[^>]*>", " ", body).split())
 
 
@@ -61,7 +61,7 @@ def test_figures_are_well_formed_follow_the_page_and_do_not_clash(record):
     evaluations = [{"step": 0, 'accuracy/--><script>"&': 0.5}]
     page = run_report_html(Run(metrics=METRICS, evaluations=evaluations, records=[record()]))
     figures = figures_of(page)
-    assert len(figures) == 3 and "href" in figures[0]
+    assert len(figures) == 5 and "href" in figures[0]
     for figure in figures:
         root = ElementTree.fromstring(figure)
         assert not [e for e in root.iter() if e.tag.endswith("script")]

@@ -1,5 +1,6 @@
 import json
 import math
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -42,6 +43,10 @@ def records(draw):
         log_probs=draw(st.none()) if draw(st.booleans()) else column(FINITE),
         group=column(st.sampled_from(["anchor", "middle", "explorer"])),
         reward=draw(st.one_of(st.none(), FINITE)),
+        columns=draw(st.none() | st.dictionaries(ANY_TEXT, st.just(column(FINITE)), max_size=2)),
+        prompt_tokens=("<", "1", "\ud83d"),
+        attended=(attended := column(st.lists(st.integers(0, length + 2), max_size=3).map(tuple))),
+        attended_weights=draw(st.just(tuple((0.25,) * len(row) for row in attended))),
     )
 
 
@@ -106,6 +111,12 @@ def test_a_corrupt_line_is_named(line, tmp_path, record):
         ("entropy_kind", "shannon"),
         ("alignment", None),
         ("reward", "1"),
+        ("columns", [1.0]),
+        ("columns", {"support": [1.0]}),
+        ("columns", {"support": ["1"] * 5}),
+        ("prompt_tokens", "<1"),
+        ("attended", [[0], [], [], [], []]),
+        ("attended_weights", [[1.0], [], [], [], []]),
         ("wieghts", [1.0]),
     ],
 )
@@ -154,3 +165,49 @@ def test_a_corrupt_metrics_line_is_named(line, tmp_path):
     path.write_text(path.read_text() + line)
     with pytest.raises(TokenWeightsError, match=r"metrics\.jsonl:2: "):
         read_metrics(path)
+
+
+@pytest.mark.parametrize(
+    ("attended", "weights"),
+    [
+        (((7,), (), (), (), ()), ((1.0,), (), (), (), ())),
+        (((-1,), (), (), (), ()), ((1.0,), (), (), (), ())),
+        (((0,), (), (), (), ()), ((1.0, 0.5), (), (), (), ())),
+        (((0,), (), (), (), ()), ((math.nan,), (), (), (), ())),
+        ((0, 0, 0, 0, 0), ((1.0,), (), (), (), ())),
+    ],
+)
+def test_attention_must_lie_in_the_context(attended, weights, record):
+    with pytest.raises(TokenWeightsError, match="attended"):
+        record(prompt_tokens=("<", "1"), attended=attended, attended_weights=weights)
+
+
+def test_what_cannot_be_read_is_told_and_left_out(tmp_path, record):
+    path, messages = tmp_path / "tokens.jsonl", []
+    append_token_records(path, [record(step=0), record(step=1)])
+    path.write_bytes(path.read_bytes() + b"\xff{}\n[]\n" + b"[" * 100_000 + b'\n{"step": 2, "tok')
+    found = list(read_token_records(path, unreadable=messages.append))
+    assert [entry.step for entry in found] == [0, 1]
+    assert [message.split("tokens.jsonl:")[1].split(":")[0] for message in messages] == list("3456")
+
+    path = tmp_path / "metrics.jsonl"
+    append_metrics(path, {"step": 1})
+    path.write_text(path.read_text() + '{"step": 2, "rew')
+    assert read_metrics(path, unreadable=messages.append) == [{"step": 1}]
+    assert "metrics.jsonl:2: " in messages[-1]
+
+
+def test_records_are_read_and_written_in_bounded_memory(tmp_path, record):
+    path, many = tmp_path / "tokens.jsonl", 400
+    values = tuple(map(float, range(500)))
+    size = {"tokens": ("token",) * 500, "token_ids": (1,) * 500, "attention_entropy": values}
+    columns = dict.fromkeys(("weights", "advantages", "predictive_entropy", "log_probs", "group"))
+    entry = record(**size, **columns)
+    tracemalloc.start()
+    try:
+        append_token_records(path, (entry for _ in range(many)))
+        assert sum(1 for _ in read_token_records(path)) == many
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert path.stat().st_size > 3_500_000 and peak < 500_000

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenweights import TokenWeightsError
 from tokenweights.report import token_trace_html, trace_page_html
 from tokenweights.report.document import asset, script_json
-from tokenweights.report.trace import first_and_last
+from tokenweights.report.trace import SCRIPTS, first_and_last
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -124,6 +124,13 @@ def test_a_page_names_what_was_read(record):
     assert "Attention entropy, nats" in Page(trace_page_html([record(entropy_kind="raw")])).texts
 
 
+def test_layers_of_one_response_are_told_apart_by_layer(record):
+    page = trace_page_html([record(layer=layer) for layer in (1, 2)])
+    assert re.findall(r"<h3>(.*?)</h3>", page) == ["Layer 1", "Layer 2"]
+    page = trace_page_html([record(layer=1, step=0), record(layer=2, step=1)])
+    assert re.findall(r"<h3>(.*?)</h3>", page) == ["Step 0", "Step 1"]
+
+
 def test_optional_columns_leave_no_trace_when_missing(record):
     page = trace_page_html([record(predictive_entropy=None, log_probs=None, group=None)])
     body = page[page.index("<body>") : page.index('"use strict"')]
@@ -190,8 +197,10 @@ def test_a_page_loads_nothing_and_runs_one_script_only(record):
     policy = next(a["content"] for t, a in page.tags if a.get("http-equiv"))
     assert policy.startswith("default-src 'none';") and "script-src 'sha256-" in policy
     code = [script for kind, script in page.scripts if kind is None]
-    assert code == [asset("trace.js")]
-    assert "innerHTML" not in code[0] and "eval" not in code[0]
+    assert code == ["\n".join(map(asset, SCRIPTS))]
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacent|document\.write|eval|Function", code[0]
+    )
 
 
 def test_8192_tokens_stay_under_five_megabytes(record):

@@ -5,7 +5,9 @@ from tokenweights.attention.api import (
     attention_entropy_varlen,
     attention_statistics,
 )
+from tokenweights.attention.distribution import attention_weights
 from tokenweights.attention.given_weights import attention_entropy_from_weights
+from tokenweights.attention.packed import packed_entropy
 from tokenweights.attention.parallel import (
     ExchangeBytes,
     sequence_parallel_bytes,
@@ -34,6 +36,8 @@ __all__ = [
     "attention_entropy_from_weights",
     "attention_entropy_varlen",
     "attention_statistics",
+    "attention_weights",
+    "packed_entropy",
     "sequence_parallel_bytes",
     "sequence_parallel_entropy",
     "tensor_parallel_bytes",

@@ -6,7 +6,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokenweights._typing import typed
-from tokenweights.distributed import global_sum
+from tokenweights.diagnostics.moments import local_moments
 from tokenweights.masked import accumulator_dtype, masked_ranks, require_finite
 
 
@@ -21,7 +21,8 @@ def pearson_correlation(
     """Pearson correlation of two scores over all valid tokens of the batch, in [-1, 1].
 
     Means are merged first and products of deviations second, in float64, so a large common offset
-    costs no digits.
+    costs no digits. `score_moments` gives the same for several scores at once, and merges over
+    micro-batches.
 
     Args:
         first: One score for each token, finite under the mask.
@@ -42,15 +43,8 @@ def pearson_correlation(
     """
     require_finite("pearson_correlation", "first", first, mask)
     require_finite("pearson_correlation", "second", second, mask)
-    scores = torch.stack([first.detach(), second.detach()]).to(accumulator_dtype(first.device))
-    scores = torch.where(mask, scores, 0.0)
-    own = torch.cat([scores.sum((1, 2)), mask.sum()[None].to(scores.dtype)])
-    *sums, count = global_sum(own, group=group)
-    means = torch.stack(sums) / count
-    x, y = torch.where(mask, scores - means[:, None, None], 0.0)
-    products = torch.stack([(x * y).sum(), x.square().sum(), y.square().sum()])
-    xy, xx, yy = global_sum(products, group=group)
-    return (xy / (xx * yy).sqrt()).clamp(-1, 1)
+    moments = local_moments(torch.stack([first, second]), mask).over_ranks(group)
+    return moments.correlation[0, 1]
 
 
 @typed
@@ -64,7 +58,8 @@ def rank_correlation(
     """Pearson correlation of the scores' within-response ranks, over all responses, in [-1, 1].
 
     Ranks are scaled to [-1/2, 1/2] in each response, so long and short responses weigh by their
-    tokens only. Equal scores are ranked by position.
+    tokens only. Equal scores are ranked by position. `layer_agreement` gives the same for several
+    layers at once, and merges over micro-batches.
 
     Args:
         first: One score for each token, finite under the mask.
@@ -85,9 +80,12 @@ def rank_correlation(
     """
     require_finite("rank_correlation", "first", first, mask)
     require_finite("rank_correlation", "second", second, mask)
-    last = (mask.sum(-1, keepdim=True) - 1).clamp(min=1).double()
     several = mask & (mask.sum(-1, keepdim=True) > 1)
-    first_ranks, second_ranks = (
-        masked_ranks(scores, mask) / last - 0.5 for scores in (first, second)
-    )
-    return pearson_correlation(first_ranks, second_ranks, several, group=group)
+    ranks = torch.stack([scaled_ranks(first, mask), scaled_ranks(second, mask)])
+    return local_moments(ranks, several).over_ranks(group).correlation[0, 1]
+
+
+def scaled_ranks(scores: Tensor, mask: Tensor) -> Tensor:
+    """Within-response ranks from -1/2 for the lowest score to 1/2 for the highest."""
+    last = (mask.sum(-1, keepdim=True) - 1).clamp(min=1).to(accumulator_dtype(mask.device))
+    return masked_ranks(scores, mask) / last - 0.5

@@ -1,4 +1,4 @@
-"""Mean and spread of a score over groups of tokens (Appendix I)."""
+"""Mean and spread of a score over groups of tokens, head by head if need be (Appendix I)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +10,16 @@ from torch import Tensor
 
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
+from tokenweights.diagnostics.additive import alike
 from tokenweights.distributed import global_sum
-from tokenweights.masked import accumulator_dtype, masked_sum, require_finite
+from tokenweights.masked import accumulator_dtype, require_finite
 
 
 @dataclass(frozen=True)
 class GroupDynamics:
     """Statistics of a score over groups of tokens, in the score's unit.
+
+    Scores with a head axis give every field one as well.
 
     Attributes:
         count: Tokens of each group, over the whole batch.
@@ -24,22 +27,71 @@ class GroupDynamics:
         std: Population standard deviation; NaN for an empty group.
     """
 
-    count: Float[Tensor, " groups"]
-    mean: Float[Tensor, " groups"]
-    std: Float[Tensor, " groups"]
+    count: Float[Tensor, "groups *heads"]
+    mean: Float[Tensor, "groups *heads"]
+    std: Float[Tensor, "groups *heads"]
+
+    def merged(self, other: "GroupDynamics") -> "GroupDynamics":
+        """The statistics of both parts of a batch.
+
+        Args:
+            other: Statistics of the same groups in other responses.
+
+        Returns:
+            A new record.
+
+        Raises:
+            TokenWeightsError: If the groups or heads differ in number.
+        """
+        alike(self, other)
+        count = self.count + other.count
+        totals = self._totals() + other._totals()
+        mean = totals / count
+        return GroupDynamics(
+            count, mean, ((self._squares(mean) + other._squares(mean)) / count).sqrt()
+        )
+
+    def over_ranks(self, group: dist.ProcessGroup | None) -> "GroupDynamics":
+        """The statistics of the whole batch, in two reductions.
+
+        Args:
+            group: The ranks that share the batch, all of which have to call; None leaves the
+                record as it is.
+
+        Returns:
+            The same record on every rank.
+        """
+        if group is None:
+            return self
+        own = torch.stack([self.count, self._totals()])
+        count, totals = global_sum(own, group=group).unbind(0)
+        mean = totals / count
+        squares = global_sum(self._squares(mean), group=group)
+        return GroupDynamics(count, mean, (squares / count).sqrt())
+
+    def _totals(self) -> Tensor:
+        return torch.where(self.count > 0, self.count * self.mean, 0.0)
+
+    def _squares(self, center: Tensor) -> Tensor:
+        """Sums of squared deviations from a mean that need not be this part's own."""
+        deviations = self.std.square() + (self.mean - center).square()
+        return torch.where(self.count > 0, self.count * deviations, 0.0)
 
 
 @typed
 def group_dynamics(
-    scores: Float[Tensor, "batch token"],
+    scores: Float[Tensor, "batch *heads token"],
     groups: Sequence[Bool[Tensor, "batch token"]],
     *,
     group: dist.ProcessGroup | None = None,
 ) -> GroupDynamics:
     """Count, mean and standard deviation of the scores in each group of tokens.
 
+    Squares are taken of deviations from the mean, so a large common offset costs no digits.
+
     Args:
-        scores: One score for each token, finite where a group holds it.
+        scores: One score for each token, finite where a group holds it; or one for each head and
+            token, from `heads="none"`, for statistics head by head.
         groups: Masks of the groups, which may overlap: all tokens, anchors, explorers.
         group: The ranks that share the batch.
 
@@ -59,12 +111,25 @@ def group_dynamics(
     if not groups:
         raise invalid("group_dynamics", "groups", "with a mask", "none", "Pass at least one.")
     wide = scores.detach().to(accumulator_dtype(scores.device))
+    parts = []
     for members in groups:
-        require_finite("group_dynamics", "scores", scores, members)
-    # Means are merged before deviations are squared: a large common offset then costs no digits.
-    sums = [torch.stack([g.count_nonzero().to(wide.dtype), masked_sum(wide, g)]) for g in groups]
-    count, total = global_sum(torch.stack(sums), group=group).unbind(-1)
-    mean = total / count
-    squares = [masked_sum((wide - m).square(), g) for g, m in zip(groups, mean, strict=True)]
-    variance = global_sum(torch.stack(squares), group=group) / count
-    return GroupDynamics(count, mean, variance.sqrt())
+        require_finite_heads("group_dynamics", "scores", scores, members)
+        count = members.count_nonzero().to(wide.dtype).expand(scores.shape[1:-1])
+        # Means come before deviations are squared: a large common offset then costs no digits.
+        mean = token_sum(wide, members) / count
+        squares = token_sum((wide - mean[..., None]).square(), members)
+        parts.append(torch.stack([count, mean, (squares / count).sqrt()]))
+    return GroupDynamics(*torch.stack(parts, 1)).over_ranks(group)
+
+
+def token_sum(values: Tensor, members: Tensor) -> Tensor:
+    """Sum of `batch *heads token` over the members of a group of tokens: one for each head."""
+    inside = members.view(len(members), *[1] * (values.dim() - 2), members.shape[-1])
+    return torch.where(inside, values, 0.0).sum((0, -1))
+
+
+def require_finite_heads(function: str, argument: str, values: Tensor, members: Tensor) -> None:
+    """As `require_finite`, for `batch *heads token`."""
+    heads = values.movedim(0, -2).reshape(-1, *members.shape) if values.numel() else ()
+    for head in heads:
+        require_finite(function, argument, head, members)

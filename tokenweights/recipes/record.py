@@ -16,7 +16,7 @@ from torch import Tensor
 from tokenweights._errors import TokenWeightsError, invalid
 from tokenweights._typing import typed
 from tokenweights.attention import EntropyKind
-from tokenweights.capture import middle_layer
+from tokenweights.capture import CapturedAttention, middle_layer
 from tokenweights.losses import Denominator, loss_denominator
 from tokenweights.masked import masked_ranks
 from tokenweights.partition import (
@@ -224,6 +224,28 @@ class Recipe:
                 )
             chosen.append(index)
         return tuple(chosen)
+
+    def captured_entropy(
+        self,
+        captured: CapturedAttention,
+        *,
+        key_mask: Bool[Tensor, "batch key"] | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> Float[Tensor, "batch query"]:
+        """The recipe's kind of entropy of each query of a captured attention call.
+
+        Args:
+            captured: The call.
+            key_mask: True for real keys; None if there is no padding, or the rows are packed.
+            group: Ranks that hold slices of a packed row; None if this is all.
+
+        Returns:
+            Entropies.
+        """
+        kind, top_k, fixed_k = self.entropy_kind, self.top_k, self.fixed_k
+        if captured.position_ids is not None:
+            return captured.packed_entropy(group=group, kind=kind, top_k=top_k, fixed_k=fixed_k)
+        return captured.entropy(key_mask=key_mask, kind=kind, top_k=top_k, fixed_k=fixed_k)
 
     def aligned(
         self, scores: Float[Tensor, "batch position"], *, response_length: int

@@ -2,14 +2,27 @@
 
 While a run trains, `append_metrics` and `append_token_records` write plain JSON lines. Afterwards
 `run_report_html` makes one HTML page of them, `trace_page_html` and `token_trace_html` show single
-responses, and the `*_figure` functions and `decile_heatmap` return matplotlib figures. Figures and
-the report need the extra `tokenweights[report]`; records and traces need nothing beyond the
-library.
+responses, and the `*_figure` functions return matplotlib figures. Figures and the report need the
+extra `tokenweights[report]`; records and traces need nothing beyond the library.
 """
 
-from tokenweights.report.figures import dynamics_figure, learning_figure, weights_figure
-from tokenweights.report.gradient_figures import decile_heatmap
-from tokenweights.report.page import Run, run_from_directory, run_report_html
+from tokenweights.report.figures import (
+    attention_map_figure,
+    decile_figure,
+    dispersion_figure,
+    dynamics_figure,
+    entropy_relation_figure,
+    gradient_figure,
+    layer_agreement_figure,
+    learning_figure,
+    quadrant_figure,
+    response_figure,
+    runs_figure,
+    support_figure,
+    weights_figure,
+)
+from tokenweights.report.inspection import inspected_records
+from tokenweights.report.page import run_report_html
 from tokenweights.report.records import (
     TokenRecord,
     append_metrics,
@@ -18,6 +31,7 @@ from tokenweights.report.records import (
     read_token_records,
     token_records,
 )
+from tokenweights.report.runs import Run, run_from_directory
 from tokenweights.report.trace import token_trace_html, trace_page_html
 
 __all__ = [
@@ -25,13 +39,23 @@ __all__ = [
     "TokenRecord",
     "append_metrics",
     "append_token_records",
-    "decile_heatmap",
+    "attention_map_figure",
+    "decile_figure",
+    "dispersion_figure",
     "dynamics_figure",
+    "entropy_relation_figure",
+    "gradient_figure",
+    "inspected_records",
+    "layer_agreement_figure",
     "learning_figure",
+    "quadrant_figure",
     "read_metrics",
     "read_token_records",
+    "response_figure",
     "run_from_directory",
     "run_report_html",
+    "runs_figure",
+    "support_figure",
     "token_records",
     "token_trace_html",
     "trace_page_html",

@@ -16,8 +16,10 @@ from typing import Any
 
 
 def asset(name: str) -> str:
-    """The text of a template, style sheet or script that lies beside this file."""
-    return resources.files("tokenweights.report").joinpath(name).read_text(encoding="utf-8")
+    """The text of a template, style sheet or script of this package."""
+    return (
+        resources.files("tokenweights.report").joinpath("assets", name).read_text(encoding="utf-8")
+    )
 
 
 def filled(name: str, **values: str) -> str:
@@ -25,19 +27,19 @@ def filled(name: str, **values: str) -> str:
     return Template(asset(name)).substitute(values)
 
 
-def document_html(*, title: str, body: str, styles: Sequence[str], script: str) -> str:
+def document_html(*, title: str, body: str, styles: Sequence[str], scripts: Sequence[str]) -> str:
     """A whole page.
 
     Args:
         title: Text of the window's title.
         body: HTML.
         styles: Names of style sheets, after the shared one.
-        script: Name of the script.
+        scripts: Names of scripts; they become one.
 
     Returns:
         HTML that needs no other file.
     """
-    code = asset(script)
+    code = "\n".join(map(asset, scripts))
     digest = hashlib.sha256(code.encode("utf-8")).digest()
     return filled(
         "document.html",

@@ -1,117 +1,45 @@
-"""The report of one run: a single HTML page with its accuracy, its figures and two token traces.
+"""The report of one run: a single HTML page with its accuracy, its figures and two token traces."""
 
-A run directory holds up to four files, each optional but the metrics:
-
-| file | content |
-|---|---|
-| `run.json` | `title`, `description`, `recipe` and `settings`, see `Run` |
-| `metrics.jsonl` | one line per training step, `append_metrics` |
-| `evaluations.jsonl` | one line per evaluation with keys `accuracy/<name>`, `append_metrics` |
-| `tokens.jsonl` | token records, `append_token_records` |
-"""
-
-import json
 import math
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from tokenweights._errors import invalid
 from tokenweights._typing import typed
-from tokenweights.report import trace
+from tokenweights.diagnostics import CollapseMonitor
+from tokenweights.report import figures, trace
 from tokenweights.report.document import document_html, escaped, facts_html, filled
-from tokenweights.report.figures import (
-    accuracy_names,
-    dynamics_figure,
-    learning_figure,
-    weights_figure,
-)
-from tokenweights.report.records import (
-    FilePath,
-    TokenRecord,
-    read_metrics,
-    read_token_records,
-)
-from tokenweights.report.style import figure_svg
+from tokenweights.report.figures.panels import first_recorded, series
+from tokenweights.report.figures.style import figure_svg
+from tokenweights.report.figures.training import LENGTH, REWARD, accuracy_keys
+from tokenweights.report.lines import FilePath
+from tokenweights.report.runs import Progress, Run, run_from_directory
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a run left behind, as its report shows it.
-
-    Attributes:
-        title: Title of the report.
-        description: What was trained and how, as plain text; an empty line starts a paragraph.
-        recipe: The recipe in words, such as `Recipe.describe` gives; its line breaks are kept.
-        settings: Names and values, shown as they are.
-        metrics: One flat dictionary per training step, with the key `step`.
-        evaluations: One flat dictionary per evaluation, with `step` and keys `accuracy/<name>`.
-        records: Responses; the report shows one of the first step and one of the last.
-
-    Example:
-        >>> run = Run(title="low2high", metrics=[{"step": 0, "reward": -1.0}])
-        >>> run.records
-        ()
-    """
-
-    title: str = "Training run"
-    description: str = ""
-    recipe: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Sequence[Mapping[str, float]] = ()
-    evaluations: Sequence[Mapping[str, float]] = ()
-    records: Sequence[TokenRecord] = ()
+class _Section:
+    name: str
+    title: str
+    note: str
+    label: str
+    figure: "Callable[[], Figure]"
 
 
 @typed
-def run_from_directory(directory: FilePath) -> Run:
-    """The run that a directory holds, with one response of its first step and one of its last.
-
-    The two responses answer the same prompt if both steps have one in common: the first such
-    prompt, and for each step the first response to it.
-
-    Args:
-        directory: A run directory as this module describes it.
-
-    Returns:
-        The run. A missing file other than `metrics.jsonl` leaves its part empty.
-
-    Raises:
-        TokenWeightsError: `metrics.jsonl` is missing, or a file does not hold what it should.
-
-    Example:
-        >>> import tempfile
-        >>> from tokenweights.report import append_metrics
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     append_metrics(f"{folder}/metrics.jsonl", {"step": 0, "reward": -1.0})
-        ...     run_from_directory(folder).metrics
-        [{'step': 0, 'reward': -1.0}]
-    """
-    folder = Path(directory)
-    if not (folder / "metrics.jsonl").is_file():
-        got, hint = os.fspath(directory), "Append metrics while the run trains."
-        raise invalid("run_from_directory", "directory", "to hold metrics.jsonl", got, hint)
-    evaluations, tokens = folder / "evaluations.jsonl", folder / "tokens.jsonl"
-    return Run(
-        **_described(folder / "run.json"),
-        metrics=read_metrics(folder / "metrics.jsonl"),
-        evaluations=read_metrics(evaluations) if evaluations.is_file() else (),
-        records=trace.first_and_last(read_token_records(tokens)) if tokens.is_file() else (),
-    )
-
-
-@typed
-def run_report_html(run: Run | FilePath) -> str:
+def run_report_html(run: Run | FilePath, *, progress: Progress | None = None) -> str:
     """The report of a run as one self-contained HTML page.
 
     Args:
         run: A run, or a directory for `run_from_directory`.
+        progress: Wraps the sections while their figures are drawn, as `tqdm` does.
 
     Returns:
         HTML in one string, to be written as UTF-8. It holds the description, the held-out accuracy
-        before and after, the figures as SVG that follows a light or dark page, and the traces.
+        before and after, the verdict of a `CollapseMonitor`, the figures as SVG that follows a
+        light or dark page, the traces, and what could not be read.
 
     Example:
         >>> page = run_report_html(Run(title="low2high", metrics=[{"step": 0, "reward": -1.0}]))
@@ -122,47 +50,160 @@ def run_report_html(run: Run | FilePath) -> str:
         run = run_from_directory(run)
     paragraphs = run.description.split("\n\n")
     records = trace.first_and_last(run.records)
-    figures = {
-        "learning": learning_figure(run.metrics, run.evaluations),
-        "dynamics": dynamics_figure(run.metrics),
-        "weights": weights_figure(run.metrics),
-    }
+    sections = _sections(run)
     body = filled(
         "page.html",
         title=escaped(run.title),
         description="\n".join(f"<p>{escaped(part)}</p>" for part in paragraphs if part.strip()),
         recipe=f'<pre class="recipe">{escaped(run.recipe)}</pre>' if run.recipe else "",
         settings=facts_html(run.settings),
-        accuracy=_accuracy_html(run.evaluations),
+        unreadable=_unreadable_html(run.unreadable),
+        accuracy=_accuracy_html(_evaluations(run)),
+        health=_health_html(run),
+        sections="\n".join(
+            filled(
+                "section.html",
+                title=section.title,
+                note=section.note,
+                label=section.label,
+                figure=figure_svg(section.figure(), name=section.name),
+            )
+            for section in (sections if progress is None else progress(sections))
+        ),
         traces=trace.traces_html(records) if records else _absent("No response"),
-        **{name: figure_svg(figure, name=name) for name, figure in figures.items()},
     )
     styles = ("page.css", *trace.STYLES)
-    return document_html(title=run.title, body=body, styles=styles, script=trace.SCRIPT)
+    return document_html(title=run.title, body=body, styles=styles, scripts=trace.SCRIPTS)
 
 
-def _described(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    kinds = {"title": str, "description": str, "recipe": str, "settings": dict}
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        got, hint = f"{path}: {error}", "Write one JSON object."
-        raise invalid("run_from_directory", "run.json", "to be JSON", got, hint) from error
-    valid = isinstance(described, dict) and all(
-        name in kinds and isinstance(value, kinds[name]) for name, value in described.items()
-    )
-    if not valid:
-        condition = "to hold the texts `title`, `description`, `recipe` and the object `settings`"
-        raise invalid("run_from_directory", "run.json", condition, path, "Leave other keys out.")
-    return described
+def _sections(run: Run) -> list[_Section]:
+    """Learning, entropy and weights of any run; gradients and tokens where they were recorded."""
+    sections = [
+        _Section(
+            "learning",
+            "Learning",
+            "What the policy earned while training, and what it solved outside of it.",
+            "Training reward and held-out accuracy over training steps",
+            lambda: figures.learning_figure(run.metrics, _evaluations(run)),
+        ),
+        _Section(
+            "dynamics",
+            "Attention entropy",
+            "Anchors have the lowest attention entropy within their response, explorers the "
+            "highest. A band is one standard deviation of the tokens\u2019 entropies to either "
+            "side.",
+            "Attention entropy of anchors, explorers and all tokens, and response length, over "
+            "training steps",
+            lambda: figures.dynamics_figure(run.metrics),
+        ),
+        _Section(
+            "weights",
+            "Token weights",
+            "The schedule sets the weight at both ends of the entropy range; the other panels "
+            "show what it did to the batch.",
+            "Weights at the ends of the entropy range, mean weight, effective sample size and "
+            "shares of total weight, over training steps",
+            lambda: figures.weights_figure(run.metrics),
+        ),
+    ]
+    gradients = run.gradients or run.metrics
+    if any(name.startswith("gradient/") for line in gradients for name in line):
+        sections += _gradient_sections(gradients)
+    last = [record for record in run.records if record.step == run.records[-1].step]
+    if last and all(record.predictive_entropy is not None for record in last):
+        where = f"All {len(last)} recorded responses of step {last[0].step}."
+        sections += [
+            _Section(
+                "relation",
+                "Two entropies",
+                f"{where} A point is a token: predictive entropy is the policy\u2019s doubt about "
+                "the token, attention entropy says how widely it looked.",
+                "Predictive against attention entropy of tokens",
+                lambda: figures.entropy_relation_figure(last),
+            ),
+            _Section(
+                "quadrants",
+                "Tokens by quadrant",
+                f"{where} Both entropies are cut at the medians of each response. A bar counts "
+                "occurrences.",
+                "Most frequent tokens of each quadrant of the two entropies",
+                lambda: figures.quadrant_figure(last),
+            ),
+        ]
+    return sections
+
+
+def _gradient_sections(gradients: Sequence[Mapping[str, float]]) -> list[_Section]:
+    return [
+        _Section(
+            "gradient",
+            "Gradient geometry",
+            "Gradients of a fifth of the probe batch against its full gradient.",
+            "Cosine, norm ratio and projection ratio of anchors, explorers and random tokens",
+            lambda: figures.gradient_figure(gradients),
+        ),
+        _Section(
+            "dispersion",
+            "Stability of directions",
+            "How much the cosine of each subset has varied up to each probe.",
+            "Standard deviation and coefficient of variation of the cosines over training",
+            lambda: figures.dispersion_figure(gradients),
+        ),
+        _Section(
+            "deciles",
+            "Gradient by entropy decile",
+            "Decile 0 has the lowest entropy. The ten ratios of a step sum to one.",
+            "Projection ratio of entropy deciles over training, and shares of three bands",
+            lambda: figures.decile_figure(gradients),
+        ),
+    ]
+
+
+def _evaluations(run: Run) -> Sequence[Mapping[str, float]]:
+    """The evaluations; validation that was logged among the metrics, as VeRL does, counts too."""
+    if run.evaluations:
+        return run.evaluations
+    keys = accuracy_keys(run.metrics)
+    return [line for line in run.metrics if keys.keys() & line.keys()]
+
+
+def _health_html(run: Run) -> str:
+    """The verdict of a `CollapseMonitor` on the steps that logged length and reward."""
+    table = [
+        dict(zip(*series(run.metrics, first_recorded(run.metrics, keys)), strict=True))
+        for keys in (LENGTH, REWARD)
+    ]
+    monitor, verdict = CollapseMonitor(), None
+    for step in sorted(table[0].keys() & table[1].keys()):
+        length, reward = (values[step] for values in table)
+        if math.isfinite(length) and math.isfinite(reward):
+            verdict = monitor.update(int(step), length=length, reward=reward)
+            if verdict.collapsed:
+                break
+    if verdict is None:
+        return ""
+    if not verdict.collapsed:
+        return (
+            f'<p class="health">No collapse up to step {verdict.step}, judged by response length '
+            "and reward at the documented thresholds.</p>"
+        )
+    mode = (verdict.mode or "").replace("_", " ")
+    words = escaped(f"{mode}, raised at step {verdict.since}: {verdict.reason}.")
+    return f'<p class="health collapsed"><strong>Collapse:</strong> {words}</p>'
+
+
+def _unreadable_html(messages: Sequence[str]) -> str:
+    if not messages:
+        return ""
+    shown = "".join(f"<li>{escaped(message)}</li>" for message in messages[:_MESSAGES])
+    more = len(messages) - _MESSAGES
+    rest = f"<li>and {more} more</li>" if more > 0 else ""
+    return filled("unreadable.html", count=str(len(messages)), messages=shown + rest)
 
 
 def _accuracy_html(evaluations: Sequence[Mapping[str, float]]) -> str:
     rows = []
-    for name in accuracy_names(evaluations):
-        key = f"accuracy/{name}"
+    for key, name in accuracy_keys(evaluations).items():
         lines = sorted((e for e in evaluations if math.isfinite(e.get(key, math.nan))), key=_step)
         if not lines:
             continue
@@ -194,3 +235,6 @@ def _point(line: Mapping[str, float], key: str) -> str:
 
 def _absent(what: str) -> str:
     return f'<p class="quiet">{what} was recorded.</p>'
+
+
+_MESSAGES = 20

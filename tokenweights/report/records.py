@@ -9,9 +9,7 @@ refuses a number that is not finite. A metric that is not finite is written as `
 as NaN, because a run may well log one and should still leave a trace of its other numbers.
 """
 
-import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
@@ -24,9 +22,15 @@ from tokenweights._typing import typed
 from tokenweights.attention import EntropyKind
 from tokenweights.partition import bottom_fraction, top_fraction
 from tokenweights.recipes.record import Alignment
+from tokenweights.report.lines import (
+    REPAIR,
+    FilePath,
+    Unreadable,
+    append_lines,
+    read_lines,
+)
 
 TokenGroup = Literal["anchor", "middle", "explorer"]
-FilePath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class TokenRecord:
     """One response, with one value per token for everything that decided its token weights.
 
     All per-token fields are tuples as long as `tokens`. Entropies and log-probabilities are in
-    nats; a normalized attention entropy has no unit.
+    nats; a normalized attention entropy has no unit. Everything after `alignment` is optional and
+    None where it was not recorded.
 
     Attributes:
         step: Training step of the rollout.
@@ -43,16 +48,21 @@ class TokenRecord:
         tokens: Text of each response token.
         token_ids: Vocabulary index of each token.
         attention_entropy: Attention entropy of each token.
-        weights: Token weights, at least 0.
-        advantages: Advantages before weighting.
         layer: The layer that was read, or the layers that were averaged.
         entropy_kind: Variant of the attention entropy.
         alignment: The attention row that stands for a token: `deciding` is the position that
             generates it (one to the left), `own` the position of the token itself.
+        weights: Token weights, at least 0.
+        advantages: Advantages before weighting.
         predictive_entropy: Entropy of the next-token distribution that each token was drawn from.
         log_probs: Log-probability of each token.
         group: Label of each token, `anchor`, `middle` or `explorer`.
         reward: Reward of the response.
+        columns: Further numbers of each token by name, such as `support_size_0.9`.
+        prompt_tokens: Text of each prompt token.
+        attended: For each token the places of its largest attention weights, in the context that
+            `prompt_tokens` and `tokens` make up, counted from 0.
+        attended_weights: The weights at these places, shares of the visible mass.
 
     Example:
         >>> record = TokenRecord(
@@ -62,11 +72,10 @@ class TokenRecord:
         ...     tokens=("2", "."),
         ...     token_ids=(5, 9),
         ...     attention_entropy=(0.8, 0.3),
-        ...     weights=(1.0, 0.5),
-        ...     advantages=(0.7, 0.7),
         ...     layer=2,
         ...     entropy_kind="normalized",
         ...     alignment="deciding",
+        ...     weights=(1.0, 0.5),
         ... )
         >>> len(record.tokens)
         2
@@ -78,15 +87,19 @@ class TokenRecord:
     tokens: tuple[str, ...]
     token_ids: tuple[int, ...]
     attention_entropy: tuple[float, ...]
-    weights: tuple[float, ...]
-    advantages: tuple[float, ...]
     layer: int | tuple[int, ...]
     entropy_kind: EntropyKind
     alignment: Alignment
+    weights: tuple[float, ...] | None = None
+    advantages: tuple[float, ...] | None = None
     predictive_entropy: tuple[float, ...] | None = None
     log_probs: tuple[float, ...] | None = None
     group: tuple[TokenGroup, ...] | None = None
     reward: float | None = None
+    columns: Mapping[str, tuple[float, ...]] | None = None
+    prompt_tokens: tuple[str, ...] | None = None
+    attended: tuple[tuple[int, ...], ...] | None = None
+    attended_weights: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         layers = self.layer if isinstance(self.layer, tuple) else (self.layer,)
@@ -98,17 +111,20 @@ class TokenRecord:
         _check("alignment", (self.alignment,), _one_of(Alignment), _in(Alignment))
         if self.reward is not None:
             _check("reward", (self.reward,), "a finite number", _is_finite)
-        hint = "Pass a tuple with one value per token."
+        _check_text("tokens", self.tokens)
         for name, condition, valid in _PER_TOKEN:
             values = getattr(self, name)
-            if values is None and name in _OPTIONAL:
-                continue
-            if not isinstance(values, tuple):
-                raise invalid("TokenRecord", name, "to be a tuple", type(values), hint)
-            if len(values) != len(self.tokens):
-                expected = f"as long as `tokens` ({len(self.tokens)})"
-                raise invalid("TokenRecord", name, expected, f"{len(values)} values", hint)
-            _check(name, values, condition, valid)
+            if values is not None or name not in _OPTIONAL:
+                _check_column(name, values, len(self.tokens), condition, valid)
+        if not isinstance(self.columns, Mapping | None):
+            got, hint = type(self.columns), "Pass a dictionary of tuples."
+            raise invalid("TokenRecord", "columns", "to be a mapping", got, hint)
+        for name, values in (self.columns or {}).items():
+            _check_column(f"columns[{name!r}]", values, len(self.tokens), "finite", _is_finite)
+        if self.prompt_tokens is not None:
+            _check_text("prompt_tokens", self.prompt_tokens)
+        if self.attended is not None or self.attended_weights is not None:
+            _check_attention(self)
 
 
 @typed
@@ -121,8 +137,8 @@ def token_records(
     prompts: Sequence[str],
     token_ids: Int[Tensor, "batch token"],
     decode: Callable[[list[int]], str],
-    weights: Float[Tensor, "batch token"],
-    advantages: Float[Tensor, "batch #token"],
+    weights: Float[Tensor, "batch token"] | None = None,
+    advantages: Float[Tensor, "batch #token"] | None = None,
     layer: int | tuple[int, ...],
     entropy_kind: EntropyKind,
     alignment: Alignment,
@@ -179,8 +195,8 @@ def token_records(
     labels = anchors.long() + 2 * (top_fraction(attention_entropy, mask) & ~anchors)
     names = ("middle", "anchor", "explorer")
 
-    def values(rows: Tensor, row: int) -> tuple[float, ...]:
-        return tuple(rows.expand(mask.shape)[row][mask[row]].tolist())
+    def values(rows: Tensor | None, row: int) -> tuple[float, ...] | None:
+        return None if rows is None else tuple(rows.expand(mask.shape)[row][mask[row]].tolist())
 
     records = []
     for row, prompt in enumerate(prompts):
@@ -192,16 +208,14 @@ def token_records(
                 prompt=prompt,
                 tokens=tuple(decode([token]) for token in ids),
                 token_ids=tuple(ids),
-                attention_entropy=values(attention_entropy, row),
+                attention_entropy=tuple(attention_entropy[row][mask[row]].tolist()),
                 weights=values(weights, row),
                 advantages=values(advantages, row),
                 layer=layer,
                 entropy_kind=entropy_kind,
                 alignment=alignment,
-                predictive_entropy=None
-                if predictive_entropy is None
-                else values(predictive_entropy, row),
-                log_probs=None if log_probs is None else values(log_probs, row),
+                predictive_entropy=values(predictive_entropy, row),
+                log_probs=values(log_probs, row),
                 group=tuple(names[label] for label in labels[row][mask[row]].tolist()),
             )
         )
@@ -236,37 +250,51 @@ def append_token_records(path: FilePath, records: Iterable[TokenRecord]) -> None
         ...     list(read_token_records(f"{folder}/tokens.jsonl")) == [record]
         True
     """
-    _append_lines(path, (asdict(record) for record in records))
+    append_lines(path, (asdict(record) for record in records))
 
 
 @typed
-def read_token_records(path: FilePath) -> Iterator[TokenRecord]:
+def read_token_records(
+    path: FilePath, *, unreadable: Unreadable | None = None
+) -> Iterator[TokenRecord]:
     """The records of a token file in file order, one at a time.
 
     Args:
         path: A file written by `append_token_records`.
+        unreadable: Called with a message that names file and line for each line that cannot be
+            read, which is then left out. None raises instead.
 
     Returns:
         An iterator that holds one record in memory.
 
     Raises:
-        TokenWeightsError: A line is cut off or is no token record. The message names file and line.
+        TokenWeightsError: A line is cut off or is no token record, and `unreadable` is None.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "tokens.jsonl"
+        ...     _ = path.write_text('{"step": 1, "tok')
+        ...     messages = []
+        ...     found = list(read_token_records(path, unreadable=messages.append))
+        >>> found, "tokens.jsonl:1" in messages[0]
+        ([], True)
     """
     names = {field.name for field in fields(TokenRecord)}
-    for place, line in _read_lines("read_token_records", path):
+
+    def parsed(place: str, line: dict[str, Any]) -> TokenRecord:
         unknown, missing = line.keys() - names, names - line.keys() - _OPTIONAL
         if unknown or missing:
             got = f"{place}: unknown {sorted(unknown)}, missing {sorted(missing)}"
-            raise invalid("read_token_records", "path", "to hold token records", got, _REPAIR)
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in line.items()
-        }
+            raise invalid("read_token_records", "path", "to hold token records", got, REPAIR)
         try:
-            record = TokenRecord(**values)
+            return TokenRecord(**{name: _tuples(value) for name, value in line.items()})
         except TokenWeightsError as error:
             condition, got = "to hold token records", f"{place}: {error}"
-            raise invalid("read_token_records", "path", condition, got, _REPAIR) from error
-        yield record
+            raise invalid("read_token_records", "path", condition, got, REPAIR) from error
+
+    yield from read_lines("read_token_records", path, parsed, unreadable)
 
 
 @typed
@@ -295,66 +323,43 @@ def append_metrics(path: FilePath, metrics: Mapping[str, float]) -> None:
     if not _is_finite(metrics.get("step")):
         got = metrics.get("step")
         raise invalid("append_metrics", "metrics['step']", "a finite number", got, "Add the step.")
-    _append_lines(path, [{name: v if math.isfinite(v) else None for name, v in metrics.items()}])
+    append_lines(path, [{name: v if math.isfinite(v) else None for name, v in metrics.items()}])
 
 
 @typed
-def read_metrics(path: FilePath) -> list[dict[str, float]]:
+def read_metrics(path: FilePath, *, unreadable: Unreadable | None = None) -> list[dict[str, float]]:
     """The lines of a metrics file in file order; a `null` becomes NaN.
 
     Args:
         path: A file written by `append_metrics`.
+        unreadable: As in `read_token_records`.
 
     Returns:
         One flat dictionary per line.
 
     Raises:
-        TokenWeightsError: A line is cut off or is no flat object of numbers with a `step`. The
-            message names file and line.
+        TokenWeightsError: A line is cut off or is no flat object of numbers with a `step`, and
+            `unreadable` is None. The message names file and line.
     """
-    metrics = []
-    for place, line in _read_lines("read_metrics", path):
+
+    def parsed(place: str, line: dict[str, Any]) -> dict[str, float]:
         wrong = [
             name for name, value in line.items() if value is not None and not _is_finite(value)
         ]
         if wrong or not _is_finite(line.get("step")):
             got = f"{place}: no finite number in {wrong or ['step']}"
-            raise invalid("read_metrics", "path", "to hold flat metrics", got, _REPAIR)
-        metrics.append({name: math.nan if value is None else value for name, value in line.items()})
-    return metrics
+            raise invalid("read_metrics", "path", "to hold flat metrics", got, REPAIR)
+        return {name: math.nan if value is None else value for name, value in line.items()}
+
+    return list(read_lines("read_metrics", path, parsed, unreadable))
 
 
-_REPAIR = "A run that was stopped while writing leaves such a line; delete the line."
-
-
-def _append_lines(path: FilePath, objects: Iterable[Mapping[str, Any]]) -> None:
-    with open(path, "ab+") as file:
-        if file.seek(0, os.SEEK_END) > 0:
-            file.seek(-1, os.SEEK_END)
-            # A stopped run may have left half a line: keep the next record off it.
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        for entry in objects:
-            # ASCII escapes carry any token text, lone surrogates of split characters included.
-            file.write(json.dumps(entry, allow_nan=False).encode("ascii") + b"\n")
-            file.flush()
-
-
-def _read_lines(function: str, path: FilePath) -> Iterator[tuple[str, dict[str, Any]]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            place = f"{os.fspath(path)}:{number}"
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line.decode("utf-8"))
-            except ValueError as error:
-                condition, got = "to hold one JSON object per line", f"{place}: {error}"
-                raise invalid(function, "path", condition, got, _REPAIR) from error
-            if not isinstance(entry, dict):
-                condition, got = "to hold one JSON object per line", f"{place}: {type(entry)}"
-                raise invalid(function, "path", condition, got, _REPAIR)
-            yield place, entry
+def _tuples(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(map(_tuples, value))
+    if isinstance(value, dict):
+        return {name: _tuples(entry) for name, entry in value.items()}
+    return value
 
 
 def _is_number(value: Any) -> bool:
@@ -392,9 +397,48 @@ def _check(name: str, values: tuple[Any, ...], condition: str, valid: Any) -> No
             raise invalid("TokenRecord", name, f"to be {condition}", got, "Correct the record.")
 
 
-_OPTIONAL = {"predictive_entropy", "log_probs", "group", "reward"}
+def _check_text(name: str, values: Any) -> None:
+    if not isinstance(values, tuple):
+        raise invalid("TokenRecord", name, "to be a tuple", type(values), "Pass a tuple of texts.")
+    _check(name, values, "text", _is_text)
+
+
+def _check_column(name: str, values: Any, tokens: int, condition: str, valid: Any) -> None:
+    hint = "Pass a tuple with one value per token."
+    if not isinstance(values, tuple):
+        raise invalid("TokenRecord", name, "to be a tuple", type(values), hint)
+    if len(values) != tokens:
+        expected = f"as long as `tokens` ({tokens})"
+        raise invalid("TokenRecord", name, expected, f"{len(values)} values", hint)
+    _check(name, values, condition, valid)
+
+
+def _check_attention(record: TokenRecord) -> None:
+    if record.prompt_tokens is None:
+        hint = "Places of the context need the tokens of the prompt."
+        raise invalid(
+            "TokenRecord", "prompt_tokens", "with `attended` and `attended_weights`", "none", hint
+        )
+    size = len(record.prompt_tokens) + len(record.tokens)
+
+    def is_place(value: Any) -> bool:
+        return _is_whole(value) and 0 <= value < size
+
+    pairs = []
+    for name, valid in (("attended", is_place), ("attended_weights", _is_weight)):
+        rows = getattr(record, name)
+        condition = "tuples of places in the context, and of a weight at least 0 for each"
+        _check_column(name, rows, len(record.tokens), condition, lambda row: isinstance(row, tuple))
+        for row in rows:
+            _check(name, row, condition, valid)
+        pairs.append([len(row) for row in rows])
+    if pairs[0] != pairs[1]:
+        got, hint = "rows of other lengths", "Pass one weight for each place."
+        raise invalid("TokenRecord", "attended_weights", "as long as `attended`", got, hint)
+
+
+_OPTIONAL = {field.name for field in fields(TokenRecord) if field.default is None}
 _PER_TOKEN = (
-    ("tokens", "text", _is_text),
     ("token_ids", "whole numbers", _is_whole),
     ("attention_entropy", "finite", _is_finite),
     ("weights", "finite and at least 0", _is_weight),

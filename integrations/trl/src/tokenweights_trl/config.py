@@ -1,11 +1,10 @@
 """The training arguments: everything `GRPOConfig` knows, and the recipe of the token weights."""
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from tokenweights._errors import invalid
-from tokenweights.recipes import Recipe, recipe
+from tokenweights.recipes import Recipe, rollout_recipe
 from trl.trainer.grpo_config import GRPOConfig
 
 # Losses that are homogeneous in the advantage at token-level ratios: for w >= 0 the loss of w * A
@@ -51,7 +50,6 @@ class TokenWeightsGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        self.recipe = _parsed(self.recipe)
         token_recipe = self.token_recipe
         super().__post_init__()
         _check(self, token_recipe)
@@ -59,21 +57,7 @@ class TokenWeightsGRPOConfig(GRPOConfig):
     @property
     def token_recipe(self) -> Recipe:
         """The recipe that `recipe` names."""
-        return recipe(_parsed(self.recipe))
-
-
-def _parsed(text: dict[str, Any] | str | None) -> dict[str, Any] | str:
-    hint = 'Write `--recipe low2high` or `--recipe \'{"name": "low2high", "warmup_steps": 50}\'`.'
-    if not text:
-        raise invalid("TokenWeightsGRPOConfig", "recipe", "a recipe name or a dict", text, hint)
-    if isinstance(text, str) and text.lstrip().startswith("{"):
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise invalid(
-                "TokenWeightsGRPOConfig", "recipe", "a name or valid JSON", text, hint
-            ) from error
-    return text
+        return rollout_recipe(self.recipe, caller=type(self).__name__)
 
 
 def _check(arguments: TokenWeightsGRPOConfig, token_recipe: Recipe) -> None:
@@ -85,13 +69,6 @@ def _check(arguments: TokenWeightsGRPOConfig, token_recipe: Recipe) -> None:
         refuse("token_records_steps", ">= 1", "It is a number of optimizer steps.")
     if arguments.token_records and token_recipe.signal != "attention_entropy":
         refuse("token_records", "None", "A record holds attention entropies; the recipe has none.")
-    if token_recipe.signal == "loss_magnitude":
-        refuse(
-            "recipe",
-            "with a signal other than loss_magnitude",
-            "At rollout time the ratio is 1, so |loss| is |advantage|, the same for every token of "
-            "a response: there is nothing to rank. Use `predictive_low20` or `predictive_high20`.",
-        )
     if arguments.importance_sampling_level != "token":
         refuse(
             "importance_sampling_level",

@@ -41,7 +41,8 @@ def forward_scores(
     def entropy(captured: CapturedAttention) -> Tensor:
         start = rows_seen[captured.layer]
         rows_seen[captured.layer] += captured.query.shape[0]
-        return _entropy(captured, attention_mask[start : rows_seen[captured.layer]], recipe)
+        rows = slice(start, rows_seen[captured.layer])
+        return recipe.captured_entropy(captured, key_mask=attention_mask[rows])
 
     scores: list[Tensor] = []
     # The row that decides the first response token is the last row of the prompt.
@@ -99,13 +100,5 @@ def generation_scores(
     key_mask = torch.arange(growing[-1], device=padding.device) >= padding
     for layer, row in zip(layers, calls, strict=True):
         queries = torch.cat([part for _, part in row], dim=2)
-        scores.append(_entropy(replace(latest[layer], query=queries), key_mask, recipe))
-
-
-def _entropy(captured: CapturedAttention, key_mask: Tensor, recipe: Recipe) -> Tensor:
-    return captured.entropy(
-        key_mask=key_mask,
-        kind=recipe.entropy_kind,
-        top_k=recipe.top_k,
-        fixed_k=recipe.fixed_k,
-    )
+        whole = replace(latest[layer], query=queries)
+        scores.append(recipe.captured_entropy(whole, key_mask=key_mask))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tokenweights._errors import invalid
 from tokenweights.capture import attention_layers, capture_attention
-from tokenweights.diagnostics import token_weight_metrics
+from tokenweights.recipes import weighted_rollout
 from tokenweights.report.records import append_token_records, token_records
 from torch import Tensor
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -244,7 +244,8 @@ class TokenWeightsMixin(_Base):
         step, mask = self.state.global_step, _response_mask(output)
         group = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
         sample_ids = self._sample_ids(len(mask), mask.device)
-        weights = self.recipe.token_weights(
+        rollout = weighted_rollout(
+            self.recipe,
             scores,
             mask,
             step=step,
@@ -252,22 +253,17 @@ class TokenWeightsMixin(_Base):
             token_groups=output["completion_ids"],
             group=group,
         )
-        metrics = token_weight_metrics(scores, weights, mask, group=group)
-        if metrics and self.recipe.rule == "endpoints":
-            endpoints = self.recipe.endpoints(step)
-            metrics |= {"endpoint_low": endpoints.low, "endpoint_high": endpoints.high}
-        if metrics:
-            self._append_records(output, scores, weights, sample_ids)
-        for name, value in metrics.items():
+        if rollout.metrics:
+            self._append_records(output, scores, rollout.weights, sample_ids)
+        for name, value in rollout.metrics.items():
             self._metrics["train"][f"token_weights/{name}"].append(value)
         advantages = output["advantages"]
-        advantages = (advantages if advantages.dim() == 2 else advantages[:, None]) * weights
-        output = {**output, "advantages": advantages}
+        advantages = advantages if advantages.dim() == 2 else advantages[:, None]
+        output = {**output, "advantages": advantages * rollout.weights}
         if self.recipe.denominator != "all_tokens" and self.args.loss_type == "bnpo":
-            output["token_weights"] = weights  # see `_compute_loss`
+            output["token_weights"] = rollout.weights  # see `_compute_loss`
         else:
-            scale = self.recipe.denominator_scale(weights, mask, group=group)
-            output["advantages"] = advantages * scale
+            output["advantages"] *= rollout.scale
         return output
 
     def _sample_ids(self, rows: int, device: torch.device) -> Tensor:

@@ -1,0 +1,134 @@
+"""`report` on the directories that the adapters leave behind, whole and damaged."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tokenweights.__main__ import main
+from tokenweights.report import TokenRecord, append_metrics, append_token_records
+
+RECORD = TokenRecord(
+    step=0,
+    sample_id=1,
+    prompt="1+1=",
+    tokens=("2", "."),
+    token_ids=(5, 9),
+    attention_entropy=(0.8, 0.3),
+    layer=2,
+    entropy_kind="normalized",
+    alignment="deciding",
+    predictive_entropy=(0.5, 0.1),
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for step in range(3):
+        append_metrics(tmp_path / "metrics.jsonl", {"step": step, "reward": step / 2})
+    append_token_records(tmp_path / "tokens.jsonl", [RECORD])
+    ratios = {f"gradient/decile_{number}": 0.1 for number in range(10)}
+    append_metrics(
+        tmp_path / "gradient.jsonl", {"step": 1, "gradient/anchor_cosine": 0.7, **ratios}
+    )
+    return tmp_path
+
+
+def page_of(folder):
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_directory_becomes_one_page(folder, capsys):
+    assert main(["report", str(folder)]) == 0
+    printed = capsys.readouterr()
+    assert "read   3 steps, 0 evaluations, 1 gradient probes, 1 responses" in printed.out
+    assert "reading token records" in printed.err and "drawing: 100%" in printed.err
+    page = page_of(folder)
+    for title in ("Learning", "Gradient geometry", "Gradient by entropy decile", "Two entropies"):
+        assert f"<h2>{title}</h2>" in page
+    assert "Could not be read" not in page
+
+
+def test_damaged_files_are_told_and_the_rest_is_shown(folder, capsys):
+    tokens = folder / "tokens.jsonl"
+    tokens.write_bytes(tokens.read_bytes()[:-20] + b"\n\xff\n")
+    append_token_records(tokens, [RECORD])
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "rew')
+    (folder / "run.json").write_text("{")
+    assert main(["report", str(folder)]) == 0
+    printed = capsys.readouterr()
+    assert "read   3 steps" in printed.out and "1 responses" in printed.out
+    assert "4 could not be read" in printed.err
+    page = page_of(folder)
+    assert "left out: 4" in page
+    for place in ("tokens.jsonl:1", "tokens.jsonl:2", "metrics.jsonl:4", "run.json"):
+        assert place in printed.err and place in page
+
+
+def test_the_state_of_a_transformers_trainer_will_do(tmp_path):
+    def state(step):
+        history = [{"step": s, "reward": float(s), "epoch": 0.1} for s in range(1, step + 1)]
+        history.append({"step": step, "train_runtime": 1.0, "note": "text", "loss": float("nan")})
+        return json.dumps({"global_step": step, "log_history": history})
+
+    for name, step in (("checkpoint-2", 2), ("checkpoint-10", 10)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text(state(step))
+    (tmp_path / "checkpoint-11").mkdir()
+    (tmp_path / "checkpoint-11" / "trainer_state.json").write_text('{"global_step": 11, "log')
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "new" / "page.html")]) == 0
+    page = (tmp_path / "new" / "page.html").read_text()
+    assert "checkpoint-11" in page and "left out: 1" in page
+    assert "Training reward" in page and "mean over 1 steps" not in page
+
+
+def test_what_verl_calls_reward_length_and_accuracy_is_understood(tmp_path):
+    for step in range(4):
+        line = {"step": step, "critic/rewards/mean": 0.1 * step, "response_length/mean": 50 + step}
+        if step % 2:
+            line["val-core/math/acc/mean@8"] = 0.1 * step
+        append_metrics(tmp_path / "metrics.jsonl", line)
+    assert main(["report", str(tmp_path)]) == 0
+    page = page_of(tmp_path)
+    assert "math/acc/mean@8" in page and "No collapse up to step 3" in page
+
+
+def test_a_collapse_is_said(tmp_path):
+    for step in range(60):
+        length, reward = (40, -1.0) if step >= 40 else (400, 0.0)
+        line = {"step": step, "reward": reward, "completions/mean_length": length}
+        append_metrics(tmp_path / "metrics.jsonl", line)
+    assert main(["report", str(tmp_path)]) == 0
+    assert "short response collapse, raised at step" in page_of(tmp_path)
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_directory_that_is_no_run_is_refused(missing, tmp_path, capsys):
+    folder = tmp_path / "missing" if missing else tmp_path
+    assert main(["report", str(folder)]) == 2
+    assert "metrics.jsonl" in capsys.readouterr().err
+
+
+def test_nothing_but_damage_still_gives_a_page(tmp_path, capsys):
+    (tmp_path / "tokens.jsonl").write_bytes(b"\x00\x01\n" * 30)
+    assert main(["report", str(tmp_path)]) == 0
+    assert "30 could not be read" in capsys.readouterr().err
+    assert "and 10 more" in page_of(tmp_path)
+
+
+def test_a_missing_extra_is_named(folder):
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; from tokenweights.__main__ import main; "
+        f"sys.exit(main(['report', {str(folder)!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "pip install 'tokenweights[report]'" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["", "inspect", "report"])
+def test_help_is_there(command):
+    arguments = [sys.executable, "-m", "tokenweights", *command.split(), "--help"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "usage: python -m tokenweights" in done.stdout

@@ -1,0 +1,213 @@
+"""Every failure mode is caught in time, and no healthy run is taken for one."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from diagnostics import runs
+from ranks import on_ranks
+
+import tokenweights as tw
+from tokenweights import CollapseMonitor, CollapseThresholds, TokenWeightsError
+
+# Updates from the onset to the verdict, as docs/guides/diagnostics.md states them.
+FAILURES = {
+    "falling": ("short_response_collapse", lambda s: runs.short_responses(s, stalls=False), 40),
+    "stalling": ("short_response_collapse", lambda s: runs.short_responses(s, stalls=True), 45),
+    "spiking": ("length_instability", runs.spiking_lengths, 50),
+    "degenerating": ("gradual_degeneration", runs.degenerating, 150),
+}
+
+
+def verdicts(run, monitor=None):
+    monitor = monitor or CollapseMonitor()
+    return [monitor.update(step, **numbers) for step, numbers in run.updates()]
+
+
+@pytest.mark.parametrize("part", range(10))
+def test_no_false_alarm_in_a_thousand_healthy_runs(part):
+    for seed in range(part * 100, part * 100 + 100):
+        alarms = [verdict for verdict in verdicts(runs.healthy(seed)) if verdict.collapsed]
+        assert not alarms, (seed, alarms[0])
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_every_failure_is_caught_in_time_and_by_name(name):
+    mode, draw, delay = FAILURES[name]
+    for seed in range(100):
+        run = draw(seed)
+        first = next((v for v in verdicts(run) if v.collapsed), None)
+        assert first is not None, f"seed {seed} was missed"
+        assert first.mode == mode, (seed, first)
+        assert run.onset <= first.since == first.step <= run.onset + delay, (seed, run.onset, first)
+
+
+def test_healthy_runs_include_the_hard_ones():
+    """The generator draws shedding, spikes, growth and shrinking; else the promise is cheap."""
+    drawn = [runs.healthy(seed) for seed in range(100)]
+    change = [run.log_length[-1] - run.log_length[0] for run in drawn]
+    assert min(change) < math.log(0.4) and max(change) > math.log(2.5)
+    jumps = [abs(torch.tensor(run.log_length).diff()).max().item() for run in drawn]
+    assert sum(jump > math.log(1.5) for jump in jumps) >= 10
+
+
+def series(lengths, rewards, monitor=None):
+    monitor = monitor or CollapseMonitor()
+    pairs = enumerate(zip(lengths, rewards, strict=True))
+    return [monitor.update(step, length=n, reward=r) for step, (n, r) in pairs]
+
+
+def test_shorter_and_better_is_healthy():
+    lengths = [800.0] * 30 + [200.0] * 60
+    assert not any(v.collapsed for v in series(lengths, [-1.0] * 30 + [0.0] * 60))
+    worse = series(lengths, [-1.0] * 90)
+    assert worse[-1].mode == "short_response_collapse"
+    assert worse[-1].reason == (
+        "median length went from 800 to 200 tokens, and the mean reward from -1 to -1"
+    )
+
+
+def test_a_solved_task_need_not_grow():
+    lengths, rewards = [800.0] * 30 + [200.0] * 60, [0.95] * 90
+    assert series(lengths, rewards)[-1].collapsed
+    solved = CollapseMonitor(CollapseThresholds(saturated_reward=0.9))
+    assert not any(v.collapsed for v in series(lengths, rewards, solved))
+
+
+def test_spikes_without_a_falling_reward_are_healthy():
+    lengths = [300.0, 310.0] * 20 + [1500.0] + [300.0] * 40
+    assert not any(v.collapsed for v in series(lengths, [0.0] * 81))
+    fallen = series(lengths, [0.0] * 45 + [-1.0] * 36)
+    assert fallen[-1].mode == "length_instability" and fallen[-1].since == 48
+    late = series(lengths, [0.0] * 72 + [-1.0] * 9)
+    assert not any(v.collapsed for v in late)
+
+
+def test_a_verdict_holds_until_the_run_recovers():
+    lengths = [500.0] * 20 + [50.0] * 40 + [500.0] * 20
+    got = series(lengths, [0.0] * 20 + [-1.0] * 40 + [0.0] * 20)
+    held = [v.step for v in got if v.collapsed]
+    assert held == list(range(held[0], held[-1] + 1))
+    assert held[0] < 32 and 60 < held[-1] < 68
+    assert len({v.since for v in got if v.collapsed}) == 1
+
+
+def test_accuracy_has_to_decline_from_its_best():
+    monitor = CollapseMonitor()
+    accuracies = [0.2, 0.25, 0.3, 0.35] + [0.4] * 6 + [0.3] * 5 + [0.4] * 6
+    got = [
+        monitor.update(step, length=100.0, reward=0.0, accuracy=accuracy)
+        for step, accuracy in enumerate(accuracies)
+    ]
+    raised = [v.step for v in got if v.mode == "gradual_degeneration"]
+    assert raised[0] == 12 and got[-1].mode is None
+    assert got[14].reason == (
+        "mean accuracy went from 0.400 at step 8 to 0.300; it had started at 0.200"
+    )
+
+
+def test_thresholds_are_respected():
+    lengths, rewards = [500.0] * 20 + [200.0] * 30, [0.0] * 20 + [-1.0] * 30
+    assert series(lengths, rewards)[-1].collapsed
+    for change in ({"short_ratio": 0.3}, {"reward_range": 20.0, "patience": 60}):
+        monitor = CollapseMonitor(CollapseThresholds(**change))
+        assert not series(lengths, rewards, monitor)[-1].collapsed
+
+
+@pytest.mark.parametrize("name", FAILURES)
+@pytest.mark.parametrize("cut", [3, 60, 130])
+def test_a_resumed_monitor_says_the_same(name, cut):
+    updates = list(FAILURES[name][1](7).updates())
+    first, second = CollapseMonitor(), CollapseMonitor()
+    for step, numbers in updates[:cut]:
+        first.update(step, **numbers)
+    saved = first.state_dict()
+    second.load_state_dict(json.loads(json.dumps(saved, allow_nan=False)))
+    for step, numbers in updates[cut:]:
+        assert first.update(step, **numbers) == second.update(step, **numbers)
+    # What was saved did not move on with the run.
+    assert saved["step"] == cut - 1 and len(saved["history"]["lengths"]) == min(cut, 60)
+
+
+def test_loading_leaves_the_saved_state_alone():
+    monitor = CollapseMonitor()
+    monitor.update(0, length=10.0, reward=0.0, accuracy=0.5)
+    saved = monitor.state_dict()
+    before = json.dumps(saved)
+    monitor.load_state_dict(saved)
+    monitor.update(1, length=10.0, reward=0.0, accuracy=0.5)
+    assert json.dumps(saved) == before
+
+
+def on_own_responses(rank, size):
+    """Verdicts of a rank that holds some of the responses of every batch."""
+    monitor, got = CollapseMonitor(), []
+    for step in range(40):
+        mask, rewards = batch(step)
+        mine = slice(rank, None, size)
+        merged = tw.rollout_statistics(mask[mine], rewards[mine], group=dist.group.WORLD)
+        got.append(monitor.update(step, length=merged.length, reward=merged.reward))
+    return got
+
+
+def batch(step):
+    generator = torch.Generator().manual_seed(step)
+    longest = 40 if step < 20 else 4
+    lengths = torch.randint(1, longest + 1, (7, 1), generator=generator)
+    rewards = torch.randint(-2, 2 if step < 20 else 0, (7,), generator=generator)
+    return torch.arange(40) < lengths, rewards.double()
+
+
+def test_every_rank_says_what_one_process_says():
+    monitor, alone = CollapseMonitor(), []
+    for step in range(40):
+        merged = tw.rollout_statistics(*batch(step))
+        alone.append(monitor.update(step, length=merged.length, reward=merged.reward))
+    assert alone[-1].collapsed
+    for got in on_ranks(on_own_responses, 2):
+        assert got == alone
+
+
+@pytest.mark.parametrize(
+    "step, numbers, message",
+    [
+        (0, {"length": 1.0, "reward": 0.0}, "the one before"),
+        (1, {"length": math.nan, "reward": 0.0}, "length"),
+        (1, {"length": -1.0, "reward": 0.0}, "length"),
+        (1, {"length": 1.0, "reward": math.inf}, "reward"),
+        (1, {"length": 1.0, "reward": 0.0, "accuracy": math.nan}, "accuracy"),
+    ],
+)
+def test_bad_numbers_are_refused_and_leave_no_trace(step, numbers, message):
+    monitor = CollapseMonitor()
+    monitor.update(0, length=1.0, reward=0.0)
+    before = monitor.state_dict()
+    with pytest.raises(TokenWeightsError, match=message):
+        monitor.update(step, **numbers)
+    assert monitor.state_dict() == before
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"window": 1}, "window"),
+        ({"window": 10.0}, "window"),
+        ({"horizon": 5}, "horizon"),
+        ({"short_ratio": 0.8}, "recovery_ratio"),
+        ({"recovery_ratio": 1.1}, "recovery_ratio"),
+        ({"spike_ratio": 1.0}, "spike_ratio"),
+        ({"reward_range": -1.0}, "reward_range"),
+        ({"deviations": math.nan}, "deviations"),
+    ],
+)
+def test_bad_thresholds_are_refused(change, named):
+    with pytest.raises(TokenWeightsError, match=f"expected `{named}`"):
+        replace(CollapseThresholds(), **change)
+
+
+def test_other_states_are_refused():
+    with pytest.raises(TokenWeightsError, match="state_dict"):
+        CollapseMonitor().load_state_dict({"step": 3})

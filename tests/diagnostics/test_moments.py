@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import scored_masks
+
+import tokenweights as tw
+from tokenweights import TokenWeightsError
+
+
+@given(scored_masks(max_token=20), st.integers(0, 1000), st.sampled_from([0.0, 1e6]))
+def test_moments_agree_with_numpy(case, seed, offset):
+    first, mask = case
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(2, *mask.shape, generator=generator, dtype=torch.float64)
+    scores = torch.stack([first + offset, *(first + noise)])
+    moments = tw.score_moments(scores, mask)
+    values = scores[:, mask].numpy()
+    assert moments.count == values.shape[1]
+    if values.shape[1]:
+        np.testing.assert_allclose(moments.mean, values.mean(1), rtol=1e-12)
+        expected = np.cov(values, bias=True) * values.shape[1]
+        np.testing.assert_allclose(moments.products, expected, atol=1e-8)
+    if values.shape[1] > 2 and np.ptp(values[0]):
+        np.testing.assert_allclose(moments.correlation, np.corrcoef(values), atol=1e-6)
+
+
+@given(st.floats(-1e6, 1e6), st.integers(1, 60))
+def test_a_constant_score_has_no_correlation(value, tokens):
+    scores = torch.rand(2, 1, tokens, dtype=torch.float64)
+    scores[0] = value
+    correlation = tw.score_moments(scores, torch.ones(1, tokens).bool()).correlation
+    assert correlation[0].isnan().all() and correlation[0, 1].isnan()
+
+
+def test_chunks_of_rows_do_not_show(monkeypatch):
+    scores, mask = torch.rand(2, 7, 5, dtype=torch.float64), torch.rand(7, 5) < 0.6
+    whole = tw.score_moments(scores, mask)
+    monkeypatch.setattr("tokenweights.masked.CHUNK_TOKENS", 10)
+    chunked = tw.score_moments(scores, mask)
+    torch.testing.assert_close(chunked.products, whole.products)
+    torch.testing.assert_close(chunked.mean, whole.mean)
+
+
+def test_nan_under_the_mask_is_refused():
+    with pytest.raises(TokenWeightsError, match="finite"):
+        tw.score_moments(torch.tensor([[[1.0, torch.nan]]]), torch.ones(1, 2).bool())

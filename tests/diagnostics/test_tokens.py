@@ -1,0 +1,44 @@
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import scored_masks
+
+import tokenweights as tw
+from tokenweights import TokenWeightsError
+
+
+@given(scored_masks(max_token=20), st.integers(0, 1000))
+def test_counts_agree_with_counters(case, seed):
+    first, mask = case
+    generator = torch.Generator().manual_seed(seed)
+    second = torch.rand(mask.shape, generator=generator)
+    ids = torch.randint(0, 5, mask.shape, generator=generator)
+    ids = torch.where(mask, ids, -100)  # as trainers pad
+    quadrants = tw.median_quadrants(first, second, mask)
+    got = tw.quadrant_tokens(ids, quadrants, vocab_size=5)
+    total = int(mask.sum())
+    for quadrant in range(4):
+        counter = Counter(ids[quadrants == quadrant].tolist())
+        expected = sorted(counter.items(), key=lambda pair: (-pair[1], pair[0]))
+        assert got.most_frequent(quadrant) == expected
+        assert got.most_frequent(quadrant, limit=2) == expected[:2]
+        if total:
+            assert got.share[quadrant].item() == pytest.approx(counter.total() / total)
+        for token, count in expected:
+            assert got.frequency[quadrant, token] == count / counter.total()
+
+
+@pytest.mark.parametrize(
+    "ids, quadrants, message",
+    [
+        ([[10]], [[0]], "Raise `vocab_size`"),
+        ([[-1]], [[0]], "Raise `vocab_size`"),
+        ([[1]], [[4]], "Raise `quadrant_count`"),
+    ],
+)
+def test_nonsense_is_refused(ids, quadrants, message):
+    with pytest.raises(TokenWeightsError, match=message):
+        tw.quadrant_tokens(torch.tensor(ids), torch.tensor(quadrants), vocab_size=10)

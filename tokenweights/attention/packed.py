@@ -1,0 +1,104 @@
+"""Attention entropy of packed rows that may be sliced over ranks, exact on any layout."""
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tokenweights._errors import invalid
+from tokenweights._typing import typed
+from tokenweights.attention.api import attention_entropy_varlen
+from tokenweights.attention.statistics import EntropyKind
+from tokenweights.distributed import gathered, slice_positions
+
+
+@typed
+@torch.no_grad()
+def packed_entropy(
+    query: Float[Tensor, "token heads dim"],
+    key: Float[Tensor, "token kv_heads dim"],
+    position_ids: Int[Tensor, " token"],
+    *,
+    group: dist.ProcessGroup | None = None,
+    kind: EntropyKind = "normalized",
+    top_k: int = 256,
+    fixed_k: int = 256,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float[Tensor, " heads"] | None = None,
+) -> Float[Tensor, " token"]:
+    """Attention entropy of each token of a packed row, in nats, within the token's own sequence.
+
+    A packed row holds sequences one after another; `position_ids` counts from 0 in each of them.
+    Over several ranks each holds a consecutive slice of the row, in rank order, as Ulysses before
+    its all-to-all and ring attention do; a slice may begin within a sequence and may be empty. Only
+    keys and positions travel, once; see `sequence_parallel_bytes`. No gradient. Memory is the keys
+    of the whole row and a bounded workspace.
+
+    Args:
+        query: Queries of this rank's slice.
+        key: Keys of this rank's slice.
+        position_ids: Position of each token in its own sequence.
+        group: The ranks that share the row, all of which have to call; None if this is all.
+        kind: As in `attention_entropy`.
+        top_k: As in `attention_entropy`.
+        fixed_k: As in `attention_entropy`.
+        scale: As in `attention_entropy`.
+        window: As in `attention_entropy`.
+        softcap: As in `attention_entropy`.
+        sinks: As in `attention_entropy`.
+
+    Returns:
+        The entropies of this rank's tokens.
+
+    Raises:
+        TokenWeightsError: As `attention_entropy`, or if positions do neither count on nor start
+            again from 0.
+
+    Example:
+        >>> query, key = torch.zeros(5, 4, 8), torch.zeros(5, 2, 8)
+        >>> packed_entropy(query, key, torch.tensor([0, 1, 0, 1, 2]), kind="raw")
+        tensor([0.0000, 0.6931, 0.0000, 0.6931, 1.0986])
+    """
+    own = slice_positions(len(position_ids), device=key.device, group=group)
+    whole_key = gathered(key, own, dim=0, group=group)
+    positions = gathered(position_ids, own, dim=0, group=group)
+    starts = _sequence_starts(positions)
+    if not len(own):
+        return query.new_zeros(0, dtype=torch.float32)
+    first, last = int(own[0]), int(own[-1]) + 1
+    # From the start of the sequence this slice begins in, up to the slice's end.
+    bounds = torch.cat([starts[starts < last], starts.new_tensor([last])])
+    bounds = bounds[int((bounds[:-1] <= first).sum()) - 1 :]
+    return attention_entropy_varlen(
+        query,
+        whole_key[int(bounds[0]) : last],
+        cu_seqlens_q=bounds.clamp(min=first) - first,
+        cu_seqlens_k=bounds - bounds[0],
+        kind=kind,
+        top_k=top_k,
+        fixed_k=fixed_k,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+    )
+
+
+def _sequence_starts(positions: Int[Tensor, " token"]) -> Int[Tensor, " sequence"]:
+    is_start = positions == 0
+    counts_on = torch.ones_like(is_start)
+    if len(positions):
+        counts_on[0] = is_start[0]
+        counts_on[1:] = is_start[1:] | (positions.diff() == 1)
+    if not bool(counts_on.all()):
+        place = int((~counts_on).nonzero()[0])
+        raise invalid(
+            "packed_entropy",
+            "position_ids",
+            "counting up from 0 in every sequence",
+            f"{positions[max(place - 1, 0) : place + 1].tolist()} at token {place}",
+            "Pass the positions that the model got, slices in rank order.",
+        )
+    return is_start.nonzero().flatten()

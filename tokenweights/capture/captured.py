@@ -1,0 +1,122 @@
+"""One attention call: query, key and all that shapes its distribution."""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tokenweights._errors import invalid
+from tokenweights.attention import EntropyKind, attention_entropy, packed_entropy
+
+
+@dataclass(frozen=True)
+class CapturedAttention:
+    """Query and key of one attention call, detached, with all that shapes its distribution.
+
+    Attributes:
+        layer: Index of the layer.
+        query: Rotated queries, `batch heads query dim`: the last `query` positions of `key`.
+        key: Rotated keys, `batch kv_heads key dim`.
+        scale: Factor on the scores.
+        window: Visible keys of a sliding-window layer, the query included, or None.
+        softcap: Bound of a soft cap on the scores, or None.
+        sinks: Extra logit of each head in the softmax denominator, ` heads`, or None.
+        position_ids: Position of each token in its own sequence, `batch query`, of a call that was
+            captured as packed; None otherwise.
+    """
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+    position_ids: Tensor | None = None
+
+    def entropy(
+        self,
+        *,
+        key_mask: Bool[Tensor, "batch key"] | None = None,
+        kind: EntropyKind = "normalized",
+        top_k: int = 256,
+        fixed_k: int = 256,
+    ) -> Float[Tensor, "batch query"]:
+        """Entropy of the head-averaged attention distribution of each captured query.
+
+        Args:
+            key_mask: True for real keys; None if there is no padding.
+            kind: As in `tokenweights.attention_entropy`.
+            top_k: As in `tokenweights.attention_entropy`.
+            fixed_k: As in `tokenweights.attention_entropy`.
+
+        Returns:
+            Entropies, 0 for padded queries.
+
+        Raises:
+            TokenWeightsError: As `attention_entropy`, or if the call was captured as packed.
+        """
+        self._require_packed("entropy", False)
+        return attention_entropy(
+            self.query,
+            self.key,
+            kind=kind,
+            top_k=top_k,
+            fixed_k=fixed_k,
+            scale=self.scale,
+            key_mask=key_mask,
+            window=self.window,
+            softcap=self.softcap,
+            sinks=self.sinks,
+        )
+
+    def packed_entropy(
+        self,
+        *,
+        group: dist.ProcessGroup | None = None,
+        kind: EntropyKind = "normalized",
+        top_k: int = 256,
+        fixed_k: int = 256,
+    ) -> Float[Tensor, "1 token"]:
+        """Entropy of the head-averaged attention distribution of each token of a packed row.
+
+        Args:
+            group: As in `tokenweights.packed_entropy`: ranks that hold slices of the row.
+            kind: As in `tokenweights.attention_entropy`.
+            top_k: As in `tokenweights.attention_entropy`.
+            fixed_k: As in `tokenweights.attention_entropy`.
+
+        Returns:
+            Entropies of this rank's tokens.
+
+        Raises:
+            TokenWeightsError: As `tokenweights.packed_entropy`, or if the call was not captured as
+                packed.
+        """
+        self._require_packed("packed_entropy", True)
+        assert self.position_ids is not None
+        return packed_entropy(
+            self.query[0].transpose(0, 1),
+            self.key[0].transpose(0, 1),
+            self.position_ids[0],
+            group=group,
+            kind=kind,
+            top_k=top_k,
+            fixed_k=fixed_k,
+            scale=self.scale,
+            window=self.window,
+            softcap=self.softcap,
+            sinks=self.sinks,
+        )[None]
+
+    def _require_packed(self, method: str, packed: bool) -> None:
+        if packed != (self.position_ids is not None):
+            wanted, other = ("packed", "entropy") if packed else ("unpacked", "packed_entropy")
+            raise invalid(
+                f"CapturedAttention.{method}",
+                "self",
+                f"captured from {wanted} rows",
+                f"packed={not packed}",
+                f"Call `{other}`, or capture with `packed={packed}`.",
+            )

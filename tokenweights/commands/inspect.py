@@ -1,0 +1,287 @@
+"""Look at one prompt and response with a model: token trace, figures, and all numbers as JSON."""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+
+from tokenweights._errors import invalid
+from tokenweights.attention import ENTROPY_KINDS, EntropyKind
+from tokenweights.capture import attention_layers, middle_layer
+from tokenweights.commands.extras import imported
+from tokenweights.diagnostics import (
+    LayerAgreement,
+    layer_agreement,
+    pearson_correlation,
+    rank_correlation,
+)
+from tokenweights.recipes.record import Alignment
+from tokenweights.report import (
+    TokenRecord,
+    append_token_records,
+    attention_map_figure,
+    entropy_relation_figure,
+    inspected_records,
+    layer_agreement_figure,
+    quadrant_figure,
+    response_figure,
+    support_figure,
+    trace_page_html,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what the command takes."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL_OR_PATH",
+        help="a transformers language model: a directory, or a name on the Hub",
+    )
+    parser.add_argument(
+        "--text", required=True, metavar="FILE", help="the response, as UTF-8 text; - for stdin"
+    )
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="FILE", help="the prompt, as UTF-8 text")
+    prompt.add_argument(
+        "--split",
+        metavar="MARK",
+        help="FILE holds prompt and response; the prompt ends with the first MARK",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("inspection"), help="directory to write into"
+    )
+    parser.add_argument(
+        "--layers",
+        type=int,
+        nargs="+",
+        metavar="LAYER",
+        help="layers to read; -1 is the last (default: the middle one)",
+    )
+    parser.add_argument("--kind", choices=ENTROPY_KINDS, default="normalized", help="entropy")
+    parser.add_argument(
+        "--alignment",
+        choices=get_args(Alignment),
+        default="deciding",
+        help="attention row that stands for a token",
+    )
+    parser.add_argument(
+        "--largest", type=int, default=32, help="attention weights kept for each token"
+    )
+    parser.add_argument(
+        "--figures",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="draw figures; this needs matplotlib",
+    )
+    parser.add_argument("--device", default="cpu", help="device of the model")
+    parser.add_argument(
+        "--dtype", default="auto", help="type of its weights, such as float32 or bfloat16"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Writes trace, figures, records and summary, and says where they are.
+
+    Args:
+        options: What was parsed.
+
+    Returns:
+        Exit status.
+    """
+    if options.figures:
+        imported("matplotlib", extra="report")
+    bar = imported("tqdm", extra="capture").tqdm
+    prompt, response = _texts(options)
+    model, tokenizer = _loaded(options)
+    prompt_ids, response_ids = _token_ids(tokenizer, prompt, response)
+    ids = torch.tensor(prompt_ids + response_ids, device=model.device)
+    available = list(attention_layers(model))
+    depth = model.config.get_text_config().num_hidden_layers
+    layers = options.layers or [_nearest(available, middle_layer(depth))]
+    with bar(total=len(ids), desc="reading", unit=" tokens") as progress:
+        records = inspected_records(
+            model,
+            ids,
+            prompt_length=len(prompt_ids),
+            decode=tokenizer.decode,
+            layers=layers,
+            entropy_kind=options.kind,
+            alignment=options.alignment,
+            largest=options.largest,
+            progress=progress.update,
+        )
+    agreement = _agreement(records)
+    folder = options.output
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = _figures(records, agreement) if options.figures else {}
+    for name, draw in bar(figures.items(), desc="drawing", unit=" figures"):
+        draw().savefig(folder / f"{name}.png", dpi=150)
+    (folder / "tokens.jsonl").unlink(missing_ok=True)
+    append_token_records(folder / "tokens.jsonl", records)
+    summary = _summary(options, records, agreement)
+    text = json.dumps(_without_gaps(summary), indent=1, allow_nan=False)
+    (folder / "inspection.json").write_text(text + "\n", encoding="utf-8")
+    page = trace_page_html(records, title=f"Inspection: {Path(options.model).name}")
+    (folder / "trace.html").write_text(page, encoding="utf-8")
+    print(f"read   {len(prompt_ids)} prompt and {len(response_ids)} response tokens")
+    print(f"open   {folder / 'trace.html'}")
+    others = [*(f"{name}.png" for name in figures), "inspection.json", "tokens.jsonl"]
+    print(f"also   {', '.join(others)}")
+    return 0
+
+
+def _texts(options: argparse.Namespace) -> tuple[str, str]:
+    text = sys.stdin.read() if options.text == "-" else _read(options.text)
+    if options.split is None:
+        return ("" if options.prompt is None else _read(options.prompt)), text
+    before, mark, response = text.partition(options.split)
+    if not mark or not options.split:
+        raise invalid("inspect", "--split", "that occurs in the text", repr(options.split), "")
+    return before + mark, response
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        hint = "Convert the file to UTF-8."
+        raise invalid("inspect", "text", "to be UTF-8", f"{path}: {error}", hint) from error
+
+
+def _loaded(options: argparse.Namespace) -> tuple[Any, Any]:
+    transformers = imported("transformers", extra="capture")
+    name = options.model
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        hint = "Pass a directory with a model and its tokenizer, or a name on the Hub."
+        raise invalid("inspect", "MODEL_OR_PATH", "to load", f"{name}: {first}", hint) from error
+    return model.to(options.device).eval(), tokenizer
+
+
+def _token_ids(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], list[int]]:
+    """Prompt and response apart, as in training, so that no token lies across the border.
+
+    Without a prompt the first token stands in for one: something has to decide the second.
+    """
+    if prompt:
+        first = tokenizer(prompt)["input_ids"]
+        rest = tokenizer(response, add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(response)["input_ids"]
+        first, rest = ids[:1], ids[1:]
+    if not first or not rest:
+        got = f"{len(first)} prompt and {len(rest)} response tokens"
+        hint = "Pass a longer text."
+        raise invalid("inspect", "text", "with a token to decide and one before it", got, hint)
+    return first, rest
+
+
+def _nearest(available: list[int], layer: int) -> int:
+    if not available:
+        hint = "Models with attention code of their own cannot be read."
+        raise invalid("inspect", "MODEL_OR_PATH", "with attention layers", "none", hint)
+    return min(available, key=lambda candidate: abs(candidate - layer))
+
+
+def _agreement(records: list[TokenRecord]) -> LayerAgreement | None:
+    if len(records) < 2:
+        return None
+    scores = torch.tensor([record.attention_entropy for record in records])[:, None]
+    return layer_agreement(scores, torch.ones(scores.shape[1:], dtype=torch.bool))
+
+
+def _figures(records: list[TokenRecord], agreement: LayerAgreement | None) -> dict[str, Any]:
+    """Name and drawing of each figure; those of one layer are of the first."""
+    record = records[0]
+
+    def support(kind: EntropyKind) -> "Figure":
+        return support_figure([record], kind=kind)
+
+    figures: dict[str, Any] = {
+        "response": lambda: response_figure(record),
+        "attention": lambda: attention_map_figure(record),
+        "relation": lambda: entropy_relation_figure([record]),
+        "quadrants": lambda: quadrant_figure([record]),
+    }
+    for kind in ENTROPY_KINDS:
+        figures[f"support_{kind}"] = lambda kind=kind: support(kind)
+    if agreement is not None:
+        layers = [int(found.layer) for found in records if isinstance(found.layer, int)]
+        figures["layers"] = lambda: layer_agreement_figure(agreement, layers)
+    return figures
+
+
+def _summary(
+    options: argparse.Namespace, records: list[TokenRecord], agreement: LayerAgreement | None
+) -> dict[str, Any]:
+    """Means of every column over all tokens, anchors and explorers; correlations; agreement."""
+    summary: dict[str, Any] = {
+        "model": options.model,
+        "prompt_tokens": len(records[0].prompt_tokens or ()),
+        "response_tokens": len(records[0].tokens),
+        "entropy_kind": options.kind,
+        "alignment": options.alignment,
+        "layers": [_layer_summary(record) for record in records],
+    }
+    if agreement is not None:
+        summary["agreement"] = {
+            "layers": [record.layer for record in records],
+            "anchor_jaccard": agreement.anchor_jaccard.tolist(),
+            "explorer_jaccard": agreement.explorer_jaccard.tolist(),
+            "rank_correlation": agreement.rank_correlation.tolist(),
+        }
+    return summary
+
+
+def _layer_summary(record: TokenRecord) -> dict[str, Any]:
+    labels = record.group or ()
+    places = {"all": list(range(len(record.tokens)))}
+    for name in ("anchor", "explorer"):
+        places[name] = [place for place, label in enumerate(labels) if label == name]
+    columns = {
+        "attention_entropy": record.attention_entropy,
+        "predictive_entropy": record.predictive_entropy or (),
+        "log_probs": record.log_probs or (),
+        **(record.columns or {}),
+    }
+    means = {
+        group: {
+            "tokens": len(chosen),
+            **{
+                name: math.fsum(values[place] for place in chosen) / len(chosen)
+                for name, values in columns.items()
+                if chosen and values
+            },
+        }
+        for group, chosen in places.items()
+    }
+    attention = torch.tensor([record.attention_entropy])
+    predictive = torch.tensor([record.predictive_entropy or ()])
+    mask = torch.ones(attention.shape, dtype=torch.bool)
+    return {
+        "layer": record.layer,
+        "means": means,
+        "attention_and_predictive_entropy": {
+            "pearson": float(pearson_correlation(attention, predictive, mask)),
+            "rank": float(rank_correlation(attention, predictive, mask)),
+        },
+    }
+
+
+def _without_gaps(value: Any) -> Any:
+    """The value with null in place of numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {name: _without_gaps(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_gaps(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

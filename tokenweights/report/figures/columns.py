@@ -1,0 +1,61 @@
+"""Token records as padded tensors, `batch token`, for the functions of the core."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from tokenweights.attention import AttentionStatistics, EntropyKind
+from tokenweights.report.records import TokenRecord
+
+SUPPORT = "support_size_"
+
+
+def token_mask(records: Sequence[TokenRecord]) -> Tensor:
+    """True where a response has a token."""
+    lengths = torch.tensor([len(record.tokens) for record in records], dtype=torch.int64)
+    width = int(lengths.max()) if len(lengths) else 0
+    return torch.arange(width) < lengths[:, None]
+
+
+def padded(
+    records: Sequence[TokenRecord], values: Callable[[TokenRecord], Sequence[float] | None]
+) -> Tensor | None:
+    """One value per token, 0 beyond a response's end; None if a record has no such values."""
+    rows = [values(record) for record in records]
+    if not rows or any(row is None for row in rows):
+        return None
+    tensors = [torch.tensor(row, dtype=torch.float64) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+
+
+def column(records: Sequence[TokenRecord], name: str) -> Tensor | None:
+    """A further column of the records by name."""
+    return padded(records, lambda record: (record.columns or {}).get(name))
+
+
+def entropy_of_kind(records: Sequence[TokenRecord], kind: EntropyKind) -> Tensor | None:
+    """Attention entropy of a kind: the records' own, or their column `<kind>_entropy`."""
+
+    def values(record: TokenRecord) -> Sequence[float] | None:
+        if record.entropy_kind == kind:
+            return record.attention_entropy
+        return (record.columns or {}).get(f"{kind}_entropy")
+
+    return padded(records, values)
+
+
+def support_statistics(
+    records: Sequence[TokenRecord],
+) -> tuple[AttentionStatistics, tuple[float, ...]]:
+    """Support statistics from the columns of the records, and the masses of the support sizes."""
+    names = sorted(
+        {name for r in records for name in (r.columns or {}) if name.startswith(SUPPORT)}
+    )
+    sizes = {float(name.removeprefix(SUPPORT)): column(records, name) for name in names}
+    sizes = {mass: size for mass, size in sorted(sizes.items()) if size is not None}
+    spans = {name: column(records, name) for name in ("mean_distance", "local_mass")}
+    given = {name: values for name, values in spans.items() if values is not None}
+    if sizes:
+        given["support_size"] = torch.stack(list(sizes.values()), -1).long()
+    return AttentionStatistics(**given), tuple(sizes)

@@ -1,0 +1,218 @@
+"""One response looked at with a model: every statistic of every token, as token records."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from tokenweights._errors import invalid
+from tokenweights._typing import typed
+from tokenweights.attention import (
+    ENTROPY_KINDS,
+    EntropyKind,
+    StatisticKind,
+    attention_statistics,
+    attention_weights,
+)
+from tokenweights.capture import CapturedAttention, capture_attention
+from tokenweights.recipes.record import Alignment
+from tokenweights.report.records import TokenRecord, token_records
+from tokenweights.signals import predictive_entropy
+
+SUPPORT_MASS = (0.5, 0.8, 0.9, 0.95)
+_SPANS = ("mean_distance", "local_mass", "max_weight")
+_KINDS: tuple[StatisticKind, ...] = (*ENTROPY_KINDS, "support_size", *_SPANS)
+_WEIGHT_ROWS = 64  # rows of weights in memory at once
+
+
+@dataclass
+class _Layer:
+    """What one layer has shown so far: a tensor per chunk and column, and rows of attention."""
+
+    columns: dict[str, list[Tensor]] = field(default_factory=dict)
+    places: list[tuple[int, ...]] = field(default_factory=list)
+    weights: list[tuple[float, ...]] = field(default_factory=list)
+
+    def values(self, name: str, rows: slice) -> Tensor:
+        return torch.cat(self.columns[name])[rows]
+
+
+@typed
+def inspected_records(
+    model: nn.Module,
+    token_ids: Int[Tensor, " token"],
+    *,
+    prompt_length: int,
+    decode: Callable[[list[int]], str],
+    layers: Sequence[int],
+    entropy_kind: EntropyKind = "normalized",
+    alignment: Alignment = "deciding",
+    largest: int = 32,
+    local_window: int = 128,
+    chunk_tokens: int = 256,
+    progress: Callable[[int], Any] | None = None,
+) -> list[TokenRecord]:
+    """Everything the library can say about a prompt and its response, one record for each layer.
+
+    The model reads the sequence once, in chunks over its own cache, so that memory holds the
+    logits of one chunk and never an attention matrix. Each record has log-probabilities and
+    predictive entropies at temperature 1, groups of bottom and top 20 %, the largest attention
+    weights of each token, and the columns `support_size_0.5`, `_0.8`, `_0.9`, `_0.95`,
+    `mean_distance`, `local_mass`, `max_weight` and `<kind>_entropy` for the other three kinds.
+
+    Args:
+        model: A transformers language model in evaluation mode.
+        token_ids: Prompt and response.
+        prompt_length: Number of prompt tokens, at least 1.
+        decode: Turns a list of token ids into text.
+        layers: Layer indices; negative ones count from the last attention layer.
+        entropy_kind: The attention entropy of the records.
+        alignment: Whose attention row stands for a token: the one `"deciding"` it, or its `"own"`.
+        largest: Attention weights recorded for each token; all of a short context.
+        local_window: Keys at a smaller distance than this count as local.
+        chunk_tokens: Tokens read at a time.
+        progress: Called with the number of tokens after each chunk.
+
+    Returns:
+        Records with the layer's index as `sample_id`.
+
+    Raises:
+        TokenWeightsError: If there is no prompt or no response, as `capture_attention`, or if the
+            model keeps no cache.
+
+    Example:
+        >>> from transformers import Qwen3Config, Qwen3ForCausalLM
+        >>> config = Qwen3Config(
+        ...     vocab_size=8,
+        ...     hidden_size=16,
+        ...     intermediate_size=16,
+        ...     num_hidden_layers=2,
+        ...     num_attention_heads=2,
+        ...     num_key_value_heads=1,
+        ...     head_dim=8,
+        ... )
+        >>> model = Qwen3ForCausalLM(config).eval()
+        >>> (record,) = inspected_records(
+        ...     model, torch.tensor([1, 2, 3]), prompt_length=1, decode=str, layers=[-1]
+        ... )
+        >>> record.layer, record.tokens, record.attended
+        (1, ('[2]', '[3]'), ((0,), (0, 1)))
+    """
+    total = len(token_ids)
+    if not 1 <= prompt_length < total:
+        hint = "A prompt token decides the first token of the response."
+        condition = f"from 1 to {total - 1}, the tokens less one"
+        raise invalid("inspected_records", "prompt_length", condition, prompt_length, hint)
+    for name, value in (("largest", largest), ("chunk_tokens", chunk_tokens)):
+        if value < 1:
+            raise invalid("inspected_records", name, ">= 1", value, "Pass a number of tokens.")
+    first = prompt_length - 1  # the first row that is read: it decides the first response token
+    found: dict[int, _Layer] = {}
+    end = 0
+
+    def reduce(captured: CapturedAttention) -> None:
+        rows = min(end - first, captured.query.shape[2])
+        if rows > 0:
+            layer = found.setdefault(captured.layer, _Layer())
+            _add_rows(layer, captured, rows, end, largest=largest, local_window=local_window)
+
+    entropies, log_probs, cache = [], [], None
+    with torch.no_grad(), capture_attention(model, layers, reduce=reduce) as capture:
+        order = list(capture.calls)
+        for start in range(0, total, chunk_tokens):
+            end = min(start + chunk_tokens, total)
+            given = {} if cache is None else {"past_key_values": cache}
+            output = model(token_ids[None, start:end], use_cache=True, **given)
+            cache = output.past_key_values
+            if cache is None and end < total:
+                hint = "Read it in one chunk: raise `chunk_tokens`."
+                raise invalid("inspected_records", "model", "with a cache", "none", hint)
+            logits = output.logits[:, max(first - start, 0) :]
+            if end > first:
+                entropies.append(predictive_entropy(logits)[0].cpu())
+                following = token_ids[max(first, start) + 1 : end + 1]
+                shares = logits[0, : len(following)].float().log_softmax(-1)
+                log_probs.append(shares.gather(-1, following[:, None])[:, 0].cpu())
+            if progress is not None:
+                progress(end - start)
+    rows = slice(0, total - prompt_length)
+    prompt, response = token_ids[:prompt_length].tolist(), token_ids[prompt_length:].cpu()
+    read = slice(rows.start, rows.stop) if alignment == "deciding" else slice(1, rows.stop + 1)
+    records = []
+    for index in order:
+        layer = found[index]
+        (record,) = token_records(
+            layer.values(f"{entropy_kind}_entropy", read)[None],
+            torch.ones(1, len(response), dtype=torch.bool),
+            step=0,
+            sample_ids=torch.tensor([index]),
+            prompts=[decode(prompt)],
+            token_ids=response[None],
+            decode=decode,
+            layer=index,
+            entropy_kind=entropy_kind,
+            alignment=alignment,
+            # Both belong to the distribution that a token was drawn from, whatever the alignment.
+            predictive_entropy=torch.cat(entropies)[None, rows],
+            log_probs=torch.cat(log_probs)[None, rows],
+        )
+        others = [name for name in layer.columns if name != f"{entropy_kind}_entropy"]
+        columns = {name: tuple(layer.values(name, read).tolist()) for name in others}
+        records.append(
+            replace(
+                record,
+                columns=columns,
+                prompt_tokens=tuple(decode([token]) for token in prompt),
+                attended=tuple(layer.places[read]),
+                attended_weights=tuple(layer.weights[read]),
+            )
+        )
+    return records
+
+
+def _add_rows(
+    layer: _Layer,
+    captured: CapturedAttention,
+    rows: int,
+    end: int,
+    *,
+    largest: int,
+    local_window: int,
+) -> None:
+    """Adds the last `rows` queries of a call whose last key is at position `end - 1`."""
+    options = {
+        "scale": captured.scale,
+        "window": captured.window,
+        "softcap": captured.softcap,
+        "sinks": captured.sinks,
+    }
+    query, key = captured.query[:, :, -rows:], captured.key
+    statistics = attention_statistics(
+        query,
+        key,
+        kinds=_KINDS,
+        support_mass=SUPPORT_MASS,
+        local_window=local_window,
+        **options,
+    )
+    columns = {f"{kind}_entropy": getattr(statistics, kind)[0] for kind in ENTROPY_KINDS}
+    sizes = statistics.support_size
+    assert sizes is not None
+    for place, mass in enumerate(SUPPORT_MASS):
+        columns[f"support_size_{mass:g}"] = sizes[0, :, place].float()
+    columns |= {name: getattr(statistics, name)[0] for name in _SPANS}
+    for name, values in columns.items():
+        layer.columns.setdefault(name, []).append(values.float().cpu())
+    offset = end - key.shape[2]  # a sliding cache has dropped so many keys
+    for start in range(0, rows, _WEIGHT_ROWS):
+        stop = min(start + _WEIGHT_ROWS, rows)
+        keys = key.shape[2] - rows + stop
+        weights = attention_weights(query[:, :, start:stop], key[:, :, :keys], **options)[0]
+        top = weights.topk(min(largest, keys), -1)
+        for shares, places in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+            pairs = sorted((p, s) for p, s in zip(places, shares, strict=True) if s > 0)
+            layer.places.append(tuple(place + offset for place, _ in pairs))
+            layer.weights.append(tuple(float(f"{share:.5g}") for _, share in pairs))
