@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 BIN    := $(VENV)/bin
 SUITES := core lab trl
 # Adapters whose pins clash with the others': each has an environment of its own, .venv-NAME.
-APART  := verl
+APART  := verl openrlhf
 
 # Small models run many times faster on one thread; nothing here may reach for a model hub.
 export OMP_NUM_THREADS ?= 1
@@ -37,6 +37,8 @@ $(READY): constraints.txt pyproject.toml integrations/lab/pyproject.toml integra
 	@test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	@.venv-$*/bin/pip install --quiet --constraint integrations/$*/constraints.txt \
 		--editable . --editable integrations/lab --editable 'integrations/$*[test]'
+	@if test -e integrations/$*/no-deps.txt; then .venv-$*/bin/pip install --quiet --no-deps \
+		--no-build-isolation --requirement integrations/$*/no-deps.txt; fi
 	@touch $@
 
 demo: $(READY)  ## Train the embedded policy with TRL under Low2High and write runs/demo
@@ -46,6 +48,7 @@ test: $(READY) $(APART:%=.venv-%/.ready)  ## Run every test suite and count what
 	@PATH="$(abspath $(BIN)):$$PATH" sh .ci/suites $(SUITES) $(APART)
 
 test-verl:  ## Run only the suite of the VeRL adapter, in its own environment
+test-openrlhf:  ## Run only the suite of the OpenRLHF adapter, in its own environment
 $(APART:%=test-%): test-%: .venv-%/.ready
 	@PATH="$(abspath .venv-$*/bin):$$PATH" sh .ci/suites $*
 

@@ -67,18 +67,19 @@ def test_damaged_files_are_told_and_the_rest_is_shown(folder, capsys):
         assert place in printed.err and place in page
 
 
-def test_the_state_of_a_transformers_trainer_will_do(tmp_path):
+def test_the_state_of_a_transformers_trainer_will_do(tmp_path, capsys):
     def state(step):
         history = [{"step": s, "reward": float(s), "epoch": 0.1} for s in range(1, step + 1)]
         history.append({"step": step, "train_runtime": 1.0, "note": "text", "loss": float("nan")})
         return json.dumps({"global_step": step, "log_history": history})
 
-    for name, step in (("checkpoint-2", 2), ("checkpoint-10", 10)):
+    for name, step in (("checkpoint-2", 2), ("checkpoint-10", 10), ("old", 3)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "trainer_state.json").write_text(state(step))
     (tmp_path / "checkpoint-11").mkdir()
     (tmp_path / "checkpoint-11" / "trainer_state.json").write_text('{"global_step": 11, "log')
     assert main(["report", str(tmp_path), "--output", str(tmp_path / "new" / "page.html")]) == 0
+    assert "read   10 steps" in capsys.readouterr().out
     page = (tmp_path / "new" / "page.html").read_text()
     assert "checkpoint-11" in page and "left out: 1" in page
     assert "Training reward" in page and "mean over 1 steps" not in page

@@ -86,6 +86,36 @@ def test_spikes_without_a_falling_reward_are_healthy():
     assert not any(v.collapsed for v in late)
 
 
+def test_a_new_spike_keeps_the_old_one_in_mind():
+    lengths, rewards = [300.0] * 100, [0.0] * 60 + [-1.0] * 40
+    lengths[25] = 900.0
+    assert not any(v.collapsed for v in series(lengths, rewards))
+    lengths[50] = 900.0
+    got = series(lengths, rewards)
+    assert got[-1].mode == "length_instability"
+    assert got[-1].reason.startswith("length spiked at step 25 from 300 tokens")
+
+
+def test_a_run_recovers_from_its_spikes_with_its_reward():
+    lengths, rewards = [300.0] * 100, [0.0] * 100
+    lengths[40] = 900.0
+    rewards[42:60] = [-1.0] * 18
+    got = series(lengths, rewards)
+    held = [v.step for v in got if v.collapsed]
+    assert held == list(range(held[0], held[-1] + 1))
+    assert 42 < held[0] < 50 and 60 < held[-1] < 70
+
+
+def test_a_noisy_accuracy_has_to_decline_further():
+    steady = [0.5] * 10 + [0.42] * 10
+    noisy = [accuracy + 0.08 * (-1) ** place for place, accuracy in enumerate(steady)]
+    for accuracies, expected in ((steady, True), (noisy, False)):
+        monitor = CollapseMonitor()
+        for step, accuracy in enumerate(accuracies):
+            verdict = monitor.update(step, length=100.0, reward=0.0, accuracy=accuracy)
+        assert verdict.collapsed == expected
+
+
 def test_a_verdict_holds_until_the_run_recovers():
     lengths = [500.0] * 20 + [50.0] * 40 + [500.0] * 20
     got = series(lengths, [0.0] * 20 + [-1.0] * 40 + [0.0] * 20)
@@ -130,6 +160,19 @@ def test_a_resumed_monitor_says_the_same(name, cut):
         assert first.update(step, **numbers) == second.update(step, **numbers)
     # What was saved did not move on with the run.
     assert saved["step"] == cut - 1 and len(saved["history"]["lengths"]) == min(cut, 60)
+
+
+def test_a_spike_is_remembered_over_a_resume():
+    lengths, rewards = [300.0] * 80, [0.0] * 45 + [-1.0] * 35
+    lengths[40] = 900.0
+    first = CollapseMonitor()
+    for step in range(43):
+        first.update(step, length=lengths[step], reward=rewards[step])
+    second = CollapseMonitor()
+    second.load_state_dict(first.state_dict())
+    for step in range(43, 80):
+        verdict = second.update(step, length=lengths[step], reward=rewards[step])
+    assert verdict.mode == "length_instability"
 
 
 def test_loading_leaves_the_saved_state_alone():

@@ -12,11 +12,12 @@ import tokenweights.report
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-ADAPTER = ROOT / "integrations/trl/src/tokenweights_trl/__init__.py"
+ADAPTERS = ("trl", "openrlhf")
 
 
-def exported(source: Path) -> list[str]:
+def exported(adapter: str) -> list[str]:
     """The names in `__all__`, read without importing the adapter's trainer."""
+    source = ROOT / f"integrations/{adapter}/src/tokenweights_{adapter}/__init__.py"
     for node in ast.parse(source.read_text()).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return ast.literal_eval(node.value)
@@ -27,7 +28,7 @@ def test_the_reference_lists_every_public_name_once():
     public = {
         "tokenweights": tokenweights.__all__,
         "tokenweights.report": tokenweights.report.__all__,
-        "tokenweights_trl": exported(ADAPTER),
+        **{f"tokenweights_{adapter}": exported(adapter) for adapter in ADAPTERS},
     }
     expected = [f"{module}.{label}" for module, labels in public.items() for label in labels]
     pages = [page.read_text() for page in (DOCS / "api").glob("*.md")]

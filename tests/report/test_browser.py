@@ -247,9 +247,21 @@ def test_a_trace_of_8192_tokens_opens(opened):
 
 def test_a_report_opens(opened, record):
     metrics = [{"step": step, "reward": step / 4} for step in range(4)]
-    run = Run(metrics=metrics, records=[record(step=0), record(step=9)])
+    ratios = {f"gradient/decile_{number}": number / 45 for number in range(10)}
+    gradients = [{"step": step, "gradient/anchor_cosine": 0.7, **ratios} for step in (1, 3)]
+    values = tuple(place / 4000 for place in range(4000))
+    nothing = dict.fromkeys(("weights", "advantages", "log_probs", "group"))
+    long = record(
+        step=9,
+        tokens=("x",) * 4000,
+        token_ids=(1,) * 4000,
+        attention_entropy=values,
+        predictive_entropy=values,
+        **nothing,
+    )
+    run = Run(metrics=metrics, gradients=gradients, records=[record(step=0), long])
     driver = opened(run_report_html(run), scheme="dark")
     figures = all_of(driver, ".run-figure svg")
-    assert len(figures) == 5 and all(figure.size["width"] > 500 for figure in figures)
+    assert len(figures) == 8 and all(figure.size["width"] > 500 for figure in figures)
     all_of(driver, ".token")[0].click()
     assert tooltip(driver)["position"] == "1 of 5"

@@ -156,6 +156,15 @@ def test_metrics_without_a_step_are_refused(metrics, tmp_path):
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+def test_lines_of_verls_file_logger_are_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    data = '{"critic/rewards/mean": 0.5, "actor/lr": NaN, "note": "text", "done": true}'
+    path.write_text(f'{{"step": 3, "data": {data}}}\n')
+    (line,) = read_metrics(path)
+    assert line.keys() == {"step", "critic/rewards/mean", "actor/lr"}
+    assert line["step"] == 3 and line["critic/rewards/mean"] == 0.5 and math.isnan(line["actor/lr"])
+
+
 @pytest.mark.parametrize(
     "line", ['{"step": 2, "reward": 0.', '{"step": 2, "note": "x"}', '{"reward": 1.0}', "3"]
 )

@@ -1,7 +1,9 @@
+import base64
 import itertools
 import json
 import math
 import re
+import struct
 from html.parser import HTMLParser
 
 import pytest
@@ -308,3 +310,72 @@ def test_the_ramp_is_ordered_by_lightness_and_text_on_it_is_readable():
             # WCAG 2 level AA for body text.
             assert (bright + 0.05) / (dark + 0.05) >= 4.5
     assert directions == [False, True]
+
+
+def test_attention_is_packed_row_by_row(record):
+    rows = ((0,), (), (1, 70_000), (2,), (0, 1))
+    weights = ((1.0,), (), (0.25, 0.5), (0.125,), (1.0000001, 0.0))
+    entry = record(
+        prompt_tokens=("x",) * 70_000, attended=rows, attended_weights=weights, alignment="own"
+    )
+    page = Page(trace_page_html([entry]))
+    (data,) = (json.loads(text)["attention"] for kind, text in page.scripts if kind)
+
+    def unpacked(name, code):
+        data_bytes = base64.b64decode(data[name])
+        return struct.unpack(f"<{len(data_bytes) // struct.calcsize(code)}{code}", data_bytes)
+
+    assert (data["prompt"], data["own"], data["wide"]) == (70_000, True, True)
+    assert unpacked("counts", "I") == (1, 0, 2, 1, 2)
+    assert unpacked("places", "I") == (0, 1, 70_000, 2, 0, 1)
+    shares = [count / 65535 for count in unpacked("weights", "H")]
+    assert shares == pytest.approx([1, 0.25, 0.5, 0.125, 1, 0], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("attended", "weights", "words"),
+    [
+        ([(0,)], [(1.0,)], "2 rows"),
+        ([(0,), (0,)], [(1.0,), ()], "2 rows"),
+        ([(0,), (0,)], None, "2 rows"),
+        ([(0,), (3,)], [(1.0,), (1.0,)], "context of 3 tokens"),
+        ([(0,), (-1,)], [(1.0,), (1.0,)], "context of 3 tokens"),
+        ([(0,), (0,)], [(1.0,), (1.5,)], r"in \[0, 1\]"),
+        ([(0,), (0,)], [(1.0,), (math.nan,)], r"in \[0, 1\]"),
+    ],
+)
+def test_attention_must_fit_the_context(attended, weights, words):
+    with pytest.raises(TokenWeightsError, match=words):
+        page_of(["a", "b"], prompt_tokens=["?"], attended=attended, attended_weights=weights)
+
+
+def test_columns_must_fit():
+    with pytest.raises(TokenWeightsError, match=r"columns\['support'\]"):
+        page_of(["a", "b"], columns={"support": [1.0]})
+
+
+def test_of_many_long_responses_the_first_is_shown(record):
+    def shown(count, length):
+        values = tuple(map(float, range(length)))
+        nothing = dict.fromkeys(("weights", "advantages", "predictive_entropy", "log_probs"))
+        entries = [
+            record(
+                sample_id=sample,
+                tokens=("x",) * length,
+                token_ids=(0,) * length,
+                attention_entropy=values,
+                group=None,
+                **nothing,
+            )
+            for sample in range(count)
+        ]
+        tags = Page(trace_page_html(entries)).tags
+        traces = [attrs for tag, attrs in tags if tag == "article"]
+        options = [attrs for tag, attrs in tags if tag == "option"]
+        chosen = [attrs["value"] for attrs in options if "selected" in attrs]
+        return ["hidden" not in attrs for attrs in traces], chosen
+
+    assert shown(3, 1500) == ([True, False, False], ["0"])
+    assert shown(3, 100) == ([True] * 3, ["all"])
+    assert shown(2, 3000) == ([True] * 2, ["all"])
+    assert shown(1, 10) == ([True], [])

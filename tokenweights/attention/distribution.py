@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tokenweights._typing import typed
 from tokenweights.attention.checks import check_logits, check_padded
-from tokenweights.attention.reference import attention_log_weights, visible_keys
+from tokenweights.attention.reference import attention_logits, denominators, visible_keys
 from tokenweights.attention.statistics import Logits
 
 
@@ -65,6 +65,8 @@ def attention_weights(
         own = slice(head // group, head // group + 1)
         sink = None if sinks is None else sinks[head : head + 1]
         one = query[:, head : head + 1]
-        total += attention_log_weights(one, key[:, own], visible, logits, sink).exp()[:, 0]
+        score = attention_logits(one, key[:, own], visible, logits)
+        weights = (score - denominators(score, sink)[..., None]).exp()[:, 0]
+        total += weights.masked_fill(~visible, 0.0)  # a padded query's row is not a number
     mass = total.sum(-1, keepdim=True)
     return (total / mass.where(mass > 0, 1.0)).float()

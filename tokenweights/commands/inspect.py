@@ -4,13 +4,15 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
 from tokenweights._errors import invalid
-from tokenweights.attention import ENTROPY_KINDS, EntropyKind
+from tokenweights.attention import ENTROPY_KINDS
 from tokenweights.capture import attention_layers, middle_layer
 from tokenweights.commands.extras import imported
 from tokenweights.diagnostics import (
@@ -200,24 +202,23 @@ def _agreement(records: list[TokenRecord]) -> LayerAgreement | None:
     return layer_agreement(scores, torch.ones(scores.shape[1:], dtype=torch.bool))
 
 
-def _figures(records: list[TokenRecord], agreement: LayerAgreement | None) -> dict[str, Any]:
+def _figures(
+    records: list[TokenRecord], agreement: LayerAgreement | None
+) -> dict[str, Callable[[], "Figure"]]:
     """Name and drawing of each figure; those of one layer are of the first."""
     record = records[0]
 
-    def support(kind: EntropyKind) -> "Figure":
-        return support_figure([record], kind=kind)
-
-    figures: dict[str, Any] = {
-        "response": lambda: response_figure(record),
-        "attention": lambda: attention_map_figure(record),
-        "relation": lambda: entropy_relation_figure([record]),
-        "quadrants": lambda: quadrant_figure([record]),
+    figures: dict[str, Callable[[], Figure]] = {
+        "response": partial(response_figure, record),
+        "attention": partial(attention_map_figure, record),
+        "relation": partial(entropy_relation_figure, [record]),
+        "quadrants": partial(quadrant_figure, [record]),
     }
     for kind in ENTROPY_KINDS:
-        figures[f"support_{kind}"] = lambda kind=kind: support(kind)
+        figures[f"support_{kind}"] = partial(support_figure, [record], kind=kind)
     if agreement is not None:
         layers = [int(found.layer) for found in records if isinstance(found.layer, int)]
-        figures["layers"] = lambda: layer_agreement_figure(agreement, layers)
+        figures["layers"] = partial(layer_agreement_figure, agreement, layers)
     return figures
 
 

@@ -53,16 +53,12 @@ class History:
 
 
 def noise(values: Sequence[float]) -> float:
-    """Standard deviation from step to step, blind to a trend and to single jumps.
+    """Standard deviation from step to step, blind to slow trends and to single jumps.
 
-    The median absolute deviation of the differences, scaled as for independent normal noise.
+    The median size of the differences, scaled as for independent normal noise.
     """
-    differences = [later - earlier for earlier, later in itertools.pairwise(values)]
-    if not differences:
-        return 0.0
-    middle = statistics.median(differences)
-    spread = statistics.median(abs(difference - middle) for difference in differences)
-    return 1.4826 * spread / math.sqrt(2)
+    sizes = [abs(later - earlier) for earlier, later in itertools.pairwise(values)]
+    return 1.4826 * statistics.median(sizes) / math.sqrt(2) if sizes else 0.0
 
 
 def last_long(lengths: list[float], level: float, window: int) -> int:

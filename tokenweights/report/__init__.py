@@ -6,6 +6,7 @@ responses, and the `*_figure` functions return matplotlib figures. Figures and t
 extra `tokenweights[report]`; records and traces need nothing beyond the library.
 """
 
+from tokenweights.report.dynamics import entropy_metrics
 from tokenweights.report.figures import (
     attention_map_figure,
     decile_figure,
@@ -43,6 +44,7 @@ __all__ = [
     "decile_figure",
     "dispersion_figure",
     "dynamics_figure",
+    "entropy_metrics",
     "entropy_relation_figure",
     "gradient_figure",
     "inspected_records",

@@ -17,9 +17,8 @@ from typing import Any
 
 def asset(name: str) -> str:
     """The text of a template, style sheet or script of this package."""
-    return (
-        resources.files("tokenweights.report").joinpath("assets", name).read_text(encoding="utf-8")
-    )
+    assets = resources.files("tokenweights.report").joinpath("assets")
+    return assets.joinpath(name).read_text(encoding="utf-8")
 
 
 def filled(name: str, **values: str) -> str:

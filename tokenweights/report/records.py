@@ -331,7 +331,8 @@ def read_metrics(path: FilePath, *, unreadable: Unreadable | None = None) -> lis
     """The lines of a metrics file in file order; a `null` becomes NaN.
 
     Args:
-        path: A file written by `append_metrics`.
+        path: A file written by `append_metrics`, or by VeRL's file logger, which puts everything
+            but the step into `data`; of that, numbers are taken.
         unreadable: As in `read_token_records`.
 
     Returns:
@@ -343,6 +344,10 @@ def read_metrics(path: FilePath, *, unreadable: Unreadable | None = None) -> lis
     """
 
     def parsed(place: str, line: dict[str, Any]) -> dict[str, float]:
+        if line.keys() == {"step", "data"} and isinstance(line["data"], dict):
+            numbers = {name: v for name, v in line["data"].items() if _is_number(v)}
+            finite = {name: v if math.isfinite(v) else None for name, v in numbers.items()}
+            line = {**finite, "step": line["step"]}
         wrong = [
             name for name, value in line.items() if value is not None and not _is_finite(value)
         ]

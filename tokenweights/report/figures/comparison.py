@@ -54,12 +54,12 @@ def runs_figure(
         raise invalid("runs_figure", "runs", "and panels to draw", got, "Pass at least one each.")
     wide = min(len(panels), 3)
     high = math.ceil(len(panels) / wide)
-    chosen = dict(zip(runs, _COLORS * math.ceil(len(runs) / len(_COLORS)), strict=False))
-    chosen |= colors or {}
+    palette = _COLORS * math.ceil(len(runs) / len(_COLORS))
+    chosen = {**dict(zip(runs, palette, strict=False)), **(colors or {})}
     with style.figure_style():
         figure = figure_of(width=2.0 + 3.0 * wide, height=3.1 * high)
         grid = figure.subplots(high, wide, squeeze=False).flat
-        for axes, (title, key) in zip(grid, panels.items(), strict=False):
+        for (title, key), axes in zip(panels.items(), grid, strict=False):
             axes.set_title(title)
             lines = []
             for name, seeds in runs.items():
@@ -67,8 +67,8 @@ def runs_figure(
             draw_lines(axes, lines)
             if any(len(seeds) > 1 for seeds in runs.values()) and axes.lines:
                 axes.set_xlabel("step (thick: mean over seeds)")
-        for axes in list(grid):
-            axes.set_axis_off()
+        for unused in grid:
+            unused.set_axis_off()
     return figure
 
 

@@ -123,7 +123,7 @@ def _subset_figure(
     metrics: Metrics, panels: tuple[tuple[str, str], ...]
 ) -> "matplotlib.figure.Figure":
     with style.figure_style():
-        figure = figure_of(width=2.0 + 3.0 * len(panels))
+        figure = figure_of(width=9.0)
         for axes, (title, key) in zip(figure.subplots(1, len(panels)), panels, strict=True):
             axes.set_title(title)
             lines = [line_of(metrics, f"gradient/{s}_{key}", n, c) for n, c, s in _SUBSETS]

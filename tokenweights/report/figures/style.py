@@ -107,7 +107,9 @@ def colormap(*, diverging: bool = False) -> "Colormap":
     from matplotlib.colors import LinearSegmentedColormap
 
     colors = (ANCHOR, "#f4f2ec", EXPLORER) if diverging else ("#f4f2ec", "#8fb8b9", ACCENT)
-    return LinearSegmentedColormap.from_list("tokenweights", colors)
+    # With more colors matplotlib would draw the color bar as an embedded picture, which the
+    # content security policy of a page refuses.
+    return LinearSegmentedColormap.from_list("tokenweights", colors, N=48)
 
 
 def drawable(text: str) -> str:

@@ -1,1 +1,3 @@
-"""Token weights inside VeRL's PPO trainer, without a fork and without a patch."""
+"""Token weights inside VeRL's PPO trainers, without a fork and without a patch."""
+
+import verl as verl  # first of all, since VeRL in turn imports the plug-in

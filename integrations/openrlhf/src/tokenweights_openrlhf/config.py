@@ -1,0 +1,128 @@
+"""The options of the token weights, and what of OpenRLHF's own options they go together with."""
+
+import json
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from tokenweights._errors import invalid
+from tokenweights.recipes import Recipe, recipe
+
+
+@dataclass(frozen=True)
+class TokenWeightsConfig:
+    """What `--tokenweights.*` says; OpenRLHF's actors find it as `strategy.args.tokenweights`.
+
+    Args:
+        recipe: Name of a recipe, or a dict of recipe fields with `name` first, also as JSON.
+        token_records: JSONL file to which token records are appended; None writes none.
+        token_records_steps: Global steps between two recorded rollout batches, >= 1.
+
+    Raises:
+        TokenWeightsError: If the recipe is unknown or does not fit the other arguments.
+
+    Example:
+        >>> TokenWeightsConfig("low2high").token_recipe.denominator
+        'all_tokens'
+    """
+
+    recipe: dict[str, Any] | str | None
+    token_records: str | None = None
+    token_records_steps: int = 100
+
+    def __post_init__(self) -> None:
+        def refuse(field: str, condition: str, hint: str) -> None:
+            got = repr(getattr(self, field))
+            raise invalid("TokenWeightsConfig", field, condition, got, hint)
+
+        signal = self.token_recipe.signal
+        if signal == "loss_magnitude":
+            refuse("recipe", "with a signal other than loss_magnitude", _LOSS_MAGNITUDE)
+        if self.token_records_steps < 1:
+            refuse("token_records_steps", ">= 1", "It is a number of global steps.")
+        if self.token_records is None:
+            return
+        if signal != "attention_entropy":
+            hint = "A record holds attention entropies; the recipe has none."
+            refuse("token_records", "None", hint)
+        # The actor that writes it has a working directory of its own.
+        path = Path(self.token_records).absolute()
+        if path.is_dir() or not path.parent.is_dir():
+            refuse("token_records", "a file in a folder that exists", "Make the folder first.")
+        object.__setattr__(self, "token_records", str(path))
+
+    @property
+    def token_recipe(self) -> Recipe:
+        """The recipe that `recipe` names."""
+        text = values = self.recipe
+        if not values:
+            condition = "a recipe name or a dict"
+            raise invalid("TokenWeightsConfig", "recipe", condition, repr(values), _RECIPE)
+        if isinstance(text, str) and text.lstrip().startswith("{"):
+            try:
+                values = json.loads(text)
+            except json.JSONDecodeError as error:
+                condition = "a name or valid JSON"
+                raise invalid("TokenWeightsConfig", "recipe", condition, text, _RECIPE) from error
+        return recipe(values)
+
+
+def checked_arguments(arguments: Any, config: TokenWeightsConfig) -> Any:
+    """OpenRLHF's arguments with `tokenweights` added, if the recipe can be honoured with them.
+
+    Args:
+        arguments: The nested namespace that `openrlhf.utils.config.hierarchize` gives.
+        config: The options of the token weights.
+
+    Returns:
+        The same namespace.
+
+    Raises:
+        TokenWeightsError: If OpenRLHF could not train with them as the recipe asks.
+    """
+    made, actor, ds = config.token_recipe, arguments.actor, arguments.ds
+    scored, tokens = made.signal != "none", made.denominator == "all_tokens"
+    dynamic = arguments.train.dynamic_batch_enable
+    for fits, option, condition, hint in (
+        (actor.policy_loss_type == "ppo", "actor.policy_loss_type", "'ppo'", _SEQUENCE_RATIO),
+        (
+            tokens or actor.loss_agg_mode == "token-mean",
+            "actor.loss_agg_mode",
+            "'token-mean'",
+            f"The recipe divides by {made.denominator}; change this, or the recipe.",
+        ),
+        (
+            ds.zero_stage == 3 or not dynamic,
+            "ds.zero_stage",
+            "3 with --train.dynamic_batch_enable",
+            "At a lower stage OpenRLHF's gradient is wrong there, with token weights or without.",
+        ),
+        (ds.tensor_parallel_size == 1 or not scored, "ds.tensor_parallel_size", "1", _HEADS),
+        (
+            arguments.data.max_images_per_prompt == 0 or not scored,
+            "data.max_images_per_prompt",
+            "0",
+            "Scores of responses to images have not been checked.",
+        ),
+    ):
+        if not fits:
+            got = repr(attrgetter(option)(arguments))
+            raise invalid("train", f"--{option}", condition, got, hint)
+    arguments.tokenweights = config
+    return arguments
+
+
+_RECIPE = (
+    "Write `--tokenweights.recipe low2high` or "
+    '`--tokenweights.recipe \'{"name": "low2high", "warmup_steps": 50}\'`.'
+)
+_LOSS_MAGNITUDE = (
+    "At rollout time the ratio is 1, so |loss| is |advantage|, the same for every token of a "
+    "response: there is nothing to rank. Use `predictive_low20` or `predictive_high20`."
+)
+_SEQUENCE_RATIO = (
+    "A sequence-level ratio sums the gradients of a response before it multiplies them by the "
+    "advantages, so only the mean weight of a response would act."
+)
+_HEADS = "Each rank sees only its own heads and logits there, and a score needs all of them."

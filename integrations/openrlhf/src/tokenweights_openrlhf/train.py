@@ -1,0 +1,98 @@
+"""Training from the command line: `python -m tokenweights_openrlhf.train --help`.
+
+The command line is that of `openrlhf.cli.train_ppo_ray`, and `--tokenweights.*`. OpenRLHF's command
+has no hook for other classes, so its own module is run, and for as long as it runs four names that
+it looks up stand for classes of this package.
+"""
+
+import argparse
+import re
+import runpy
+import sys
+from contextlib import ExitStack
+from importlib.metadata import version
+from typing import Any
+
+import ray
+from openrlhf.trainer import ppo_trainer, ppo_trainer_async
+from openrlhf.trainer.ray import ppo_actor
+from openrlhf.utils import config as openrlhf_config
+from tokenweights._errors import TokenWeightsError, invalid
+
+from tokenweights_openrlhf.config import TokenWeightsConfig, checked_arguments
+from tokenweights_openrlhf.scores import TokenWeightsPolicyActor
+from tokenweights_openrlhf.trainer import (
+    TokenWeightsPPOTrainer,
+    TokenWeightsPPOTrainerAsync,
+    substituted,
+)
+
+COMMAND = "openrlhf.cli.train_ppo_ray"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs OpenRLHF's training command with token weights."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="python -m tokenweights_openrlhf.train", allow_abbrev=False, add_help=False
+    )
+    add = parser.add_argument_group("token weights").add_argument
+    prefix = "tokenweights."
+    add(f"--{prefix}recipe", help="a recipe's name, or its fields as a JSON dict (required)")
+    add(f"--{prefix}token_records", help="JSONL file to which token records are appended")
+    add(
+        f"--{prefix}token_records_steps",
+        type=int,
+        default=TokenWeightsConfig.token_records_steps,
+        help="global steps between two recorded rollout batches (%(default)s)",
+    )
+    options, rest = parser.parse_known_args(argv)
+    if {"-h", "--help"} & set(rest):
+        parser.print_help()
+        print(f"\nall options of {COMMAND}:\n")
+        _run(rest, None)
+    try:
+        refuse_other_versions(version("openrlhf"))
+        values = {name.removeprefix(prefix): value for name, value in vars(options).items()}
+        _run(rest, TokenWeightsConfig(**values))
+    except TokenWeightsError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def refuse_other_versions(installed: str) -> None:
+    """Raises unless the adapter was made for a version of OpenRLHF.
+
+    Args:
+        installed: The version.
+
+    Raises:
+        TokenWeightsError: If it was not.
+    """
+    numbers = [int(part) for part in re.findall(r"\d+", installed)[:3]]
+    if not [0, 11, 2] <= numbers < [0, 12]:
+        hint = "The adapter derives from OpenRLHF's classes, and others have not been tested."
+        raise invalid("train", "openrlhf", ">=0.11.2,<0.12", installed, hint)
+
+
+def _run(argv: list[str], config: Any) -> None:
+    """OpenRLHF's command, with this package's classes in place of its own."""
+    hierarchize = openrlhf_config.hierarchize
+
+    def hierarchize_and_check(arguments: Any) -> Any:
+        return checked_arguments(hierarchize(arguments), config)
+
+    policy_actor = ray.remote(num_gpus=1)(TokenWeightsPolicyActor)
+    with ExitStack() as stack:
+        for module, name, value in (
+            (sys, "argv", [COMMAND, *argv]),
+            (openrlhf_config, "hierarchize", hierarchize_and_check),
+            (ppo_actor, "PolicyModelActor", policy_actor),
+            (ppo_trainer, "PPOTrainer", ray.remote(TokenWeightsPPOTrainer)),
+            (ppo_trainer_async, "PPOTrainerAsync", ray.remote(TokenWeightsPPOTrainerAsync)),
+        ):
+            stack.enter_context(substituted(module, name, value))
+        runpy.run_module(COMMAND, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

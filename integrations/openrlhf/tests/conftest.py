@@ -1,0 +1,42 @@
+"""One Ray for the whole suite, on CPUs, and the actor groups that the tests share."""
+
+import cpu_process
+import pytest
+
+cpu_process.prepare()
+
+import cpu_run  # noqa: E402
+import tiny  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+    """One worker runs all: several Rays at once are too much for two cores."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray"))
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    with cpu_run.ray_on_cpus():
+        yield
+
+
+@pytest.fixture(scope="session")
+def actors(ray_session):
+    """Groups of policy actors by class, ranks and size of the ring, started when asked for."""
+    groups: dict = {}
+
+    def group(actor_class, ranks, ring):
+        key = (actor_class, ranks, ring)
+        if key not in groups:
+            groups[key] = tiny.actor_group(*key)
+        return groups[key]
+
+    return group
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("policy")
+    tiny.save_policy(folder)
+    return str(folder)

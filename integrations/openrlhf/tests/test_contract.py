@@ -1,0 +1,133 @@
+"""What the adapter needs of OpenRLHF and Ray beyond their documentation.
+
+A failure here names what has changed; the adapter's code has to follow.
+"""
+
+import ast
+import inspect
+
+import pytest
+import ray
+from openrlhf.cli import train_ppo_ray
+from openrlhf.models import Actor
+from openrlhf.models.ring_attn_utils import gather_and_pad_tensor
+from openrlhf.trainer import ppo_trainer, ppo_trainer_async
+from openrlhf.trainer.ppo_utils.experience import Experience
+from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
+from openrlhf.trainer.ray.launcher import RayActorGroup
+from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
+from openrlhf.utils.utils import zero_pad_sequences
+from tokenweights import TokenWeightsError
+
+from tokenweights_openrlhf.scores import plain_class
+
+ACTOR_CLASSES = [
+    PolicyModelActor,
+    ppo_trainer.PPOTrainer,
+    ppo_trainer_async.TrainingActor,
+    ppo_trainer_async.PPOTrainerAsync,
+]
+
+
+@pytest.mark.parametrize("actor_class", ACTOR_CLASSES, ids=lambda found: found.__ray_metadata__)
+def test_ray_keeps_the_class_of_an_actor_class(actor_class):
+    found = plain_class(actor_class)
+    assert inspect.isclass(found)
+    assert found.__module__.startswith("openrlhf.")
+
+
+def test_a_class_that_is_kept_elsewhere_is_an_error_with_the_versions():
+    with pytest.raises(TokenWeightsError, match=r"openrlhf>=0\.11\.2,<0\.12 and the ray it pins"):
+        plain_class(object())
+
+
+def test_a_subclass_of_the_plain_class_becomes_an_actor_class():
+    derived = type("Derived", (plain_class(PolicyModelActor),), {})
+    assert plain_class(ray.remote(derived)) is derived
+
+
+SIGNATURES = [
+    (plain_class(PolicyModelActor).init_model_from_pretrained, ["self", "strategy", "pretrain"]),
+    (
+        plain_class(PolicyModelActor).forward,
+        ["self", "sequences", "action_mask", "attention_mask"],
+    ),
+    (ppo_trainer.BasePPOTrainer.train_step, ["self", "rollout_samples", "global_step"]),
+    (RemoteExperienceMaker.make_experience, ["self", "samples_list"]),
+    (RemoteExperienceMaker.compute_advantages_and_returns, ["self", "experiences"]),
+    (RemoteExperienceMaker._flatten_results, ["self", "refs", "duplicate_factor"]),
+    (RayActorGroup.async_run_method, ["self", "method_name"]),
+    (zero_pad_sequences, ["sequences", "side", "value"]),
+    (
+        gather_and_pad_tensor,
+        ["tensor", "ring_attn_group", "ring_attn_pad_len", "indices", "batch", "seqlen"],
+    ),
+    (
+        RemoteExperienceMaker.__init__,
+        [
+            *("self", "actor_model_group", "critic_model_group", "reward_model_group"),
+            *("initial_model_group", "kl_controller", "strategy", "tokenizer"),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "names"), SIGNATURES, ids=lambda value: getattr(value, "__qualname__", "")
+)
+def test_signatures(function, names):
+    found = list(inspect.signature(function).parameters)
+    assert found[: len(names)] == names, f"{function.__qualname__} takes {found}"
+
+
+def test_the_actor_can_be_asked_for_entropies():
+    names = inspect.signature(Actor.forward).parameters
+    assert {"return_output", "return_entropy"} <= set(names)
+    assert 'setattr(output, "entropy"' in inspect.getsource(Actor.forward)
+
+
+def test_an_experience_has_the_fields_that_are_read():
+    fields = {"sequences", "action_mask", "advantages", "action_log_probs", "index", "prompts"}
+    assert fields <= set(Experience.__dataclass_fields__)
+
+
+def test_the_trainer_makes_its_experience_maker_of_attributes_that_it_keeps():
+    source = inspect.getsource(ppo_trainer.BasePPOTrainer.__init__)
+    names = ("actor_model_group", "critic_model_group", "reward_model_group")
+    for name in (*names, "reference_model_group", "kl_ctl", "experience_maker", "tokenizer"):
+        assert f"self.{name} = " in source, f"BasePPOTrainer has no attribute {name}"
+
+
+def test_the_trainer_makes_experiences_before_it_balances_and_hands_them_out():
+    source = inspect.getsource(ppo_trainer.BasePPOTrainer.train_step)
+    made = source.index("self.experience_maker.make_experience_batch(")
+    assert made < source.index("balance_experiences(") < source.index('method_name="append"')
+
+
+def test_the_policy_makes_one_pass_for_old_log_probabilities():
+    """And nothing else calls its `forward`, so that scores and experiences stay in step."""
+    source = inspect.getsource(RemoteExperienceMaker.make_experience)
+    assert source.count("self.actor_model_group") == 1
+    assert inspect.getsource(RemoteExperienceMaker).count('"forward"') == 1
+
+
+def test_the_asynchronous_trainer_looks_its_training_half_up_when_it_starts():
+    start = inspect.unwrap(plain_class(ppo_trainer_async.PPOTrainerAsync).__init__)
+    assert "TrainingActor" in start.__code__.co_names
+    assert start.__globals__ is vars(ppo_trainer_async)
+
+
+def test_the_command_looks_up_the_names_that_are_substituted():
+    imports = [
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse(inspect.getsource(train_ppo_ray)))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    ]
+    for name in (
+        ("openrlhf.trainer.ray.ppo_actor", "PolicyModelActor"),
+        ("openrlhf.trainer.ppo_trainer", "PPOTrainer"),
+        ("openrlhf.trainer.ppo_trainer_async", "PPOTrainerAsync"),
+        ("openrlhf.utils.config", "hierarchize"),
+    ):
+        assert name in imports, f"{train_ppo_ray.__name__} does not import {name}"

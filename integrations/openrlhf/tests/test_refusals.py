@@ -1,0 +1,115 @@
+"""What cannot be right is refused by name, before Ray starts."""
+
+import pytest
+import tiny
+from tokenweights import TokenWeightsError
+
+from tokenweights_openrlhf import TokenWeightsConfig
+from tokenweights_openrlhf.config import checked_arguments
+from tokenweights_openrlhf.train import main, refuse_other_versions
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": None}, "expected `recipe` a recipe name or a dict, got None"),
+        ({"recipe": "low2hihg"}, "Did you mean 'low2high'"),
+        ({"recipe": {"name": "low2high", "warmup": 3}}, "Did you mean 'warmup_steps'"),
+        ({"recipe": '{"name": "low2high"'}, "a name or valid JSON"),
+        ({"recipe": "loss_low20"}, "loss_magnitude"),
+        ({"token_records_steps": 0}, "expected `token_records_steps` >= 1"),
+        ({"recipe": "random20", "token_records": "tokens.jsonl"}, "expected `token_records` None"),
+        ({"token_records": "missing/tokens.jsonl"}, "a file in a folder that exists"),
+        ({"token_records": "."}, "a file in a folder that exists"),
+    ],
+    ids=str,
+)
+def test_the_configuration_refuses(changes, message):
+    with pytest.raises(TokenWeightsError) as error:
+        TokenWeightsConfig(**{"recipe": "low2high", **changes})
+    assert message in str(error.value)
+
+
+def test_records_go_to_an_absolute_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = TokenWeightsConfig("low2high", token_records="tokens.jsonl")
+    assert made.token_records == str(tmp_path / "tokens.jsonl")
+
+
+GSPO = ("--actor.policy_loss_type", "gspo")
+MEAN_OF_MEANS = ("--actor.loss_agg_mode", "seq-mean-token-mean")
+DYNAMIC = ("--train.dynamic_batch_enable", "--ds.zero_stage")
+REFUSED = [
+    ("full", GSPO, "`--actor.policy_loss_type` 'ppo', got 'gspo'"),
+    ("anchor20", MEAN_OF_MEANS, "divides by selected_tokens"),
+    ("low2high", (*DYNAMIC, 2), "`--ds.zero_stage` 3 with --train.dynamic_batch_enable, got 2"),
+    ("full", (*DYNAMIC, 1), "`--ds.zero_stage` 3 with --train.dynamic_batch_enable, got 1"),
+    ("low2high", ("--ds.tensor_parallel_size", 2), "`--ds.tensor_parallel_size` 1, got 2"),
+    ("predictive_low20", ("--ds.tensor_parallel_size", 2), "`--ds.tensor_parallel_size` 1"),
+    ("low2high", ("--data.max_images_per_prompt", 1), "`--data.max_images_per_prompt` 0, got 1"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "options", "message"), REFUSED, ids=str)
+def test_options_of_openrlhf_are_refused(recipe, options, message):
+    with pytest.raises(TokenWeightsError) as error:
+        checked_arguments(tiny.parsed(*options), TokenWeightsConfig(recipe))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("low2high", MEAN_OF_MEANS),
+        ("low2high", (*DYNAMIC, 3)),
+        ("random20", ("--ds.tensor_parallel_size", 2)),
+        ("low2high", ("--actor.dual_clip", 3)),
+    ],
+    ids=str,
+)
+def test_these_are_not(recipe, options):
+    config = TokenWeightsConfig(recipe)
+    assert checked_arguments(tiny.parsed(*options), config).tokenweights is config
+
+
+COMMANDS = [
+    ((), "expected `recipe` a recipe name or a dict, got None"),
+    (("--tokenweights.recipe", "low2hihg"), "Did you mean 'low2high'"),
+    (("--tokenweights.recipe", "low2high", *GSPO), "`--actor.policy_loss_type` 'ppo'"),
+    (("--tokenweights.recipe", "low2high", "--tokenweights.recipes", "x"), "unrecognized"),
+    (("--tokenweights.recipe", "low2high", "--no.such.option", "1"), "unrecognized arguments"),
+    (("--tokenweights.token_records_steps", "often"), "invalid int value"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), COMMANDS, ids=str)
+def test_the_command_refuses_with_one_line_and_starts_nothing(options, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(list(map(str, options)))
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize("other", ["0.11.0", "0.9.4", "0.12", "1.0.0"])
+def test_another_openrlhf_is_refused(other):
+    with pytest.raises(TokenWeightsError, match=rf"`openrlhf` >=0\.11\.2,<0\.12, got {other}"):
+        refuse_other_versions(other)
+    for right in ("0.11.2", "0.11.10.post1"):
+        refuse_other_versions(right)
+
+
+def test_help_lists_the_options_of_both(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--tokenweights.token_records_steps" in printed
+    assert "--algo.advantage.estimator" in printed
+
+
+def test_a_layer_that_the_policy_does_not_have_is_refused(actors, policy):
+    recipe = {"name": "low2high", "layers": [3]}
+    with pytest.raises(Exception, match=r"among the attention layers \[0, 1, 2\]"):
+        tiny.trained(actors, tiny.arguments(policy, recipe=recipe))

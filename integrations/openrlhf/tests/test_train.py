@@ -1,0 +1,91 @@
+"""The command of the adapter, from the command line to the saved policy."""
+
+import json
+import os
+import subprocess
+import sys
+
+import cpu_process
+import pytest
+import tiny
+from tokenweights_lab import policy_path, problems
+
+
+def command_line(folder, *options, steps, recipe="low2high", prompts=8, samples=8):
+    rows = [{"input": p.prompt, "label": p.answer} for p in problems("train", prompts * steps)]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return [
+        *("--tokenweights.recipe", recipe),
+        *("--actor.model_name_or_path", str(policy_path()), "--actor.num_gpus_per_node", "1"),
+        *("--data.prompt_dataset", str(folder / "prompts.jsonl"), "--data.label_key", "label"),
+        *("--reward.remote_url", str(tiny.HERE.parent / "examples" / "boxed_reward.py")),
+        *("--vllm.num_engines", "1", "--data.max_len", "160", "--rollout.max_new_tokens", "81"),
+        *("--rollout.batch_size", str(prompts), "--rollout.n_samples_per_prompt", str(samples)),
+        *("--train.batch_size", str(prompts * samples), "--train.micro_batch_size", "16"),
+        *("--rollout.micro_batch_size", "16", "--rollout.top_p", "0.95"),
+        *("--algo.advantage.estimator", "group_norm", "--algo.kl.init_coef", "0"),
+        *("--actor.adam.lr", "2e-4", "--actor.lr_scheduler", "constant_with_warmup"),
+        *("--actor.eps_clip_low_high", "0.2", "0.28", "--ds.attn_implementation", "sdpa"),
+        *("--ckpt.output_dir", str(folder / "policy"), "--ckpt.path", str(folder / "checkpoints")),
+        *("--logger.tensorboard_dir", str(folder / "board"), *options),
+    ]
+
+
+def run(folder, options, *, expect=0):
+    """Runs the command in a process with a Ray of its own; returns what was logged, by name."""
+    environment = os.environ | cpu_process.ENVIRONMENT
+    environment["PYTHONPATH"] = os.pathsep.join(tiny.PYTHONPATH)
+    result = subprocess.run(
+        [sys.executable, str(tiny.HERE / "cpu_run.py"), *options],
+        env=environment,
+        timeout=400,
+        capture_output=True,
+        text=True,
+    )
+    if result.returncode != expect:
+        pytest.fail((result.stdout + result.stderr)[-6000:], pytrace=False)
+    return result
+
+
+def logged(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = {}
+    for path in sorted((folder / "board").rglob("events.*")):
+        events = EventAccumulator(str(path.parent))
+        events.Reload()
+        for name in events.Tags()["scalars"]:
+            values = {event.step: event.value for event in events.Scalars(name)}
+            found.setdefault(name.removeprefix("train/"), {}).update(values)
+    return found
+
+
+def test_low2high_raises_the_reward(tmp_path):
+    run(tmp_path, command_line(tmp_path, steps=12))
+    metrics = logged(tmp_path)
+    rewards = list(metrics["rollout/reward_mean"].values())
+    assert len(rewards) == 12
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.3
+    high = metrics["token_weights/endpoint_high"]
+    assert [high[step] for step in range(1, 13)] == pytest.approx([s / 100 for s in range(12)])
+    assert (tmp_path / "policy" / "config.json").exists()
+
+
+def test_the_asynchronous_ppo_trainer_resumes_its_schedule(tmp_path):
+    options = command_line(
+        tmp_path,
+        *("--train.async_enable", "--algo.advantage.estimator", "gae"),
+        *("--critic.num_gpus_per_node", "1", "--ckpt.save_steps", "1", "--ckpt.load_enable"),
+        *("--rollout.micro_batch_size", "4", "--train.micro_batch_size", "4"),
+        steps=4,
+        prompts=2,
+        samples=4,
+    )
+    run(tmp_path, [*options, "--data.max_samples", "4"])
+    assert list(logged(tmp_path)["token_weights/endpoint_high"]) == [1, 2]
+    run(tmp_path, [*options, "--data.max_samples", "8"])
+    metrics = logged(tmp_path)
+    high = metrics["token_weights/endpoint_high"]
+    assert high == pytest.approx({step: (step - 1) / 100 for step in (1, 2, 3, 4)})
+    assert all(0 < value < 1 for value in metrics["token_weights/weight_mean"].values())
+    assert "critic_loss" in metrics

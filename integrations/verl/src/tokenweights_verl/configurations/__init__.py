@@ -1,0 +1,1 @@
+"""Hydra configurations: VeRL with token weights, and the experiments of the paper."""

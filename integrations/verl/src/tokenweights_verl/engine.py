@@ -1,0 +1,103 @@
+"""The training engine: VeRL's own FSDP engine, and attention entropy as one more of its outputs."""
+
+import os
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from tokenweights.capture import AttentionCapture, CapturedAttention, capture_attention
+from torch import Tensor
+from verl.utils import tensordict_utils as tu
+from verl.workers.config import TrainingWorkerConfig
+from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
+from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+from verl.workers.utils.padding import build_attention_mask_from_nested
+
+# The key of the recipe that goes along with a batch whose attention is wanted.
+PROBE = "attention_probe"
+# The key of the output that answers it, one for each probed layer.
+ENTROPY = "attention_entropy_{}"
+VENDOR = "tokenweights"
+
+# What a mixin calls belongs to the engine after it; VeRL's own types are too loose to check it.
+_Base: Any = object
+
+
+class TokenWeightsEngineMixin(_Base):
+    """Attention entropy for an FSDP engine or a subclass of it; name it first among the bases.
+
+    A forward-only batch that carries a recipe comes back with one more output for each of the
+    recipe's layers, nested like `log_probs`: the entropy of every position's attention, in nats or
+    normalized. Every other batch runs as it always does. Packed and padded rows, dynamic
+    micro-batches, adapters and the slices of Ulysses sequence parallelism are the engine's own.
+    """
+
+    _capture: AttentionCapture | None = None
+
+    def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
+        """VeRL's step of one micro-batch, with the tap open where a recipe asks for it."""
+        recipe = tu.get_non_tensor_data(data=micro_batch, key=PROBE, default=None)
+        if recipe is None or not forward_only:
+            return super().forward_step(micro_batch, loss_function, forward_only)
+        packed = tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True)
+
+        def entropy(captured: CapturedAttention) -> Tensor:
+            """Entropies of this rank's real tokens, row after row."""
+            # Queries and keys stay in the precision they have; the sums over them are float32.
+            with torch.autocast(captured.query.device.type, enabled=False):
+                if packed:
+                    return recipe.captured_entropy(captured, group=self.ulysses_parallel_group)[0]
+                mask = build_attention_mask_from_nested(micro_batch["input_ids"])
+                mask = mask.bool().to(captured.query.device)
+                return recipe.captured_entropy(captured, key_mask=mask)[mask]
+
+        tap = capture_attention(self.module, recipe.layers, packed=packed, reduce=entropy)
+        with tap as self._capture:
+            try:
+                return super().forward_step(micro_batch, loss_function, forward_only)
+            finally:
+                self._capture = None
+
+    def prepare_model_outputs(
+        self, output: Any, output_args: dict[str, Any], micro_batch: TensorDict, **kwargs: Any
+    ) -> dict[str, Any]:
+        """VeRL's outputs of one micro-batch, and the entropies where the tap is open."""
+        outputs = super().prepare_model_outputs(
+            output=output, output_args=output_args, micro_batch=micro_batch, **kwargs
+        )
+        if self._capture is not None:
+            ids: Any = micro_batch["input_ids"]
+            bounds = ids.offsets()
+            for place, (entropy,) in enumerate(self._capture.calls.values()):
+                # Slices are gathered, and the padding at the end of a packed row is dropped.
+                if "pad_size" in output_args:
+                    entropy = self._gather_and_unpad_packed(entropy, output_args["pad_size"])
+                entropy = torch.nested.nested_tensor_from_jagged(entropy, bounds.to(entropy.device))
+                outputs[ENTROPY.format(place)] = entropy
+        return outputs
+
+
+@EngineRegistry.register(
+    "language_model", ["fsdp", "fsdp2"], device=["cuda", "npu", "cpu"], vendor=VENDOR
+)
+class TokenWeightsFSDPEngine(TokenWeightsEngineMixin, FSDPEngineWithLMHead):
+    """VeRL's FSDP engine with attention entropies; see `TokenWeightsEngineMixin`."""
+
+
+class TokenWeightsTrainingWorker(TrainingWorker):
+    """VeRL's training worker on the engine above."""
+
+    def __init__(self, config: TrainingWorkerConfig) -> None:
+        name, before = "VERL_ENGINE_VENDOR", os.environ.get("VERL_ENGINE_VENDOR")
+        os.environ[name] = VENDOR  # how VeRL lets one choose among engines of a kind
+        try:
+            super().__init__(config)
+        finally:
+            os.environ.pop(name)
+            os.environ |= {} if before is None else {name: before}
+
+
+class TokenWeightsWorker(ActorRolloutRefWorker):
+    """VeRL's actor worker with the engine above for the actor; a reference model keeps VeRL's."""
+
+    actor_worker_cls = TokenWeightsTrainingWorker

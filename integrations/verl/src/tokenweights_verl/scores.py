@@ -1,0 +1,56 @@
+"""From tensors as VeRL holds them, rows of their own lengths, to scores and sample ids."""
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Nested = Any  # a jagged tensor; torch's own type does not know of its offsets
+
+
+def response_scores(scores: Nested, response_mask: Nested, *, alignment: str) -> Tensor:
+    """Scores of response tokens, `batch token`, out of nested scores of prompts and responses.
+
+    Args:
+        scores: Nested scores, each row a prompt and its response.
+        response_mask: Nested mask, each row a response.
+        alignment: Whose row stands for a token: the one `deciding` it, to its left, or its `own`.
+
+    Returns:
+        Scores, 0 beyond the end of a response.
+
+    Example:
+        >>> rows = torch.nested.as_nested_tensor([torch.arange(5.0)], layout=torch.jagged)
+        >>> mask = torch.nested.as_nested_tensor([torch.ones(2)], layout=torch.jagged)
+        >>> response_scores(rows, mask, alignment="deciding")
+        tensor([[2., 3.]])
+    """
+    shift = 1 if alignment == "deciding" else 0
+    lengths, ends = response_mask.offsets().diff().tolist(), scores.offsets()[1:].tolist()
+    parts = zip((end - shift for end in ends), lengths, strict=True)
+    rows = [scores.values()[end - length : end].float() for end, length in parts]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def sample_ids(step: int, prompts: Nested, responses: Nested) -> Tensor:
+    """A number in [0, 2^48) for each response that stays with it however the batch is ordered.
+
+    It follows from step and text, so random rules give the same masks on any number of ranks.
+
+    Args:
+        step: Training step.
+        prompts: Nested token ids.
+        responses: Nested token ids; equal ones are counted.
+
+    Returns:
+        Numbers, ` batch`.
+    """
+    seen: dict[str, int] = {}
+    numbers = []
+    for prompt, response in zip(prompts.unbind(), responses.unbind(), strict=True):
+        text = f"{step} {prompt.tolist()} {response.tolist()}"
+        seen[text] = seen.get(text, 0) + 1
+        digest = hashlib.sha256(f"{text} {seen[text]}".encode()).digest()
+        numbers.append(int.from_bytes(digest[:6], "big"))
+    return torch.tensor(numbers)

@@ -1,0 +1,133 @@
+"""VeRL on CPUs, for tests: a platform, its own FSDP engine for it, and two refusals undone.
+
+VeRL imports this module in every process that has `ENVIRONMENT`.
+"""
+
+import logging
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+ENVIRONMENT = {
+    "VERL_PLATFORM": "cpu",
+    "VERL_USE_EXTERNAL_MODULES": "cpu_platform",
+    "PYTHONPATH": str(Path(__file__).parent),
+    "PYTHONWARNINGS": "ignore",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+from verl.plugin.platform import PlatformBase, PlatformRegistry  # noqa: E402
+
+
+@PlatformRegistry.register(platform="cpu")
+class PlatformCPU(PlatformBase):
+    device_name = "cpu"
+    vendor_name = "any"
+    device_module = SimpleNamespace(
+        max_memory_allocated=lambda: 0,
+        max_memory_reserved=lambda: 0,
+        memory_allocated=lambda: 0,
+        memory_reserved=lambda: 0,
+        mem_get_info=lambda: (0, 1),
+        empty_cache=lambda: None,
+        synchronize=lambda: None,
+        is_available=lambda: True,
+        set_device=lambda index: None,
+        current_device=lambda: "cpu",
+        get_rng_state=torch.get_rng_state,
+        set_rng_state=torch.set_rng_state,
+        manual_seed=torch.manual_seed,
+        get_device_name=lambda: "CPU",
+        ipc_collect=lambda: None,
+    )
+
+    def is_available(self):
+        return True
+
+    def current_device(self):
+        return "cpu"
+
+    def device_count(self):
+        return 1
+
+    def set_device(self, device_index):
+        pass
+
+    def synchronize(self, device_index=None):
+        pass
+
+    def manual_seed(self, seed):
+        torch.manual_seed(seed)
+
+    def manual_seed_all(self, seed):
+        torch.manual_seed(seed)
+
+    def set_allocator_settings(self, settings):
+        pass
+
+    def empty_cache(self):
+        pass
+
+    def get_device_capability(self, device_index=0):
+        return None, None
+
+    def communication_backend_name(self):
+        return "gloo"
+
+    def visible_devices_envvar(self):
+        return "CUDA_VISIBLE_DEVICES"
+
+    def nvtx_range(self, msg):
+        return nullcontext()
+
+    def profiler_start(self):
+        pass
+
+    def profiler_stop(self):
+        pass
+
+    def ray_resource_name(self):
+        return "GPU"
+
+    def ray_noset_envvars(self):
+        return ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"]
+
+    def is_ipc_supported(self):
+        return False
+
+    def cudart(self):
+        return None
+
+
+def _undo_refusals():
+    import torch.distributed.fsdp._init_utils as fsdp
+
+    # FSDP1 synchronizes states over gloo well enough, and refuses only for the sake of speed.
+    fsdp._check_module_states_for_sync_module_states = lambda module_states: None
+    init_process_group = torch.distributed.init_process_group
+
+    def init(backend=None, **options):
+        # VeRL asks for "cpu:gloo,cpu:gloo", one part for the host and one for the device.
+        return init_process_group("gloo" if "gloo" in str(backend) else backend, **options)
+
+    torch.distributed.init_process_group = init
+
+
+def _register_engine():
+    from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
+
+    EngineRegistry.register("language_model", ["fsdp", "fsdp2"], device="cpu")(FSDPEngineWithLMHead)
+
+
+if os.environ.get("VERL_PLATFORM") == "cpu":
+    _undo_refusals()
+    _register_engine()
+    import cpu_rollout
+
+    cpu_rollout.register()
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)

@@ -1,0 +1,34 @@
+"""Runs a script on several ranks, each a process of its own, and returns what each one saved."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from cpu_platform import ENVIRONMENT
+
+HERE = Path(__file__).parent
+
+
+def placed(rank, ranks):
+    """What VeRL's workers read of their place; the process group meets over a file."""
+    place = {"RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    return {name: str(value) for name, value in place.items()}
+
+
+def saved_by_ranks(script, ranks, folder, *arguments, timeout=300):
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / script), str(rank), str(ranks), str(folder), *arguments],
+            env={**os.environ, **ENVIRONMENT, **placed(rank, ranks)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-6000:]
+    return [torch.load(f"{folder}/rank{rank}.pt", weights_only=False) for rank in range(ranks)]

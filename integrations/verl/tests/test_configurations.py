@@ -1,0 +1,89 @@
+"""Every shipped configuration, against the installed VeRL."""
+
+import re
+from importlib.resources import files
+
+import pytest
+import tokenweights as tw
+from configured import composed
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.utils.config import omega_conf_to_dataclass, validate_config
+
+from tokenweights_verl.config import LOSS_MODES, token_weights_config
+
+FOLDER = files("tokenweights_verl.configurations") / "experiment"
+MODELS = ("qwen3_8b_base", "qwen3_14b_base", "qwen2_5_7b")
+RECIPES = [name for name in tw.recipe_names() if tw.recipe(name).signal != "loss_magnitude"]
+
+
+def test_no_configuration_goes_untested():
+    shipped = {path.name.removesuffix(".yaml") for path in FOLDER.iterdir() if ".yaml" in path.name}
+    assert shipped == {"paper", *MODELS}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_it_validates(model):
+    config = composed(f"+experiment={model}")
+    assert config.trainer.nnodes * config.trainer.n_gpus_per_node == 32
+    validate_config(
+        config=config,
+        use_reference_policy=need_reference_policy(config),
+        use_critic=need_critic(config),
+    )
+    for part in ("actor_rollout_ref.actor", "actor_rollout_ref.rollout", "algorithm"):
+        node = config
+        for key in part.split("."):
+            node = node[key]
+        omega_conf_to_dataclass(node)
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    assert (actor.clip_ratio_low, actor.clip_ratio_high) == (0.2, 0.28)
+    assert (rollout.n, rollout.temperature, rollout.top_p) == (8, 1.0, 0.95)
+    checks = rollout.val_kwargs
+    assert (checks.n, checks.temperature, checks.top_p, checks.do_sample) == (8, 1.0, 0.7, True)
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    assert (
+        longest
+        <= actor.ppo_max_token_len_per_gpu * actor.fsdp_config.ulysses_sequence_parallel_size
+    )
+    assert longest <= rollout.log_prob_max_token_len_per_gpu
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_fits(recipe):
+    for model in MODELS:
+        config = composed(f"+experiment={model}", f"token_weights.recipe={recipe}")
+        assert token_weights_config(config).recipe == tw.recipe(recipe)
+
+
+def test_a_recipe_may_be_its_fields():
+    fields = "token_weights.recipe={name: low2high, warmup_steps: 7, layers: [8, 31]}"
+    made = token_weights_config(composed("+experiment=qwen3_8b_base", fields)).recipe
+    assert (made.warmup_steps, made.layers, made.rule) == (7, (8, 31), "endpoints")
+
+
+@pytest.mark.parametrize("name", ["paper", *MODELS])
+def test_every_value_says_whether_it_is_the_papers(name):
+    text = (FOLDER / f"{name}.yaml").read_text()
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    values = [line for line in lines if re.search(r":\s+[^#\s]", line)]
+    assert values and not [line for line in values if not re.search(r"# (paper|ours)\b", line)]
+
+
+def test_the_reward_is_where_the_configuration_says():
+    from verl.utils.import_utils import load_extern_object
+
+    place = composed("+experiment=paper").reward.custom_reward_function
+    reward = load_extern_object(place.path, place.name)
+    texts = ("no box", r"\boxed{8}", r"\boxed{7}")
+    rewards = [
+        reward(data_source="math", solution_str=text, ground_truth="7", extra_info={})
+        for text in texts
+    ]
+    assert [found["score"] for found in rewards] == [-2.0, -1.0, 1.0]
+    assert [found["acc"] for found in rewards] == [0.0, 0.0, 1.0]
+
+
+def test_known_losses_exist():
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+
+    assert set(LOSS_MODES) < set(POLICY_LOSS_REGISTRY)

@@ -1,0 +1,87 @@
+"""Every command of the guide and the README composes, and the launch scripts run what they say."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tokenweights as tw
+from configured import composed
+
+from tokenweights_verl.config import token_weights_config
+
+ADAPTER = Path(__file__).parents[1]
+ROOT = ADAPTER.parents[1]
+PAGES = [ADAPTER / "README.md", ROOT / "docs" / "guides" / "verl.md"]
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.M | re.S)
+KNOWN = ("pip install", "ray start", "make test-verl", "bash ", "python ")
+
+
+def commands():
+    for page in PAGES:
+        for language, text in FENCE.findall(page.read_text()):
+            assert language == "bash", f"{page.name}: a block of {language or 'no language'}"
+            text = re.sub(r"\s+#.*", "", text.replace("\\\n", " "))
+            yield from (line for line in text.splitlines() if line.strip())
+
+
+def checked(arguments):
+    return token_weights_config(composed(*arguments)).recipe
+
+
+@pytest.mark.parametrize("command", sorted(set(commands())))
+def test_every_command_is_one_that_works(command):
+    assert command.startswith(KNOWN)
+    words = shlex.split(command)
+    if words[:3] == ["python", "-m", "tokenweights_verl.train"]:
+        checked(words[3:])
+    elif words[0] in ("python", "bash"):
+        assert (ROOT / words[1]).is_file()
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """Runs a script with a `python` that writes down its arguments instead of training."""
+    log = tmp_path / "commands"
+    stub = tmp_path / "python"
+    stub.write_text(
+        f"#!/bin/sh\ncase $1 in -m) printf '%s\\n' \"$*\" >> {log};; "
+        f'*) exec {sys.executable} "$@";; esac\n'
+    )
+    stub.chmod(0o755)
+
+    def run(script, *arguments):
+        subprocess.run(
+            ["bash", ADAPTER / "examples" / script, *arguments],
+            env={**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
+            check=True,
+        )
+        lines = [line.split() for line in log.read_text().splitlines()]
+        assert all(line[:2] == ["-m", "tokenweights_verl.train"] for line in lines)
+        return [line[2:] for line in lines]
+
+    return run
+
+
+def test_one_experiment(recorded):
+    (arguments,) = recorded("paper.sh", "qwen2_5_7b", "anchor20", "trainer.nnodes=2")
+    assert checked(arguments) == tw.recipe("anchor20")
+    config = composed(*arguments)
+    assert config.actor_rollout_ref.model.path == "Qwen/Qwen2.5-7B"
+    assert (config.trainer.nnodes, config.ray_kwargs.ray_init.address) == (2, "auto")
+
+
+def test_every_recipe_once(recorded):
+    runs = [checked(arguments).name for arguments in recorded("every_recipe.sh", "qwen3_8b_base")]
+    unfit = {name for name in tw.recipe_names() if tw.recipe(name).signal == "loss_magnitude"}
+    assert sorted(runs) == sorted(set(tw.recipe_names()) - unfit)
+
+
+def test_a_script_without_arguments_says_what_it_wants():
+    run = subprocess.run(
+        ["bash", ADAPTER / "examples" / "paper.sh"], capture_output=True, text=True
+    )
+    assert run.returncode != 0 and "qwen3_14b_base" in run.stderr

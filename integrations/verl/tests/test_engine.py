@@ -1,0 +1,144 @@
+"""VeRL's own workers and engines on real gloo ranks, against eager attention matrices."""
+
+from functools import cache
+
+import pytest
+import torch
+from batches import CASES, LAYERS, ROWS, rows
+from ranks import saved_by_ranks
+from tokenweights_lab import load_policy
+
+RUNS = {
+    "one": (1, ["fsdp", "fsdp2", "padded", "bucketed", "lora", "flash"]),
+    "two": (2, ["fsdp", "fsdp2", "lora"]),
+    "slices": (2, ["ulysses"]),
+}
+EVERY_CASE = [(run, case) for run, (_, cases) in RUNS.items() for case in cases]
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory):
+    @cache
+    def of(run):
+        ranks, cases = RUNS[run]
+        try:
+            return saved_by_ranks("engine_run.py", ranks, tmp_path_factory.mktemp(run), *cases)
+        except AssertionError as error:
+            return error  # a run that failed is not repeated
+
+    def result(run, case):
+        if isinstance(of(run), AssertionError):
+            pytest.fail(str(of(run)))
+        return [saved[case] for saved in of(run)]
+
+    return result
+
+
+@cache
+def expected_rows():
+    """Log-probabilities and normalized entropies of each row, from eager attention matrices."""
+    model = load_policy(attn_implementation="eager")
+    expected = []
+    for prompt, response in rows():
+        ids = torch.tensor([prompt + response])
+        with torch.no_grad():
+            output = model(ids, output_attentions=True)
+        log_probs = output.logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        entropies = []
+        for layer in LAYERS:
+            mean = output.attentions[layer][0].double().mean(0)
+            entropy = -torch.special.xlogy(mean, mean).sum(-1)
+            visible = torch.arange(1, len(entropy) + 1).double()
+            entropies.append(entropy / visible.log().clamp(min=1e-300))
+            entropies[-1][0] = 0.0
+        expected.append((log_probs, entropies))
+    return expected
+
+
+def by_row(results, key, output):
+    """What the ranks gave back, put together by the number of the row."""
+    found = {}
+    for result in results:
+        if result[key] is not None:
+            found |= dict(zip(result[key]["rows"], result[key][output], strict=True))
+    assert sorted(found) == list(range(ROWS))
+    return [found[row] for row in range(ROWS)]
+
+
+@pytest.mark.parametrize(("run", "case"), EVERY_CASE)
+def test_entropy_equals_that_of_eager_attention(results, run, case):
+    for place in range(len(LAYERS)):
+        found = by_row(results(run, case), "probed", f"attention_entropy_{place}")
+        for row, (_, entropies) in zip(found, expected_rows(), strict=True):
+            assert row.shape == entropies[place].shape
+            torch.testing.assert_close(row.double(), entropies[place], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("run", "case"), EVERY_CASE)
+def test_the_tap_changes_nothing(results, run, case):
+    ours, unprobed, plain = (
+        by_row(results(run, case), key, "log_probs") for key in ("probed", "unprobed", "plain")
+    )
+    for row, (log_probs, _) in enumerate(expected_rows()):
+        assert torch.equal(ours[row], plain[row]) and torch.equal(unprobed[row], plain[row])
+        torch.testing.assert_close(ours[row][:-1], log_probs, atol=2e-5, rtol=0)
+    keys = [set(result["unprobed"]) for result in results(run, case) if result["unprobed"]]
+    assert not any(key.startswith("attention") for found in keys for key in found)
+
+
+@pytest.mark.parametrize(("run", "case"), EVERY_CASE)
+def test_uniform_weights_are_plain_verl(results, run, case):
+    for result in results(run, case):
+        assert result["engines"] == ("TokenWeightsFSDPEngine", "FSDPEngineWithLMHead")
+        assert result["norm"] == result["plain_norm"]
+
+
+@pytest.mark.parametrize(("run", "case"), EVERY_CASE)
+def test_weights_stay_with_their_tokens(results, run, case):
+    lengths = [len(response) for _, response in rows()]
+    seen = [part for result in results(run, case) for part in result["seen"]]
+    assert {row for row, _ in seen} == set(range(ROWS))
+    for row, part in seen:
+        named = (1.0 if row % 2 else -1.0) * (row + torch.arange(lengths[row]) / 100)
+        assert torch.equal(part, named)
+    if CASES[case].get("dynamic", True):
+        orders = [[row for row, _ in result["seen"]] for result in results(run, case)]
+        assert any(order != sorted(order) for order in orders), "nothing was re-ordered"
+
+
+def gradient_norm(weighted):
+    """Norm of the gradient of the clipped surrogate at ratio 1 against `old_log_probs` of -1."""
+    model = load_policy(attn_implementation="eager")
+    total, count = 0.0, sum(len(response) for _, response in rows())
+    for (prompt, response), advantages in zip(rows(), weighted, strict=True):
+        ids = torch.tensor([prompt + response])
+        log_probs = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        log_probs = log_probs.gather(1, torch.tensor(response)[:, None])[:, 0]
+        ratio = (log_probs + 1.0).exp()
+        losses = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.28))
+        # VeRL's dual clip: no loss of a negative advantage beyond three times the advantage.
+        losses = torch.where(advantages < 0, torch.minimum(losses, -3.0 * advantages), losses)
+        total = total + losses.sum() / count
+    total.backward()
+    parameters = [p.grad for p in model.parameters() if p.grad is not None]
+    return float(torch.cat([grad.flatten() for grad in parameters]).double().norm())
+
+
+@pytest.mark.parametrize(
+    ("run", "case"), [(run, case) for run, case in EVERY_CASE if case != "lora"]
+)
+def test_gradients_are_those_of_the_weighted_loss(results, run, case):
+    lengths = [len(response) for _, response in rows()]
+    signs = [1.0 if row % 2 else -1.0 for row in range(ROWS)]
+    named = [
+        sign * (row + torch.arange(n) / 100)
+        for row, (n, sign) in enumerate(zip(lengths, signs, strict=True))
+    ]
+    chosen = [sign * (torch.arange(n) < n // 2) for n, sign in zip(lengths, signs, strict=True)]
+    selected = sum(n // 2 for n in lengths)
+    expected = gradient_norm(named)
+    expected_selected = gradient_norm(chosen) * sum(lengths) / selected  # a mean over the selected
+    for result in results(run, case):
+        if result["named_norm"] is not None:
+            assert result["named_norm"] == pytest.approx(expected, rel=2e-5)
+            assert result["selected_norm"] == pytest.approx(expected_selected, rel=2e-5)

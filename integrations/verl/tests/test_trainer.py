@@ -1,0 +1,111 @@
+"""VeRL's real `main_ppo` with Ray, on the embedded policy: learning, records, resume, two ranks."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+import tokenweights as tw
+import torch
+from cpu_platform import ENVIRONMENT
+from tokenweights.report.records import read_token_records
+from tokenweights_lab import load_policy, load_tokenizer
+
+HERE = Path(__file__).parent
+RECIPE = "token_weights.recipe={name: low2high, warmup_steps: 8}"
+STEPS = 12
+
+
+def run(folder, steps, ranks, *more, timeout=420):
+    """The logged metrics of each step of a run in a process group and a Ray of its own."""
+    ray = tempfile.mkdtemp(prefix="ray")  # short: Ray puts sockets below it
+    process = subprocess.Popen(
+        [sys.executable, HERE / "trainer_run.py", folder, str(steps), str(ranks), RECIPE, *more],
+        env={
+            **os.environ,
+            **ENVIRONMENT,
+            "RAY_TMPDIR": ray,
+            "RAY_prestart_worker_first_driver": "0",
+            "RAY_enable_worker_prestart": "0",
+            "VERL_FILE_LOGGER_PATH": str(folder / f"metrics{steps}.jsonl"),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        cwd=folder,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+        shutil.rmtree(ray, ignore_errors=True)
+    assert process.returncode == 0, output[-8000:]
+    lines = (folder / f"metrics{steps}.jsonl").read_text().splitlines()
+    return {line["step"]: line["data"] for line in map(json.loads, lines)}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    @cache
+    def of(ranks):
+        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
+        records = f"token_weights.token_records={folder / 'tokens.jsonl'}"
+        if ranks == 2:
+            return folder, run(folder, STEPS, 2, records)
+        # Stopped after two thirds; a second process goes on from the checkpoint.
+        first = run(folder, 8, 1, records, "trainer.save_freq=8")
+        return folder, {**first, **run(folder, STEPS, 1, records)}
+
+    return of
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_reward_goes_up(runs, ranks):
+    _, metrics = runs(ranks)
+    assert sorted(metrics) == list(range(1, STEPS + 1))
+    rewards = [metrics[step]["critic/score/mean"] for step in sorted(metrics)]
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4, rewards
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_schedule_follows_the_steps_also_over_a_resume(runs, ranks):
+    _, metrics = runs(ranks)
+    for step, values in metrics.items():
+        endpoints = tw.low_to_high(warmup_steps=8)(step - 1)
+        assert values["token_weights/endpoint_low"] == pytest.approx(endpoints.low)
+        assert values["token_weights/endpoint_high"] == pytest.approx(endpoints.high)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_records_hold_the_policys_own_entropies(runs, ranks):
+    folder, _ = runs(ranks)
+    records = [record for record in read_token_records(folder / "tokens.jsonl") if not record.step]
+    assert records
+    model, tokenizer = load_policy(attn_implementation="eager"), load_tokenizer()
+    for record in records:
+        prompt = tokenizer(record.prompt).input_ids
+        ids = torch.tensor([[*prompt, *record.token_ids]])
+        with torch.no_grad():
+            output = model(ids, output_attentions=True)
+        mean = output.attentions[record.layer][0].double().mean(0)
+        visible = torch.arange(1, len(mean) + 1).double()
+        entropy = -torch.special.xlogy(mean, mean).sum(-1) / visible.log().clamp(min=1e-300)
+        found = torch.tensor(record.attention_entropy).double()
+        # The row that decides a token is the one to its left.
+        torch.testing.assert_close(found, entropy[len(prompt) - 1 : -1], atol=1e-5, rtol=0)
+        log_probs = output.logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        log_probs = log_probs.gather(1, torch.tensor(record.token_ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(record.log_probs), log_probs, atol=1e-4, rtol=0)
+        # At the first step weights fall with the entropy, from 1 to 0, by Eq. 26 and 27.
+        order = found.argsort()
+        weights = torch.tensor(record.weights)[order]
+        assert (weights.diff() <= 1e-6).all() and 0 <= weights.min() and weights.max() <= 1

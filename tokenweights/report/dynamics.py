@@ -1,0 +1,68 @@
+"""Dynamics over training from token records: what the metrics would say of any kind of entropy."""
+
+from collections.abc import Iterable
+from itertools import groupby
+
+from tokenweights._errors import invalid
+from tokenweights._typing import typed
+from tokenweights.attention import EntropyKind
+from tokenweights.diagnostics import group_dynamics
+from tokenweights.partition import bottom_fraction, top_fraction
+from tokenweights.report.figures.columns import entropy_of_kind, token_mask
+from tokenweights.report.records import TokenRecord
+
+
+@typed
+def entropy_metrics(
+    records: Iterable[TokenRecord], *, kind: EntropyKind = "normalized", fraction: float = 0.2
+) -> list[dict[str, float]]:
+    """Mean and spread of the entropy of all tokens, of anchors and of explorers, step by step.
+
+    For `dynamics_figure(metrics, prefix="")`: Figure 20, and with another kind Figures 21 to 23.
+    Anchors and explorers are the bottom and top `fraction` of each response by this entropy.
+
+    Args:
+        records: Token records, those of a step one after another; one step is held in memory.
+        kind: The records' own kind, or another that they have as a column `<kind>_entropy`.
+        fraction: Share of each response that makes up anchors, and explorers.
+
+    Returns:
+        For each step a dictionary with `step`, `entropy_mean`, `entropy_std` and the same with
+        `anchor_` and `explorer_` before it.
+
+    Raises:
+        TokenWeightsError: If a record has no such entropy.
+
+    Example:
+        >>> record = TokenRecord(
+        ...     step=4,
+        ...     sample_id=0,
+        ...     prompt="",
+        ...     tokens=("a", "b"),
+        ...     token_ids=(0, 1),
+        ...     attention_entropy=(0.25, 0.75),
+        ...     layer=0,
+        ...     entropy_kind="normalized",
+        ...     alignment="own",
+        ... )
+        >>> (metrics,) = entropy_metrics([record])
+        >>> metrics["step"], metrics["entropy_mean"], metrics["anchor_entropy_mean"]
+        (4, 0.5, 0.25)
+    """
+    lines = []
+    for step, grouped in groupby(records, key=lambda record: record.step):
+        members = list(grouped)
+        scores = entropy_of_kind(members, kind)
+        if scores is None:
+            hint = f"Record a column `{kind}_entropy`, or choose the kind of the records."
+            raise invalid("entropy_metrics", "records", f"with {kind} entropies", "others", hint)
+        mask = token_mask(members)
+        anchors = bottom_fraction(scores, mask, fraction=fraction)
+        explorers = top_fraction(scores, mask, fraction=fraction)
+        found = group_dynamics(scores, [mask, anchors, explorers])
+        line: dict[str, float] = {"step": step}
+        for place, name in enumerate(("", "anchor_", "explorer_")):
+            line[f"{name}entropy_mean"] = float(found.mean[place])
+            line[f"{name}entropy_std"] = float(found.std[place])
+        lines.append(line)
+    return lines
