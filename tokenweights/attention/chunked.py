@@ -232,9 +232,7 @@ def reads_first_keys(request: Request, lse: Tensor | None) -> bool:
 
 def _block_statistics(scores: _Scores, request: Request, *, per_head: bool) -> dict[str, Tensor]:
     if per_head:
-        tiles = (
-            tile if factor is None else tile.mul_(factor) for tile, factor in scores.weights()
-        )
+        tiles = (tile if factor is None else tile.mul_(factor) for tile, factor in scores.weights())
     else:
         tiles = iter([scores.mean_weights()])
     asked = request

@@ -56,7 +56,7 @@ class CollapseMonitor:
     until length, reward or accuracy has recovered. Responses that get shorter while the reward
     grows are healthy, and so are spikes that cost no reward.
 
-    The monitor is deterministic, needs a few dozen numbers of memory, and never communicates: fed
+    The monitor is deterministic, remembers `window + horizon` updates, and never communicates: fed
     with numbers of the whole batch, as from `rollout_statistics`, it says the same on every rank.
 
     Args:
