@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokenweights._errors import invalid
+from tokenweights._errors import invalid, require_state_keys
 from tokenweights._typing import typed
 from tokenweights.gradients.alignment import token_alignment
 from tokenweights.gradients.dispersion import OnlineDispersion
@@ -134,10 +134,7 @@ class GradientSeries:
         Raises:
             TokenWeightsError: If the keys are others.
         """
-        if set(state) != set(self.cosines):
-            hint = "Pass what `state_dict` returned."
-            condition = f"with the keys {sorted(self.cosines)}"
-            raise invalid("GradientSeries", "state", condition, sorted(state), hint)
+        require_state_keys("GradientSeries", state, self.cosines)
         for subset, cosines in self.cosines.items():
             cosines.load_state_dict(state[subset])
 

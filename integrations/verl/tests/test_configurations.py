@@ -5,7 +5,9 @@ from importlib.resources import files
 
 import pytest
 import tokenweights as tw
+import yaml
 from configured import composed
+from omegaconf import OmegaConf
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
@@ -46,6 +48,18 @@ def test_it_validates(model):
         <= actor.ppo_max_token_len_per_gpu * actor.fsdp_config.ulysses_sequence_parallel_size
     )
     assert longest <= rollout.log_prob_max_token_len_per_gpu
+
+
+@pytest.mark.parametrize("name", ["paper", *MODELS])
+def test_every_key_is_one_that_verl_reads(name):
+    def keys(node, above=""):
+        for key, value in node.items():
+            yield from keys(value, f"{above}{key}.") if isinstance(value, dict) else [above + key]
+
+    written = set(keys(yaml.safe_load((FOLDER / f"{name}.yaml").read_text()))) - {"defaults"}
+    known = set(keys(OmegaConf.to_container(composed(), resolve=False)))
+    free = ("reward.reward_kwargs.", "actor_rollout_ref.model.override_config.")
+    assert not {key for key in written - known if not key.startswith(free)}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
