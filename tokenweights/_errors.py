@@ -1,5 +1,6 @@
 """The one exception of the library, and the one template its messages follow."""
 
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -25,3 +26,20 @@ def invalid(function: str, argument: str, condition: str, got: Any, hint: str) -
         '`front_fraction`: expected `fraction` in [0, 1], got 1.5. Pass a share.'
     """
     return TokenWeightsError(f"`{function}`: expected `{argument}` {condition}, got {got}. {hint}")
+
+
+def require_state_keys(owner: str, state: Iterable[str], expected: Iterable[str]) -> None:
+    """Raises unless a saved state has exactly the keys that its owner saves.
+
+    Args:
+        owner: Public name of what is restored.
+        state: Keys of the given state.
+        expected: Keys that `state_dict` returns.
+
+    Raises:
+        TokenWeightsError: If the keys are others.
+    """
+    if set(state) != set(expected):
+        condition = f"with the keys {sorted(expected)}"
+        hint = "Pass what `state_dict` returned."
+        raise invalid(owner, "state", condition, sorted(state), hint)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from tokenweights._errors import invalid
+from tokenweights._errors import invalid, require_state_keys
 from tokenweights._typing import typed
 
 Schedule = Callable[[int], float]
@@ -313,11 +313,7 @@ class AdaptiveProgress(Generic[Value]):
         Raises:
             TokenWeightsError: If the keys are others.
         """
-        if set(state) != set(self.state_dict()):
-            raise invalid(
-                "adaptive_progress", "state", f"with the keys {sorted(self.state_dict())}",
-                sorted(state), "Pass what `state_dict` returned.",
-            )  # fmt: skip
+        require_state_keys("adaptive_progress", state, self.state_dict())
         self._step, self._clock = int(state["step"]), int(state["clock"])
         self._troubled = bool(state["troubled"])
 

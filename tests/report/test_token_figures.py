@@ -11,7 +11,7 @@ import torch
 from tokenweights import TokenWeightsError, bottom_fraction, layer_agreement, top_fraction
 from tokenweights.report import (
     attention_map_figure,
-    decile_figure,
+    decile_heatmap,
     dispersion_figure,
     dynamics_figure,
     entropy_metrics,
@@ -281,7 +281,7 @@ def test_gradients_of_subsets_are_drawn_by_statistic():
 
 
 def test_deciles_are_rows_from_the_bottom_up_and_probes_columns():
-    cells, bands, _ = decile_figure(gradients()).axes
+    cells, bands, _ = decile_heatmap(gradients()).axes
     table = np.asarray(cells.collections[0].get_array())
     expected = [[line[f"gradient/decile_{n}"] for line in gradients()] for n in range(10)]
     np.testing.assert_allclose(table, expected)
@@ -294,7 +294,7 @@ def test_deciles_are_rows_from_the_bottom_up_and_probes_columns():
 
 
 def test_missing_gradients_are_said():
-    for figure in (gradient_figure([]), dispersion_figure([]), decile_figure([{"step": 1}])):
+    for figure in (gradient_figure([]), dispersion_figure([]), decile_heatmap([{"step": 1}])):
         assert {axes.texts[0].get_text() for axes in figure.axes} == {"not recorded"}
 
 

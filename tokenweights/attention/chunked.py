@@ -112,37 +112,37 @@ class _Scores:
 
     def weights(
         self,
-    ) -> Iterator[tuple[Float[Tensor, "tile query key"], Float[Tensor, "tile query 1"]]]:
-        """Tile after tile as `(tile, factor)`: the attention weights are `tile * factor`."""
+    ) -> Iterator[tuple[Float[Tensor, "tile query key"], Float[Tensor, "tile query 1"] | None]]:
+        """Tile after tile as `(tile, factor)`: the weights are `tile * factor`, if there is one."""
         # Only for speed: the exponential of HIDDEN would be 0 as well, but slow.
         low = FLOOR if self.lse is None and all(self.small) else HIDDEN
         for taken, tile in self.tiles(low):
             if self.lse is not None:
-                tile.sub_(self.lse[taken]).clamp_min_(FLOOR).exp_()
-                yield tile, torch.ones_like(self.lse[taken])
+                yield tile.sub_(self.lse[taken]).clamp_min_(FLOOR).exp_(), None
                 continue
-            if all(self.small[taken]):
-                for columns, _ in self.block.hidden if low == HIDDEN else ():
-                    tile[..., columns].clamp_min_(FLOOR)
-                shift = torch.zeros((), device=tile.device)
-            else:
+            shift = torch.zeros((), device=tile.device)
+            if not all(self.small[taken]):
                 shift = tile.amax(-1, keepdim=True)
                 tile.sub_(shift).clamp_min_(FLOOR)
+            if self.sinks is None:
+                # On a CPU one call of softmax takes less than torch.exp alone.
+                yield torch.softmax(tile, -1, out=self.workspace.buffer("soft", *tile.shape)), None
+                continue
             total = tile.exp_().sum(-1, keepdim=True)
-            if self.sinks is not None:
-                # A sink that overflows here leaves its head no weight, which is then exact.
-                total += (self.sinks[taken] - shift).exp_()
+            # A sink that overflows here leaves its head no weight, which is then exact.
+            total += (self.sinks[taken] - shift).exp_()
             yield tile, total.reciprocal_()
 
     def mean_weights(self) -> Float[Tensor, "1 query key"]:
         """The weights averaged over heads."""
         mean = self.workspace.buffer("mean", 1, self.block.queries, self.block.keys)
-        started = False
+        share, started = 1 / self.query.shape[0], False
         for tile, factor in self.weights():
-            factor /= self.query.shape[0]
-            for weights, share in zip(tile, factor, strict=True):
+            if factor is not None:
+                tile.mul_(factor)
+            for weights in tile:
                 if started:
-                    mean[0].addcmul_(weights, share)
+                    mean[0].add_(weights, alpha=share)
                 else:
                     torch.mul(weights, share, out=mean[0])
                     started = True
@@ -232,7 +232,7 @@ def reads_first_keys(request: Request, lse: Tensor | None) -> bool:
 
 def _block_statistics(scores: _Scores, request: Request, *, per_head: bool) -> dict[str, Tensor]:
     if per_head:
-        tiles = (tile.mul_(factor) for tile, factor in scores.weights())
+        tiles = (tile if factor is None else tile.mul_(factor) for tile, factor in scores.weights())
     else:
         tiles = iter([scores.mean_weights()])
     asked = request
@@ -288,8 +288,9 @@ def _row_count(
 ) -> int:
     if rows is None:
         rows = CPU_ROWS if device.type == "cpu" else ACCELERATOR_ROWS
-    # Tile, mean and logarithm are float32; sorting adds values, positions and a running sum.
-    bytes_per_key = 32 if {"topk", "support_size"} & set(request.kinds) else 12
+    # Scores, weights, mean and logarithm are float32; sorting adds values, positions and a running
+    # sum.
+    bytes_per_key = 36 if {"topk", "support_size"} & set(request.kinds) else 16
     affordable = workspace_bytes // (bytes_per_key * max(keys, 1))
     return max(min(rows, affordable), 1)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from tokenweights._errors import invalid
+from tokenweights._errors import invalid, require_state_keys
 from tokenweights.diagnostics.failure_modes import (
     Accuracies,
     Episode,
@@ -145,14 +145,7 @@ class CollapseMonitor:
         Raises:
             TokenWeightsError: If the keys are others.
         """
-        if set(state) != set(self.state_dict()):
-            raise invalid(
-                "CollapseMonitor",
-                "state",
-                f"with the keys {sorted(self.state_dict())}",
-                sorted(state),
-                "Pass what `state_dict` returned.",
-            )
+        require_state_keys("CollapseMonitor", state, self.state_dict())
         # A copy: the saved state must not change when the run goes on.
         state = copy.deepcopy(dict(state))
         self._step = state["step"]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from tokenweights._errors import invalid
+from tokenweights._errors import invalid, require_state_keys
 
 
 class OnlineDispersion:
@@ -97,14 +97,7 @@ class OnlineDispersion:
         Raises:
             TokenWeightsError: If the keys are others.
         """
-        if set(state) != set(self.state_dict()):
-            raise invalid(
-                "OnlineDispersion",
-                "state",
-                f"with the keys {sorted(self.state_dict())}",
-                sorted(state),
-                "Pass what `state_dict` returned.",
-            )
+        require_state_keys("OnlineDispersion", state, self.state_dict())
         self.count = int(state["count"])
         self.mean = float(state["mean"])
         self._squares = float(state["sum_of_squares"])

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokenweights._errors import invalid
+from tokenweights._errors import invalid, require_state_keys
 from tokenweights._typing import typed
 from tokenweights.gradients.alignment import token_alignment
 from tokenweights.gradients.dispersion import OnlineDispersion
@@ -34,7 +34,8 @@ class GradientSeries:
     * `anchor_*`, `explorer_*`, `random_*`: `norm_ratio`, `cosine`, `projection_ratio` of the 20 %
       of lowest, highest and random score (Eq. 4-6); `cosine_std` and `cosine_cv` over the probes so
       far (J.2)
-    * `full_norm`, `sum_error`: length of the full gradient; distance of the ratios' sum from one
+    * `full_norm`, `sum_error`: length of the full gradient; distance of the ratios' sum from one,
+      before they were scaled to it
 
     Attributes:
         cosines: The dispersion of each subset's cosine.
@@ -98,7 +99,7 @@ class GradientSeries:
         found = probe.geometry(token_loss, torch.stack(subsets), mask=mask, tolerance=tolerance)
         if found.full_norm == 0:
             return {"gradient/full_norm": 0.0}
-        ratios = _decile_ratios(probe, token_loss, deciles, mask, tolerance)
+        ratios, sum_error = _decile_ratios(probe, token_loss, deciles, mask, tolerance)
         shares = band_shares(ratios)
         metrics = {f"decile_{number}": float(ratio) for number, ratio in enumerate(ratios)}
         metrics |= {
@@ -106,7 +107,7 @@ class GradientSeries:
             "middle_share": shares.middle,
             "high_share": shares.high,
             "full_norm": found.full_norm,
-            "sum_error": abs(float(ratios.sum()) - 1),
+            "sum_error": sum_error,
         }
         for subset, geometry in zip(SUBSETS, found.groups, strict=True):
             metrics |= {f"{subset}_{name}": value for name, value in vars(geometry).items()}
@@ -133,21 +134,19 @@ class GradientSeries:
         Raises:
             TokenWeightsError: If the keys are others.
         """
-        if set(state) != set(self.cosines):
-            hint = "Pass what `state_dict` returned."
-            condition = f"with the keys {sorted(self.cosines)}"
-            raise invalid("GradientSeries", "state", condition, sorted(state), hint)
+        require_state_keys("GradientSeries", state, self.cosines)
         for subset, cosines in self.cosines.items():
             cosines.load_state_dict(state[subset])
 
 
 def _decile_ratios(
     probe: GradientProbe, token_loss: Any, deciles: Tensor, mask: Tensor, tolerance: float
-) -> Tensor:
+) -> tuple[Tensor, float]:
+    """Ten projection ratios, and how far their sum was from one before it was scaled."""
     if probe.gradients is not None:
         found = probe.geometry(token_loss, deciles, mask=mask, count=10, tolerance=tolerance)
         ratios = [geometry.projection_ratio for geometry in found.groups]
-        return torch.tensor(ratios, dtype=torch.float64)
+        return torch.tensor(ratios, dtype=torch.float64), abs(sum(ratios) - 1)
     alignment = token_alignment(
         token_loss,
         probe.model,
@@ -157,14 +156,10 @@ def _decile_ratios(
         layers=probe.layers,
         group=probe.group,
     )
-    return group_projection_ratios(
-        alignment.projection_ratio,
-        deciles,
-        mask,
-        count=10,
-        tolerance=tolerance,
-        group=probe.group,
+    ratios = group_projection_ratios(
+        alignment.projection_ratio, deciles, mask, count=10, group=probe.group
     )
+    return ratios, alignment.sum_error
 
 
 @typed

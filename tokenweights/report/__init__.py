@@ -9,7 +9,7 @@ extra `tokenweights[report]`; records and traces need nothing beyond the library
 from tokenweights.report.dynamics import entropy_metrics
 from tokenweights.report.figures import (
     attention_map_figure,
-    decile_figure,
+    decile_heatmap,
     dispersion_figure,
     dynamics_figure,
     entropy_relation_figure,
@@ -41,7 +41,7 @@ __all__ = [
     "append_metrics",
     "append_token_records",
     "attention_map_figure",
-    "decile_figure",
+    "decile_heatmap",
     "dispersion_figure",
     "dynamics_figure",
     "entropy_metrics",

@@ -154,7 +154,7 @@ def _gradient_sections(gradients: Sequence[Mapping[str, float]]) -> list[_Sectio
             "Gradient by entropy decile",
             "Decile 0 has the lowest entropy. The ten ratios of a step sum to one.",
             "Projection ratio of entropy deciles over training, and shares of three bands",
-            lambda: figures.decile_figure(gradients),
+            lambda: figures.decile_heatmap(gradients),
         ),
     ]
 

@@ -9,6 +9,7 @@ import cpu_run  # noqa: E402
 import tiny  # noqa: E402
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """One worker runs all: several Rays at once are too much for two cores."""
     for item in items:

@@ -5,10 +5,11 @@ A failure here names what has changed; the adapter's code has to follow.
 
 import ast
 import inspect
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import ray
-from openrlhf.cli import train_ppo_ray
 from openrlhf.models import Actor
 from openrlhf.models.ring_attn_utils import gather_and_pad_tensor
 from openrlhf.trainer import ppo_trainer, ppo_trainer_async
@@ -20,6 +21,7 @@ from openrlhf.utils.utils import zero_pad_sequences
 from tokenweights import TokenWeightsError
 
 from tokenweights_openrlhf.scores import plain_class
+from tokenweights_openrlhf.train import COMMAND
 
 ACTOR_CLASSES = [
     PolicyModelActor,
@@ -118,9 +120,10 @@ def test_the_asynchronous_trainer_looks_its_training_half_up_when_it_starts():
 
 
 def test_the_command_looks_up_the_names_that_are_substituted():
+    source = Path(find_spec(COMMAND).origin).read_text()
     imports = [
         (node.module, alias.name)
-        for node in ast.walk(ast.parse(inspect.getsource(train_ppo_ray)))
+        for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     ]
@@ -130,4 +133,4 @@ def test_the_command_looks_up_the_names_that_are_substituted():
         ("openrlhf.trainer.ppo_trainer_async", "PPOTrainerAsync"),
         ("openrlhf.utils.config", "hierarchize"),
     ):
-        assert name in imports, f"{train_ppo_ray.__name__} does not import {name}"
+        assert name in imports, f"{COMMAND} does not import {name}"

@@ -65,7 +65,9 @@ def maker(maker_class, args):
     return maker_class(*nothing, FixedKLController(0.1), strategy, load_tokenizer())
 
 
-ESTIMATORS = ["gae", "reinforce", "rloo", "reinforce_baseline", "group_norm", "dr_grpo"]
+ESTIMATORS = [
+    *("gae", "reinforce", "reinforce_baseline", "flash_reinforce", "rloo", "group_norm", "dr_grpo"),
+]
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -1,7 +1,7 @@
 """matplotlib figures of runs, responses, support and gradients, from few kinds of panels."""
 
 from tokenweights.report.figures.comparison import runs_figure as runs_figure
-from tokenweights.report.figures.gradients import decile_figure as decile_figure
+from tokenweights.report.figures.gradients import decile_heatmap as decile_heatmap
 from tokenweights.report.figures.gradients import dispersion_figure as dispersion_figure
 from tokenweights.report.figures.gradients import gradient_figure as gradient_figure
 from tokenweights.report.figures.responses import attention_map_figure as attention_map_figure

@@ -77,7 +77,7 @@ def dispersion_figure(metrics: Metrics) -> "matplotlib.figure.Figure":
 
 
 @typed
-def decile_figure(metrics: Metrics) -> "matplotlib.figure.Figure":
+def decile_heatmap(metrics: Metrics) -> "matplotlib.figure.Figure":
     """Projection ratio of each entropy decile over training, and shares of bands (Figure 25).
 
     Args:
@@ -89,7 +89,7 @@ def decile_figure(metrics: Metrics) -> "matplotlib.figure.Figure":
 
     Example:
         >>> ratios = {f"gradient/decile_{number}": 0.1 for number in range(10)}
-        >>> figure = decile_figure([{"step": 1, **ratios}])
+        >>> figure = decile_heatmap([{"step": 1, **ratios}])
         >>> figure.axes[0].get_title(loc="left")
         'Projection ratio of entropy deciles'
     """
