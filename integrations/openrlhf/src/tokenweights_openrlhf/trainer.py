@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -11,7 +12,7 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.utils.utils import zero_pad_sequences
 from tokenweights.recipes import weighted_rollout
-from tokenweights.report.records import append_token_records, token_records
+from tokenweights.report.records import append_metrics, append_token_records, token_records
 from torch import Tensor
 
 from tokenweights_openrlhf.scores import plain_class
@@ -133,7 +134,12 @@ class TokenWeightsMixin(_Trainer):
         self.experience_maker.global_step = global_step
         status, next_step = super().train_step(rollout_samples, global_step)
         metrics = self.experience_maker.metrics
-        return status | {f"token_weights/{name}": metrics[name] for name in metrics}, next_step
+        status |= {f"token_weights/{name}": metrics[name] for name in metrics}
+        records = self.experience_maker.config.token_records
+        if records is not None:  # beside them, so that a report finds both
+            numbers = {name: v for name, v in status.items() if isinstance(v, int | float)}
+            append_metrics(Path(records).with_name("metrics.jsonl"), {**numbers, "step": next_step})
+        return status, next_step
 
 
 class TokenWeightsPPOTrainer(TokenWeightsMixin, plain_class(ppo_trainer.PPOTrainer)):
