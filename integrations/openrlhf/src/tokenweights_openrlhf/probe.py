@@ -1,5 +1,7 @@
 """Gradient geometry during training: every N steps, on a probe batch that stays the same."""
 
+from typing import Any
+
 import tokenweights as tw
 import torch
 import torch.distributed as dist
@@ -40,6 +42,11 @@ class GradientProbePolicyActor(TokenWeightsPolicyActor):
     keeps its share of each gradient in float32.
     """
 
+    def init_model_from_pretrained(self, strategy: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's; also begins a series."""
+        self._series = tw.GradientSeries()
+        return super().init_model_from_pretrained(strategy, *args, **kwargs)
+
     def gradient_metrics(self, batch: dict[str, Tensor]) -> dict[str, float]:
         """The `gradient/*` metrics; all ranks call it.
 
@@ -51,7 +58,6 @@ class GradientProbePolicyActor(TokenWeightsPolicyActor):
         """
         device = torch.cuda.current_device()
         rows = {name: values.to(device) for name, values in batch.items()}
-        self._series = getattr(self, "_series", None) or tw.GradientSeries()
         args, engine, mask = self.strategy.args, self.actor.model, rows["action_mask"].bool()
         model, size = engine.module, args.train.micro_batch_size
         parts = [slice(start, start + size) for start in range(0, len(mask), size)]
