@@ -97,6 +97,9 @@ def probed_on(rank, size, kind, options, probe_options):
 def flat_shards(model, rank, size):
     """What an engine with flat shards does: average, flatten, keep the own part."""
 
+    for parameter in model.parameters():  # as engines have them
+        parameter.register_post_accumulate_grad_hook(lambda parameter: None)
+
     def gradients():
         flat = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
         for parameter in model.parameters():

@@ -12,7 +12,9 @@ from tokenweights.gradients.shards import local_shard
 
 
 @contextmanager
-def preserved(function: str, model: nn.Module) -> Iterator[Callable[[], None]]:
+def preserved(
+    function: str, model: nn.Module, *, hooks_allowed: bool = False
+) -> Iterator[Callable[[], None]]:
     """Gradients, buffers and random state are on exit, bit for bit, what they were on entry.
 
     Inside, every `.grad` is None. Gradients that were there are set aside, and copied only where a
@@ -22,6 +24,8 @@ def preserved(function: str, model: nn.Module) -> Iterator[Callable[[], None]]:
     Args:
         function: Name of the public function, for errors.
         model: The module that runs inside.
+        hooks_allowed: Whether parameters may have post-accumulate-gradient hooks, as an engine's
+            have, because its backward pass is the caller's.
 
     Yields:
         A function that rewinds buffers and random state to the entry, and drops parameters that
@@ -31,7 +35,9 @@ def preserved(function: str, model: nn.Module) -> Iterator[Callable[[], None]]:
         TokenWeightsError: If a parameter steps its optimizer inside the backward pass.
     """
     parameters = list(model.parameters())
-    if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters):
+    if not hooks_allowed and any(
+        getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters
+    ):
         raise invalid(
             function,
             "model",

@@ -130,7 +130,8 @@ class GradientProbe:
                 losses are not finite, not `batch token`, or without a graph.
         """
         subsets = _subsets(groups, mask, count)
-        with preserved("GradientProbe", self.model) as rewind:
+        engine = self.gradients is not None  # its hooks are how it collects gradients
+        with preserved("GradientProbe", self.model, hooks_allowed=engine) as rewind:
             losses = LossEvaluation(
                 "GradientProbe", token_loss, mask, rewind=rewind, group=self.group
             )

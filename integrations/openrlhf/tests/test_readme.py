@@ -29,7 +29,8 @@ def accepted(words):
             own[word.removeprefix("--tokenweights.")] = next(names)
         else:
             stock.append(word)
-    own["token_records_steps"] = int(own.get("token_records_steps", 100))
+    for name in own.keys() & {"token_records_steps", "gradient_probe_steps"}:
+        own[name] = int(own[name])
     return checked_arguments(tiny.parsed(*stock), TokenWeightsConfig(**own))
 
 

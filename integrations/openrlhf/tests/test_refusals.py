@@ -21,6 +21,8 @@ from tokenweights_openrlhf.train import main, refuse_other_versions
         ({"recipe": "random20", "token_records": "tokens.jsonl"}, "expected `token_records` None"),
         ({"token_records": "missing/tokens.jsonl"}, "a file in a folder that exists"),
         ({"token_records": "."}, "a file in a folder that exists"),
+        ({"gradient_probe_steps": 0}, "expected `gradient_probe_steps` >= 1"),
+        ({"gradient_probe_file": "probe.jsonl"}, "expected `gradient_probe_file` None"),
     ],
     ids=str,
 )
@@ -55,6 +57,18 @@ def test_options_of_openrlhf_are_refused(recipe, options, message):
     with pytest.raises(TokenWeightsError) as error:
         checked_arguments(tiny.parsed(*options), TokenWeightsConfig(recipe))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--ds.ring_attn_size", 2), ("--actor.gradient_checkpointing_reentrant",)],
+    ids=str,
+)
+def test_options_that_the_gradient_probe_does_not_know_are_refused(options):
+    config = TokenWeightsConfig("low2high", gradient_probe_steps=5)
+    with pytest.raises(TokenWeightsError, match=f"`{options[0]}`.*leave out gradient_probe_steps"):
+        checked_arguments(tiny.parsed(*options), config)
+    checked_arguments(tiny.parsed(*options), TokenWeightsConfig("low2high"))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.trainer.ppo_utils.kl_controller import FixedKLController
 from tokenweights.recipes import recipe
-from tokenweights.report.records import read_token_records
+from tokenweights.report.records import read_metrics, read_token_records
 from tokenweights_lab import load_tokenizer
 
 from tokenweights_openrlhf import TokenWeightsConfig, TokenWeightsExperienceMaker
@@ -114,7 +114,12 @@ def test_records_hold_what_the_tokens_were_weighted_by(actors, policy, tmp_path)
     args = tiny.arguments(policy, "--ds.zero_stage", 3, ranks=2, packed=True)
     args.train.dynamic_batch_enable = True
     checked_arguments(args, TokenWeightsConfig("low2high", str(path), token_records_steps=2))
-    tiny.trained(actors, args, steps=3)
+    statuses, _ = tiny.trained(actors, args, steps=3)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line, status in zip(lines, statuses, strict=True):
+        for name in ("reward", "policy_loss", "token_weights/weight_mean"):
+            assert line[name] == status[name]
     records = list(read_token_records(path))
     assert [record.step for record in records] == [0] * 4 + [2] * 4
     assert [record.sample_id for record in records] == [0, 1, 2, 3, 32, 33, 34, 35]

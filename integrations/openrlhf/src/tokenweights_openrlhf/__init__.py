@@ -1,6 +1,7 @@
 """Token weights inside OpenRLHF's PPO trainers, by subclasses at its own seams."""
 
 from tokenweights_openrlhf.config import TokenWeightsConfig, checked_arguments
+from tokenweights_openrlhf.probe import GradientProbePolicyActor
 from tokenweights_openrlhf.scores import TokenWeightsPolicyActor
 from tokenweights_openrlhf.trainer import (
     TokenWeightsExperienceMaker,
@@ -11,6 +12,7 @@ from tokenweights_openrlhf.trainer import (
 )
 
 __all__ = [
+    "GradientProbePolicyActor",
     "TokenWeightsConfig",
     "TokenWeightsExperienceMaker",
     "TokenWeightsMixin",

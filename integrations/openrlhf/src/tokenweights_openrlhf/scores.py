@@ -46,11 +46,7 @@ class TokenWeightsPolicyActor(plain_class(PolicyModelActor)):
         self.recipe: Recipe = strategy.args.tokenweights.token_recipe
         self.probe_layers: tuple[int, ...] = ()
         if self.recipe.signal == "attention_entropy":
-            model = self.actor.model
-            with capture_attention(model, ()):  # refuses a model without a layer it can tap
-                available = tuple(attention_layers(model))
-            depth = model.module.config.get_text_config().num_hidden_layers
-            self.probe_layers = self.recipe.probe_layers(depth, available=available)
+            self.probe_layers = read_layers(self.actor.model.module, self.recipe)
         return result
 
     def forward(
@@ -81,6 +77,26 @@ class TokenWeightsPolicyActor(plain_class(PolicyModelActor)):
     def token_score_layers(self) -> tuple[int, ...]:
         """The layers that are read."""
         return self.probe_layers
+
+
+def read_layers(model: nn.Module, recipe: Recipe) -> tuple[int, ...]:
+    """The layers of a policy that a recipe reads.
+
+    Args:
+        model: A transformers model.
+        recipe: One with attention entropy.
+
+    Returns:
+        Their numbers.
+
+    Raises:
+        TokenWeightsError: If the model has no such layer.
+    """
+    with capture_attention(model, ()):  # refuses a model without a layer it can tap
+        available = tuple(attention_layers(model))
+    config: Any = model.config
+    depth = config.get_text_config().num_hidden_layers
+    return recipe.probe_layers(depth, available=available)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from openrlhf.utils import config as openrlhf_config
 from tokenweights._errors import TokenWeightsError, invalid
 
 from tokenweights_openrlhf.config import TokenWeightsConfig, checked_arguments
+from tokenweights_openrlhf.probe import GradientProbePolicyActor
 from tokenweights_openrlhf.scores import TokenWeightsPolicyActor
 from tokenweights_openrlhf.trainer import (
     TokenWeightsPPOTrainer,
@@ -45,6 +46,16 @@ def main(argv: list[str] | None = None) -> None:
         type=int,
         default=TokenWeightsConfig.token_records_steps,
         help="global steps between two recorded rollout batches (%(default)s)",
+    )
+    add(
+        f"--{prefix}gradient_probe_steps", type=int, help="global steps between two gradient probes"
+    )
+    add(f"--{prefix}gradient_probe_file", help="JSONL file to which each probe appends a line")
+    add(
+        f"--{prefix}gradient_probe_tolerance",
+        type=float,
+        default=TokenWeightsConfig.gradient_probe_tolerance,
+        help="largest distance of a probe's projection ratios' sum from one (%(default)s)",
     )
     options, rest = parser.parse_known_args(argv)
     if {"-h", "--help"} & set(rest):
@@ -81,7 +92,9 @@ def _run(argv: list[str], config: Any) -> None:
     def hierarchize_and_check(arguments: Any) -> Any:
         return checked_arguments(hierarchize(arguments), config)
 
-    policy_actor = ray.remote(num_gpus=1)(TokenWeightsPolicyActor)
+    probed = config is not None and config.gradient_probe_steps is not None
+    actor_class = GradientProbePolicyActor if probed else TokenWeightsPolicyActor
+    policy_actor = ray.remote(num_gpus=1)(actor_class)
     with ExitStack() as stack:
         for module, name, value in (
             (sys, "argv", [COMMAND, *argv]),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -11,9 +12,10 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.utils.utils import zero_pad_sequences
 from tokenweights.recipes import weighted_rollout
-from tokenweights.report.records import append_token_records, token_records
+from tokenweights.report.records import append_metrics, append_token_records, token_records
 from torch import Tensor
 
+from tokenweights_openrlhf.probe import probe_batches
 from tokenweights_openrlhf.scores import plain_class
 
 _Trainer: Any = object  # what a mixin calls belongs to the trainer after it
@@ -36,6 +38,7 @@ class TokenWeightsExperienceMaker(RemoteExperienceMaker):
         self.recipe = self.config.token_recipe
         self.global_step = 0
         self.metrics: dict[str, float] = {}
+        self._probe_batches: list[dict[str, Tensor]] = []
         self._scores: list[Tensor] | None = None
         self._next_record_step = 0
 
@@ -54,6 +57,12 @@ class TokenWeightsExperienceMaker(RemoteExperienceMaker):
         # Back in the order of the rollout, which does not depend on how it was split.
         order = torch.tensor([row for made in experiences for row in made.index]).argsort()
         mask = _rows(experiences, order, "action_mask").bool()
+        if self.config.gradient_probe_steps is not None and not self._probe_batches:
+            names = ("sequences", "attention_mask", "action_mask", "advantages")
+            rows = {name: _rows(experiences, order, name) for name in names}
+            self._probe_batches = probe_batches(
+                rows, self.args.actor.num_nodes * self.args.actor.num_gpus_per_node
+            )
         scores = None if self._scores is None else _joined(self._scores)[order]
         most = self.args.rollout.batch_size * self.args.rollout.n_samples_per_prompt
         sample_ids = self.global_step * most + torch.arange(len(mask))
@@ -73,6 +82,17 @@ class TokenWeightsExperienceMaker(RemoteExperienceMaker):
         for made, factor in zip(experiences, factors.split(sizes), strict=True):
             made.advantages = made.advantages * factor[:, : made.advantages.shape[1]]
         return experiences
+
+    def gradient_metrics(self, step: int) -> dict[str, float]:
+        """What the gradient probe finds after a step; empty where it has none to do."""
+        steps, path = self.config.gradient_probe_steps, self.config.gradient_probe_file
+        if not self._probe_batches or (step - 1) % steps != 0:
+            return {}
+        run = self.actor_model_group.async_run_method_batch
+        (metrics, *_), *_ = ray.get(run("gradient_metrics", batch=self._probe_batches))
+        if path is not None:
+            append_metrics(path, {"step": step, **metrics})
+        return metrics
 
     def _append_records(
         self,
@@ -133,7 +153,13 @@ class TokenWeightsMixin(_Trainer):
         self.experience_maker.global_step = global_step
         status, next_step = super().train_step(rollout_samples, global_step)
         metrics = self.experience_maker.metrics
-        return status | {f"token_weights/{name}": metrics[name] for name in metrics}, next_step
+        status |= {f"token_weights/{name}": metrics[name] for name in metrics}
+        status |= self.experience_maker.gradient_metrics(next_step)
+        records = self.experience_maker.config.token_records
+        if records is not None:  # beside them, so that a report finds both
+            numbers = {name: v for name, v in status.items() if isinstance(v, int | float)}
+            append_metrics(Path(records).with_name("metrics.jsonl"), {**numbers, "step": next_step})
+        return status, next_step
 
 
 class TokenWeightsPPOTrainer(TokenWeightsMixin, plain_class(ppo_trainer.PPOTrainer)):

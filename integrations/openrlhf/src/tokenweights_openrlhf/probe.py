@@ -1,0 +1,138 @@
+"""Gradient geometry during training: every N steps, on a probe batch that stays the same."""
+
+from typing import Any
+
+import tokenweights as tw
+import torch
+import torch.distributed as dist
+from tokenweights.gradients.preserved import preserved
+from tokenweights.recipes import Recipe, recipe
+from torch import Tensor, nn
+
+from tokenweights_openrlhf.scores import TokenWeightsPolicyActor, attention_scores, read_layers
+
+
+def probe_batches(rows: dict[str, Tensor], ranks: int) -> list[dict[str, Tensor]]:
+    """The rows that have an advantage, as many for each rank; none where no row has one.
+
+    Args:
+        rows: `sequences`, `attention_mask`, `action_mask` and `advantages` of a rollout batch.
+        ranks: Number of ranks.
+
+    Returns:
+        For each rank its rows, with `sample_ids`; rows without a token fill up.
+    """
+    chosen = ((rows["advantages"] != 0) & rows["action_mask"].bool()).any(1).nonzero().flatten()
+    if len(chosen) == 0:
+        return []
+    own = torch.cat([chosen, chosen[:1].expand(-len(chosen) % ranks)])
+    batch = {name: values[own] for name, values in rows.items()}
+    batch["sample_ids"] = torch.arange(len(own))
+    batch["action_mask"][len(chosen) :] = 0
+    parts = {name: values.tensor_split(ranks) for name, values in batch.items()}
+    return [{name: part[rank] for name, part in parts.items()} for rank in range(ranks)]
+
+
+class GradientProbePolicyActor(TokenWeightsPolicyActor):
+    r"""The policy actor with a gradient probe, for `--tokenweights.gradient_probe_steps`.
+
+    The gradient is that of $-A_t \pi(t) / \pi_{probe}(t)$ at ratio 1, before any weights. The
+    engine takes no part in it: passes run on the module inside, and gradients leave the backward
+    pass before the engine's hooks see them. So its buffers and counters stay as they are. A rank
+    keeps its share of each gradient in float32.
+    """
+
+    def init_model_from_pretrained(self, strategy: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's; also begins a series."""
+        self._series = tw.GradientSeries()
+        return super().init_model_from_pretrained(strategy, *args, **kwargs)
+
+    def gradient_metrics(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        """The `gradient/*` metrics; all ranks call it.
+
+        Args:
+            batch: This rank's rows, from `probe_batches`.
+
+        Returns:
+            As `tokenweights.GradientSeries` lists them, the same on every rank.
+        """
+        device = torch.cuda.current_device()
+        rows = {name: values.to(device) for name, values in batch.items()}
+        args, engine, mask = self.strategy.args, self.actor.model, rows["action_mask"].bool()
+        model, size = engine.module, args.train.micro_batch_size
+        parts = [slice(start, start + size) for start in range(0, len(mask), size)]
+        rule = self.recipe if self.recipe.signal == "attention_entropy" else recipe("low2high")
+        self.actor.model = model
+        try:
+            with preserved("gradient_metrics", model, hooks_allowed=True), torch.no_grad():
+                passes = [self._scored(rows, part, rule) for part in parts]
+            scores, log_probs = (torch.cat(found) for found in zip(*passes, strict=True))
+            with _Shards(model) as shards:
+                probe = tw.GradientProbe(
+                    model, group=shards.group, backward=shards.add, gradients=shards.take
+                )
+                return self._series.metrics(
+                    probe,
+                    tw.unclipped_losses(
+                        lambda part: self._log_probs(rows, part),
+                        log_probs,
+                        rows["advantages"].to(log_probs.dtype),
+                        mask,
+                        micro_batch_size=size,
+                    ),
+                    scores=scores,
+                    mask=mask,
+                    sample_ids=rows["sample_ids"],
+                    tolerance=args.tokenweights.gradient_probe_tolerance,
+                )
+        finally:
+            self.actor.model = engine
+            engine.empty_partition_cache()  # ZeRO-3 lets go of what a backward pass left gathered
+
+    def _log_probs(self, rows: dict[str, Tensor], part: slice) -> Tensor:
+        names = ("sequences", "action_mask", "attention_mask")
+        return self.actor(*(rows[name][part] for name in names))
+
+    def _scored(self, rows: dict[str, Tensor], part: slice, rule: Recipe) -> tuple[Tensor, Tensor]:
+        """Attention entropies and log-probabilities under the present policy."""
+        mask, layers = rows["action_mask"][part].bool(), read_layers(self.actor.model, rule)
+        attended = rows["attention_mask"][part]
+        with attention_scores(self.actor, attended, rule, layers, mask.shape[1]) as scores:
+            log_probs = self._log_probs(rows, part)
+        return rule.merged_layers(scores, mask).float(), log_probs
+
+
+class _Shards:
+    """Gradients caught in the backward pass, averaged over the ranks, each rank with its share."""
+
+    def __init__(self, model: nn.Module):
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._shares: dict[int, Tensor] = {}
+        self.group = dist.group.WORLD if dist.get_world_size() > 1 else None
+
+    def __enter__(self) -> "_Shards":
+        self._hooks = [
+            parameter.register_hook(lambda gradient, index=index: self._caught(index, gradient))
+            for index, parameter in enumerate(self._parameters)
+        ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def add(self, loss: Tensor) -> None:
+        torch.autograd.grad(loss, self._parameters, allow_unused=True)
+
+    def take(self) -> list[Tensor]:
+        taken, self._shares = self._shares, {}
+        return [taken[index] for index in sorted(taken)]
+
+    def _caught(self, index: int, gradient: Tensor) -> Tensor:
+        whole = gradient.flatten().to(torch.float32, copy=True)
+        dist.all_reduce(whole, op=dist.ReduceOp.SUM)
+        size, rank = dist.get_world_size(), dist.get_rank()
+        share = whole.tensor_split(size)[rank] / size
+        self._shares[index] = self._shares[index] + share if index in self._shares else share
+        # Autograd holds what is returned until the pass ends: a single zero instead of it all.
+        return gradient.new_zeros(()).expand_as(gradient)
