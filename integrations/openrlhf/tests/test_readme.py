@@ -7,17 +7,17 @@ import re
 import shlex
 import stat
 import subprocess
+import sys
 from contextlib import redirect_stdout
 
 import pytest
 import tiny
-from tokenweights import boxed_match_reward
+from tokenweights import boxed_match_reward, recipe, recipe_names
 
 from tokenweights_openrlhf import TokenWeightsConfig, checked_arguments
 
 ADAPTER = tiny.HERE.parent
 PAGES = [ADAPTER / "README.md", ADAPTER.parents[1] / "docs/guides/openrlhf.md"]
-EXAMPLES = sorted((ADAPTER / "examples").glob("*.sh"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 
 
@@ -59,37 +59,54 @@ def test_commands_are_accepted(page, tmp_path, monkeypatch):
             assert (ADAPTER.parents[1] / made.reward.remote_url).exists()
 
 
-@pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.name)
-def test_launch_scripts_are_accepted(script, tmp_path):
-    """The scripts run; what they would start is written down instead."""
-    python = tmp_path / "python"
+def started(script, folder, *words, **variables):
+    """Runs a script; what it would start is written down instead, and comes back, line by line."""
+    python = folder / "python"
     python.write_text(
-        '#!/bin/sh\nprintf "%s\\0" "$@" >> "$COMMANDS"\nprintf "\\n" >> "$COMMANDS"\n'
+        f'#!/bin/sh\ncase $1 in -c) exec {shlex.quote(sys.executable)} "$@";; esac\n'
+        'printf "%s\\0" "$@" >> "$COMMANDS"\nprintf "\\n" >> "$COMMANDS"\n'
     )
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
-    environment = os.environ | {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "COMMANDS": str(tmp_path / "commands"),
-        "TRAIN": "train.jsonl",
+    environment = {name: value for name, value in os.environ.items() if name != "TRAIN"} | {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "COMMANDS": str(folder / "commands"),
+        **variables,
     }
-    subprocess.run([script], check=True, env=environment, cwd=tmp_path, timeout=60)
-    lines = (tmp_path / "commands").read_text().split("\0\n")[:-1]
-    assert len(lines) == (4 if "hard_masks" in script.name else 1)
-    for line in lines:
-        dash_m, module, *words = line.split("\0")
+    command = ["bash", ADAPTER / "examples" / script, *words]
+    result = subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240
+    )
+    path = folder / "commands"
+    lines = path.read_text().split("\0\n")[:-1] if path.exists() else []
+    return result, [line.split("\0") for line in lines]
+
+
+@pytest.mark.parametrize("experiment", ["qwen3_8b_base", "qwen3_14b_base", "qwen2_5_7b"])
+def test_every_recipe_of_every_experiment_is_accepted(experiment, tmp_path):
+    result, lines = started("every_recipe.sh", tmp_path, experiment, TRAIN="train.jsonl")
+    assert result.returncode == 0, result.stderr
+    names = [name for name in recipe_names() if recipe(name).signal != "loss_magnitude"]
+    assert len(lines) == len(names)
+    for name, (dash_m, module, *words) in zip(names, lines, strict=True):
         assert (dash_m, module) == ("-m", "tokenweights_openrlhf.train")
         made = accepted([word.replace("runs/", f"{tmp_path}/runs/") for word in words])
-        assert made.tokenweights.token_recipe.layers == (20,)
+        assert made.tokenweights.token_recipe == recipe(name)
+        has_entropy = recipe(name).signal == "attention_entropy"
+        assert (made.tokenweights.token_records is not None) == has_entropy
         assert (made.algo.kl.init_coef, made.rollout.top_p) == (0, 0.95)
+        assert made.vllm.num_engines * made.vllm.tensor_parallel_size == 4 * 8
 
 
-def test_a_launch_script_without_data_says_what_is_missing(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "TRAIN"}
-    result = subprocess.run(
-        [EXAMPLES[-1]], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
-    assert result.returncode != 0
-    assert "Set TRAIN to a JSONL file" in result.stderr
+def test_a_launch_script_says_what_is_missing(tmp_path):
+    for words, variables, message in (
+        ((), {}, "name an experiment"),
+        (("qwen3_8b_base",), {}, "name a recipe"),
+        (("qwen3_8b_base", "low2high"), {}, "Set TRAIN to a JSONL file"),
+        (("qwen3", "low2high"), {"TRAIN": "train.jsonl"}, "no experiment named qwen3"),
+    ):
+        result, lines = started("paper.sh", tmp_path, *words, **variables)
+        assert result.returncode != 0 and not lines
+        assert message in result.stderr
 
 
 def test_the_example_reward_looks_at_the_response_only():

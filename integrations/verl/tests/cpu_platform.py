@@ -121,6 +121,8 @@ def _undo_refusals():
 def _register_engine():
     from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 
+    if "cpu" in EngineRegistry._engines["language_model"]["fsdp"]:
+        return  # imported a second time, under another name, to look for doctests
     EngineRegistry.register("language_model", ["fsdp", "fsdp2"], device="cpu")(FSDPEngineWithLMHead)
 
 

@@ -22,7 +22,7 @@ RECIPE = "token_weights.recipe={name: low2high, warmup_steps: 8}"
 STEPS = 10
 
 
-def run(folder, steps, ranks, *more, timeout=420):
+def run(folder, steps, ranks, *more, timeout=600):
     """The logged metrics of each step of a run in a process group and a Ray of its own."""
     ray = tempfile.mkdtemp(prefix="ray")  # short: Ray puts sockets below it
     process = subprocess.Popen(
@@ -53,17 +53,29 @@ def run(folder, steps, ranks, *more, timeout=420):
     return {line["step"]: line["data"] for line in map(json.loads, lines)}
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    @cache
-    def of(ranks):
-        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
-        records = f"token_weights.token_records={folder / 'tokens.jsonl'}"
+@cache
+def trained(ranks, folder):
+    """The metrics of each step, or the failure: a run that failed is not repeated."""
+    records = f"token_weights.token_records={folder / 'tokens.jsonl'}"
+    try:
         if ranks == 2:
-            return folder, run(folder, STEPS, 2, records)
+            return run(folder, STEPS, 2, records)
         # It ends after six steps; a second process goes on from the checkpoint.
         first = run(folder, 6, 1, records, "trainer.save_freq=6")
-        return folder, {**first, **run(folder, STEPS, 1, records)}
+        return {**first, **run(folder, STEPS, 1, records)}
+    except (AssertionError, subprocess.TimeoutExpired) as error:
+        return error
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folders = {ranks: tmp_path_factory.mktemp(f"ranks{ranks}") for ranks in (1, 2)}
+
+    def of(ranks):
+        metrics = trained(ranks, folders[ranks])
+        if isinstance(metrics, Exception):
+            pytest.fail(str(metrics))
+        return folders[ranks], metrics
 
     return of
 

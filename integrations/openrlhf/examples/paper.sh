@@ -1,34 +1,44 @@
 #!/usr/bin/env bash
-# Low2High on Qwen3-8B-Base, one node of eight GPUs: the paper's settings with OpenRLHF.
+# One experiment of the paper with OpenRLHF, on a Ray cluster that is up: run it on the head node.
 #
-#   examples/qwen3_8b_low2high.sh [RECIPE] [more options of OpenRLHF]
+#   TRAIN=train.jsonl bash paper.sh qwen3_8b_base low2high [more options of OpenRLHF]
 #
-# TRAIN is a JSONL file with `input`, a question that asks for a boxed answer, and `answer`. The
-# paper trains on DeepScaleR and MATH with VeRL on FSDP; here it is OpenRLHF on ZeRO-3.
+# TRAIN is a JSONL file with `input`, a question that asks for a boxed answer, and `answer`, on a
+# file system that all nodes see. NODES is the number of nodes of eight GPUs, 4 by default: ours.
 #
-# The paper states: the model, bf16, gradient checkpointing, GRPO advantages, no KL term, no entropy
-# bonus, 8 rollouts a prompt, temperature 1, top-p 0.95, layer 20, the reward, all tokens in the
-# denominator. Everything marked "ours" it does not print, at least not in the text we had.
+# The paper trains on DeepScaleR and MATH with VeRL on FSDP; here it is OpenRLHF on ZeRO-3. It
+# states: the models, bf16, gradient checkpointing, GRPO advantages, no KL term, no entropy bonus,
+# 8 rollouts a prompt, temperature 1, top-p 0.95, the reward, the recipes' denominators. Everything
+# marked "ours" it does not print, at least not in the text we had.
 # This script has not been run at this size by us.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
+experiment=${1:?name an experiment: qwen3_8b_base, qwen3_14b_base or qwen2_5_7b}
+recipe=${2:?name a recipe, for example low2high}
+shift 2
 : "${TRAIN:?Set TRAIN to a JSONL file with the columns input and answer.}"
-: "${OUTPUT:=runs/qwen3-8b-${1:-low2high}}"
-recipe=${1:-low2high}
-shift || true
+: "${OUTPUT:=runs/$experiment-$recipe}"
+: "${NODES:=4}"
+engine_gpus=1 # ours
+case $experiment in
+  qwen3_8b_base) model=Qwen/Qwen3-8B-Base ;;
+  qwen3_14b_base) model=Qwen/Qwen3-14B-Base engine_gpus=2 ;; # ours
+  qwen2_5_7b) model=Qwen/Qwen2.5-7B ;;
+  *) echo "paper.sh: no experiment named $experiment; try qwen3_8b_base" >&2 && exit 2 ;;
+esac
 mkdir -p "$OUTPUT"
 
 options=(
-  # Token weights. temperature 1 and 100 steps of warm-up: ours.
-  --tokenweights.recipe "{\"name\": \"$recipe\", \"layers\": [20], \"temperature\": 1.0, \"warmup_steps\": 100}"
+  # Token weights: temperature 1 and 100 steps of warm-up are the recipe's own, and ours.
+  --tokenweights.recipe "$recipe"
 
   # Model and memory. The engines share the GPUs with the policy: ours.
-  --actor.model_name_or_path "${MODEL:-Qwen/Qwen3-8B-Base}"
-  --actor.num_nodes 1 --actor.num_gpus_per_node 8
+  --actor.model_name_or_path "${MODEL:-$model}" # MODEL: a copy on disk
+  --actor.num_nodes "$NODES" --actor.num_gpus_per_node 8
   --actor.gradient_checkpointing_enable
   --ds.zero_stage 3 --ds.param_dtype bf16 --ds.packing_samples --ds.enable_sleep
   --train.colocate_all
-  --vllm.num_engines 8 --vllm.tensor_parallel_size 1
+  --vllm.num_engines "$((NODES * 8 / engine_gpus))" --vllm.tensor_parallel_size "$engine_gpus"
   --vllm.gpu_memory_utilization 0.6 --vllm.enable_sleep --vllm.sync_backend nccl
 
   # Advantages and loss.
@@ -57,7 +67,7 @@ options=(
   --logger.tensorboard_dir "$OUTPUT/board"
 )
 case $recipe in
-  full | random20 | front20 | back20 | predictive_*) ;; # no attention entropy to record
+  full | random20 | bernoulli20 | front20 | back20 | predictive_*) ;; # no attention entropy to record
   *) options+=(--tokenweights.token_records "$OUTPUT/tokens.jsonl") ;;
 esac
 exec python -m tokenweights_openrlhf.train "${options[@]}" "$@"

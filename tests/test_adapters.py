@@ -1,0 +1,47 @@
+"""The three adapters are alike in shape, and thin."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "integrations"
+ADAPTERS = ("trl", "verl", "openrlhf")
+# What all adapters have under the same names, so that whoever has read one can read all.
+FILES = {"__init__.py", "config.py", "py.typed", "scores.py", "train.py", "trainer.py"}
+FOLDERS = {"LICENSE", "README.md", "examples", "pyproject.toml", "src", "tests"}
+# The two that follow the first are held to a size: what they need more belongs into the core.
+MOST_LINES = {"verl": 450, "openrlhf": 450}
+
+
+def source(adapter: str) -> Path:
+    return ROOT / adapter / "src" / f"tokenweights_{adapter}"
+
+
+def code_lines(path: Path) -> int:
+    """Lines that are neither blank nor a comment nor part of a docstring."""
+    text = path.read_text()
+    counted = {
+        number
+        for number, line in enumerate(text.splitlines(), 1)
+        if line.strip() and not line.lstrip().startswith("#")
+    }
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            first = node.body[0]
+            counted -= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+    return len(counted)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_adapters_are_alike(adapter):
+    assert {path.name for path in source(adapter).iterdir()} >= FILES
+    assert {path.name for path in (ROOT / adapter).iterdir()} >= FOLDERS
+
+
+@pytest.mark.parametrize("adapter", MOST_LINES)
+def test_adapters_are_thin(adapter):
+    lines = sum(code_lines(path) for path in source(adapter).rglob("*.py"))
+    assert lines <= MOST_LINES[adapter], f"{lines} lines of code"
