@@ -15,6 +15,10 @@ from verl.workers.engine.utils import prepare_micro_batches
 
 from tokenweights_verl.scores import ENTROPY, PROBE, response_scores
 
+# How VeRL cuts a batch into micro-batches and lays them out.
+LAYOUT = ("use_dynamic_bsz", "max_token_len_per_gpu", "micro_batch_size_per_gpu")
+LAYOUT = (*LAYOUT, "use_remove_padding", "use_fused_kernels")
+
 
 def gradient_metrics(engine: Any, data: TensorDict, series: tw.GradientSeries) -> dict[str, float]:
     """The `gradient/*` metrics of a probe batch; the engine's state stays as it is, bit for bit.
@@ -68,8 +72,10 @@ def gradient_metrics(engine: Any, data: TensorDict, series: tw.GradientSeries) -
                 valid,
                 micro_batch_size=len(valid),
             )
+        module, group = engine.module, engine.get_data_parallel_group()
+        # With backward passes alone: VeRL's bfloat16 would round the steps of differences away.
         return series.metrics(
-            _probe(engine),
+            tw.GradientProbe(module, group=group, gradients=lambda: _taken_gradients(module)),
             losses,
             scores=recipe.merged_layers(layers, mask),
             mask=mask,
@@ -80,16 +86,8 @@ def gradient_metrics(engine: Any, data: TensorDict, series: tw.GradientSeries) -
 
 def _micro_batches(engine: Any, data: TensorDict) -> list[TensorDict]:
     """The micro-batches that the engine would train on."""
-    config: Any = engine.engine_config
-    own = {
-        "use_remove_padding": config.use_remove_padding,
-        "use_dynamic_bsz": config.use_dynamic_bsz,
-        "max_token_len_per_gpu": config.max_token_len_per_gpu,
-        "micro_batch_size_per_gpu": config.micro_batch_size_per_gpu,
-        "use_fused_kernels": config.use_fused_kernels,
-        "sp_size": engine.ulysses_sequence_parallel_size,
-    }
-    tu.assign_non_tensor(data, **own)
+    own: Any = {key: getattr(engine.engine_config, key) for key in LAYOUT}
+    tu.assign_non_tensor(data, **own, sp_size=engine.ulysses_sequence_parallel_size)
     group = engine.get_data_parallel_group()
     return prepare_micro_batches(data=data.to(get_device_id()), dp_group=group)[0]
 
@@ -106,17 +104,11 @@ def _model_output(engine: Any, part: TensorDict, *, forward_only: bool) -> dict[
     return kept
 
 
-def _probe(engine: Any) -> tw.GradientProbe:
-    group, module = engine.get_data_parallel_group(), engine.module
-    if engine.engine_config.strategy != "fsdp":
-        return tw.GradientProbe(module, group=group)
-    return tw.GradientProbe(module, group=group, gradients=lambda: _taken_shards(module))
-
-
-def _taken_shards(module: nn.Module) -> list[Tensor]:
-    """The gradients of FSDP1's flat parameters: each rank has its shard of the mean over ranks."""
-    reached = [parameter for parameter in module.parameters() if parameter.grad is not None]
-    shards: list[Any] = [parameter.grad for parameter in reached]
-    for parameter in reached:
-        parameter.grad = None
+def _taken_gradients(module: nn.Module) -> list[Tensor]:
+    """This rank's shards of the gradients, DTensors or flat ones, taken away from the module."""
+    shards = []
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            shards.append(parameter.grad)
+            parameter.grad = None
     return shards

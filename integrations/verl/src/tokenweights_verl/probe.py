@@ -15,8 +15,7 @@ from verl.utils.debug import marked_timer
 from tokenweights_verl.scores import PROBE, attention_layers, sample_ids
 
 # What the probe reads of a rollout batch.
-TEXT = ("prompts", "responses", "input_ids", "position_ids")
-KEYS = (*TEXT, "response_mask", "advantages")
+IDS, KEYS = ("prompts", "responses"), ("input_ids", "position_ids", "response_mask", "advantages")
 
 # What a mixin calls belongs to the trainer after it; VeRL's own types are too loose to check it.
 _Base: Any = object
@@ -32,9 +31,10 @@ class GradientProbeMixin(_Base):
     `tokenweights.GradientSeries` lists.
 
     Parameters, optimizer state, gradients and random state of the workers stay as they are, so that
-    training with and without the probe is the same. A resumed run takes a new probe batch and
-    starts the dispersion anew. `token_weights` in the configuration says when, where to and how
-    exact.
+    training with and without the probe is the same. A probe costs fifteen forward and backward
+    passes over the probe batch and one forward pass, and one copy of the gradient's shards. A
+    resumed run takes a new probe batch and starts the dispersion anew. `token_weights` in the
+    configuration says when, where to and how exact.
 
     Raises:
         TokenWeightsError: If the model sees images.
@@ -57,11 +57,10 @@ class GradientProbeMixin(_Base):
         batch = super()._compute_advantage(batch, metrics)
         if self._token_weights.gradient_probe_steps is not None and self._probe_batch is None:
             where = {"keys": batch.keys, "partition_id": batch.partition_id}
-            data = tq.kv_batch_get(**where, select_fields=list(KEYS))
+            data = tq.kv_batch_get(**where, select_fields=[*IDS, *KEYS])
             valid = data["response_mask"].values().bool()
             if bool((data["advantages"].values()[valid] != 0).any()):
-                ids = sample_ids(self.global_steps, data["prompts"], data["responses"])
-                data["sample_ids"] = ids
+                data["sample_ids"] = sample_ids(self.global_steps, *(data[key] for key in IDS))
                 self._probe_batch = data
         return batch
 

@@ -19,13 +19,7 @@ from verl.workers.utils.padding import response_to_nested
 from tokenweights_verl.config import token_weights_config
 from tokenweights_verl.engine import TokenWeightsWorker
 from tokenweights_verl.probe import GradientProbeMixin
-from tokenweights_verl.scores import (
-    ENTROPY,
-    PROBE,
-    attention_layers,
-    response_scores,
-    sample_ids,
-)
+from tokenweights_verl.scores import ENTROPY, PROBE, attention_layers, response_scores, sample_ids
 
 FIELDS = ("advantages", "response_mask", "prompts", "responses", "old_log_probs", "entropy")
 
