@@ -28,6 +28,12 @@ def rows():
     return pairs
 
 
+def plain_advantages():
+    """One advantage for each response, of both signs."""
+    values = [(1.0 if row % 2 else -1.0) * (1 + row / 10) for row in range(ROWS)]
+    return [torch.full((len(r),), v) for (_, r), v in zip(rows(), values, strict=True)]
+
+
 def nested(parts):
     return torch.nested.as_nested_tensor(parts, layout=torch.jagged)
 

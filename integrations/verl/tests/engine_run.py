@@ -36,11 +36,13 @@ def training_worker(
     lora=0,
     attention="sdpa",
     sequence_ranks=1,
+    dropout=0.0,
+    lr=0.0,
 ):
     torch.manual_seed(0)  # of adapters
     model = HFModelConfig(
         path=str(policy_path()),
-        override_config={"attn_implementation": attention},
+        override_config={"attn_implementation": attention, "attention_dropout": dropout},
         use_remove_padding=remove_padding,
         enable_gradient_checkpointing=True,
         lora_rank=lora,
@@ -64,7 +66,7 @@ def training_worker(
             model_type="language_model",
             model_config=model,
             engine_config=engine,
-            optimizer_config=FSDPOptimizerConfig(lr=0.0, clip_grad=1e9),
+            optimizer_config=FSDPOptimizerConfig(lr=lr, clip_grad=1e9),
             checkpoint_config=CheckpointConfig(),
         )
     )
@@ -78,7 +80,7 @@ def training_worker(
         clip_ratio_high=0.28,
         loss_agg_mode="token-mean",
         use_dynamic_bsz=dynamic,
-        optim=FSDPOptimizerConfig(lr=0.0),
+        optim=FSDPOptimizerConfig(lr=lr),
     )
     return worker, partial(ppo_loss, config=actor)
 

@@ -12,6 +12,7 @@ from tokenweights_verl.config import LOSS_MODES, token_weights_config
 from tokenweights_verl.trainer import TokenWeightsTrainerSync
 
 ACTOR = "actor_rollout_ref.actor"
+PROBED = ["token_weights.gradient_probe_steps=5", f"{ACTOR}.strategy=fsdp"]
 REFUSED = {
     "low2hihg": (["token_weights.recipe=low2hihg"], "low2high"),
     "unknown key": (["+token_weights.record=x"], "token_records"),
@@ -22,6 +23,16 @@ REFUSED = {
         "token_records",
     ),
     "no steps": (["token_weights.token_records_steps=0"], ">= 1"),
+    "no probe steps": (["token_weights.gradient_probe_steps=0"], "gradient_probe_steps"),
+    "flat shards of slices": (
+        [*PROBED, f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size=2"],
+        "ulysses_sequence_parallel_size",
+    ),
+    "flat shards of a part": ([*PROBED, f"{ACTOR}.fsdp_config.fsdp_size=8"], "fsdp_size"),
+    "a probe of prefixes": (
+        [*PROBED, "token_weights.recipe=full", f"{ACTOR}.use_prefix_grouper=true"],
+        "use_prefix_grouper",
+    ),
     "kl_cov": ([f"{ACTOR}.policy_loss.loss_mode=kl_cov"], "loss_mode"),
     "clip_cov": ([f"{ACTOR}.policy_loss.loss_mode=clip_cov"], "loss_mode"),
     "geo_mean": ([f"{ACTOR}.policy_loss.loss_mode=geo_mean"], "loss_mode"),
@@ -53,6 +64,17 @@ def test_refused_by_name(case):
     overrides, named = REFUSED[case]
     with pytest.raises(TokenWeightsError, match=named):
         token_weights_config(composed(*overrides))
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_a_probe_is_off_unless_asked_for(strategy):
+    chosen = f"{ACTOR}.strategy={strategy}"
+    assert token_weights_config(composed(chosen)).gradient_probe_steps is None
+    slices = f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size=2"
+    asked = [chosen, "token_weights.gradient_probe_steps=5"]
+    asked += [slices] if strategy == "fsdp2" else []
+    found = token_weights_config(composed(*asked))
+    assert (found.gradient_probe_steps, found.gradient_probe_tolerance) == (5, 1e-3)
 
 
 def test_the_trainer_refuses_before_anything_starts():

@@ -14,7 +14,7 @@ import pytest
 import tokenweights as tw
 import torch
 from cpu_platform import ENVIRONMENT
-from tokenweights.report.records import read_token_records
+from tokenweights.report.records import read_metrics, read_token_records
 from tokenweights_lab import load_policy, load_tokenizer
 
 HERE = Path(__file__).parent
@@ -56,13 +56,17 @@ def run(folder, steps, ranks, *more, timeout=600):
 @cache
 def trained(ranks, folder):
     """The metrics of each step, or the failure: a run that failed is not repeated."""
-    records = f"token_weights.token_records={folder / 'tokens.jsonl'}"
+    written = (
+        f"token_weights.token_records={folder / 'tokens.jsonl'}",
+        f"token_weights.gradient_probe_file={folder / 'gradient.jsonl'}",
+        "token_weights.gradient_probe_steps=8",
+    )
     try:
         if ranks == 2:
-            return run(folder, STEPS, 2, records)
+            return run(folder, STEPS, 2, *written)
         # It ends after six steps; a second process goes on from the checkpoint.
-        first = run(folder, 6, 1, records, "trainer.save_freq=6")
-        return {**first, **run(folder, STEPS, 1, records)}
+        first = run(folder, 6, 1, *written, "trainer.save_freq=6")
+        return {**first, **run(folder, STEPS, 1, *written)}
     except (AssertionError, subprocess.TimeoutExpired) as error:
         return error
 
@@ -121,3 +125,15 @@ def test_records_hold_the_policys_own_entropies(runs, ranks):
         order = found.argsort()
         weights = torch.tensor(record.weights)[order]
         assert (weights.diff() <= 1e-6).all() and 0 <= weights.min() and weights.max() <= 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_gradients_are_probed_every_few_steps(runs, ranks):
+    folder, metrics = runs(ranks)
+    series = read_metrics(folder / "gradient.jsonl")
+    assert [line["step"] for line in series] == [1, 9]
+    for line in series:
+        assert sum(line[f"gradient/decile_{n}"] for n in range(10)) == pytest.approx(1, abs=1e-3)
+        logged = metrics[line["step"]]
+        assert {name: logged[name] for name in line if name != "step"}.items() <= line.items()
+    assert not any("gradient/full_norm" in metrics[step] for step in (*range(2, 9), 10))

@@ -21,11 +21,18 @@ class TokenWeightsConfig:
         recipe: The recipe.
         token_records: JSONL file to which token records are appended; None writes none.
         token_records_steps: Training steps between two recorded rollout batches, >= 1.
+        gradient_probe_steps: Training steps between two gradient probes, >= 1; None probes none.
+        gradient_probe_file: JSONL file to which each probe appends a line; None writes none.
+        gradient_probe_tolerance: Largest distance of the sum of the projection ratios from one;
+            beyond it the probe raises.
     """
 
     recipe: Recipe
     token_records: str | None = None
     token_records_steps: int = 100
+    gradient_probe_steps: int | None = None
+    gradient_probe_file: str | None = None
+    gradient_probe_tolerance: float = 1e-3
 
 
 def token_weights_config(config: DictConfig) -> TokenWeightsConfig:
@@ -61,10 +68,11 @@ def _check(config: DictConfig, token_weights: TokenWeightsConfig) -> None:
         names = ", ".join(map(str, allowed))
         require(OmegaConf.select(config, key) in allowed, key, f"one of {names}", hint)
 
-    made, steps = token_weights.recipe, token_weights.token_records_steps
+    made, probed = token_weights.recipe, token_weights.gradient_probe_steps is not None
     actor, correction = "actor_rollout_ref.actor", "algorithm.rollout_correction"
-    fits = isinstance(steps, int) and steps >= 1
-    require(fits, "token_weights.token_records_steps", "an integer >= 1", "It counts steps.")
+    for key in ("token_records_steps", *(["gradient_probe_steps"] if probed else [])):
+        fits = isinstance(steps := getattr(token_weights, key), int) and steps >= 1
+        require(fits, f"token_weights.{key}", "an integer >= 1", "It counts steps.")
     mode, plain = "trainer.v1.trainer_mode", "Any other trainer of VeRL would ignore the recipe."
     require_one("trainer.use_v1", (True,), plain)
     named = str(OmegaConf.select(config, mode)).startswith("tokenweights_")
@@ -81,11 +89,18 @@ def _check(config: DictConfig, token_weights: TokenWeightsConfig) -> None:
         require_one(f"{correction}.rollout_rs", (None,), hint)
     if made.signal != "attention_entropy":
         hint = "A record holds attention entropies; the recipe has none."
-        return require_one("token_weights.token_records", (None,), hint)
+        require_one("token_weights.token_records", (None,), hint)
+        if not probed:
+            return
     one_copy = "It packs the responses of a prompt behind one copy of it."
     require_one(f"{actor}.use_prefix_grouper", (False, None), one_copy)
     size, key = "ulysses_sequence_parallel_size", "override_config.attn_implementation"
     sizes = [OmegaConf.select(config, f"{actor}.{part}{size}") for part in ("", "fsdp_config.")]
+    if probed and OmegaConf.select(config, f"{actor}.strategy") == "fsdp":
+        flat = "The shards of FSDP1 do not know which ranks they are spread over; fsdp2 knows."
+        require_one(f"{actor}.fsdp_config.fsdp_size", (-1,), f"{flat} The probe needs it.")
+        for part in ("", "fsdp_config."):
+            require_one(f"{actor}.{part}{size}", (None, 1), f"{flat} The probe needs it.")
     attention = OmegaConf.select(config, f"actor_rollout_ref.model.{key}") or "flash_attention_2"
     require(
         max(value or 1 for value in sizes) == 1 or "flash" in attention,

@@ -5,18 +5,19 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
+from tokenweights import GradientSeries
 from tokenweights.capture import AttentionCapture, CapturedAttention, capture_attention
 from torch import Tensor
+from verl.single_controller.base.decorator import make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from verl.workers.utils.padding import build_attention_mask_from_nested
 
-# The key of the recipe that goes along with a batch whose attention is wanted.
-PROBE = "attention_probe"
-# The key of the output that answers it, one for each probed layer.
-ENTROPY = "attention_entropy_{}"
+from tokenweights_verl.gradients import gradient_metrics
+from tokenweights_verl.scores import ENTROPY, PROBE
+
 VENDOR = "tokenweights"
 
 # What a mixin calls belongs to the engine after it; VeRL's own types are too loose to check it.
@@ -85,7 +86,7 @@ class TokenWeightsFSDPEngine(TokenWeightsEngineMixin, FSDPEngineWithLMHead):
 
 
 class TokenWeightsTrainingWorker(TrainingWorker):
-    """VeRL's training worker on the engine above."""
+    """VeRL's training worker on the engine above, which also probes gradients."""
 
     def __init__(self, config: TrainingWorkerConfig) -> None:
         name, before = "VERL_ENGINE_VENDOR", os.environ.get("VERL_ENGINE_VENDOR")
@@ -95,9 +96,21 @@ class TokenWeightsTrainingWorker(TrainingWorker):
         finally:
             os.environ.pop(name)
             os.environ |= {} if before is None else {name: before}
+        self._series = GradientSeries()
+
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"))
+    def gradient_metrics(self, data: TensorDict) -> TensorDict:
+        """The `gradient/*` metrics of a probe batch; see `gradients.gradient_metrics`."""
+        metrics = gradient_metrics(self.engine, data, self._series)
+        return tu.get_tensordict(tensor_dict={}, non_tensor_dict={"metrics": metrics})
 
 
 class TokenWeightsWorker(ActorRolloutRefWorker):
     """VeRL's actor worker with the engine above for the actor; a reference model keeps VeRL's."""
 
     actor_worker_cls = TokenWeightsTrainingWorker
+
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
+    def gradient_metrics(self, data: TensorDict) -> TensorDict:
+        """The `gradient/*` metrics of a probe batch under the actor; see above."""
+        return self.actor.gradient_metrics(data)

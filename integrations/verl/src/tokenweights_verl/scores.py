@@ -4,9 +4,35 @@ import hashlib
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
+from tokenweights.recipes import Recipe
 from torch import Tensor
+from verl.utils.config import omega_conf_to_dataclass
+
+# The key of the recipe that goes along with a batch whose attention is wanted.
+PROBE = "attention_probe"
+# The key of the output that answers it, one for each probed layer.
+ENTROPY = "attention_entropy_{}"
+ATTENTION = ("full_attention", "sliding_attention")
 
 Nested = Any  # a jagged tensor; torch's own type does not know of its offsets
+
+
+def attention_layers(recipe: Recipe, config: DictConfig) -> tuple[int, ...]:
+    """The layers that a recipe reads in the actor's model, of those that have attention.
+
+    Args:
+        recipe: A recipe with attention entropy as its signal.
+        config: VeRL's whole configuration.
+
+    Returns:
+        Numbers of layers, from 0.
+    """
+    text = omega_conf_to_dataclass(config.actor_rollout_ref.model).hf_config.get_text_config()
+    depth = text.num_hidden_layers
+    kinds = getattr(text, "layer_types", None) or [ATTENTION[0]] * depth
+    available = [layer for layer, kind in enumerate(kinds) if kind in ATTENTION]
+    return recipe.probe_layers(depth, available=available)
 
 
 def response_scores(scores: Nested, response_mask: Nested, *, alignment: str) -> Tensor:

@@ -14,15 +14,14 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
-from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.utils.padding import response_to_nested
 
 from tokenweights_verl.config import token_weights_config
-from tokenweights_verl.engine import ENTROPY, PROBE, TokenWeightsWorker
-from tokenweights_verl.scores import response_scores, sample_ids
+from tokenweights_verl.engine import TokenWeightsWorker
+from tokenweights_verl.probe import GradientProbeMixin
+from tokenweights_verl.scores import ENTROPY, PROBE, attention_layers, response_scores, sample_ids
 
 FIELDS = ("advantages", "response_mask", "prompts", "responses", "old_log_probs", "entropy")
-ATTENTION = ("full_attention", "sliding_attention")
 
 # What a mixin calls belongs to the trainer after it; VeRL's own types are too loose to check it.
 _Base: Any = object
@@ -56,12 +55,7 @@ class TokenWeightsMixin(_Base):
     def _init_tokenizer(self) -> None:
         super()._init_tokenizer()
         if self.recipe.signal == "attention_entropy":
-            model = omega_conf_to_dataclass(self.config.actor_rollout_ref.model)
-            text = model.hf_config.get_text_config()
-            depth = text.num_hidden_layers
-            kinds = getattr(text, "layer_types", None) or [ATTENTION[0]] * depth
-            available = [layer for layer, kind in enumerate(kinds) if kind in ATTENTION]
-            self._layers = self.recipe.probe_layers(depth, available=available)
+            self._layers = attention_layers(self.recipe, self.config)
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -139,5 +133,5 @@ class TokenWeightsMixin(_Base):
 
 
 @register_trainer("tokenweights_sync")
-class TokenWeightsTrainerSync(TokenWeightsMixin, PPOTrainerSync):
-    """VeRL's synchronous trainer with token weights; see `TokenWeightsMixin`."""
+class TokenWeightsTrainerSync(TokenWeightsMixin, GradientProbeMixin, PPOTrainerSync):
+    """VeRL's synchronous trainer with token weights and a gradient probe; see the mixins."""
