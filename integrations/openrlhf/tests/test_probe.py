@@ -80,7 +80,8 @@ def test_metrics_are_those_of_the_formulas(
     assert not any(name.startswith("gradient/") for name in statuses[1])
 
 
-@pytest.mark.parametrize(("ranks", "zero", "packed", "options"), LAYOUTS)
+# Two trainings each, so only where ranks, stage and checkpointing all differ.
+@pytest.mark.parametrize(("ranks", "zero", "packed", "options"), LAYOUTS[1::2])
 def test_training_is_the_same_bit_for_bit(
     actors, policy, monkeypatch, ranks, zero, packed, options
 ):
