@@ -12,7 +12,7 @@ FILES = {"__init__.py", "config.py", "py.typed", "scores.py", "train.py", "train
 FOLDERS = {"LICENSE", "README.md", "examples", "pyproject.toml", "src", "tests"}
 # Held to a size: what an adapter needs beyond it belongs into the core. OpenRLHF's is still above
 # the 450 lines meant for it.
-MOST_LINES = {"verl": 450, "openrlhf": 550}
+MOST_LINES = {"verl": 450, "openrlhf": 510}
 
 
 def source(adapter: str) -> Path:

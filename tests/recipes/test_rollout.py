@@ -59,8 +59,8 @@ def test_the_recipe_of_a_trainer_comes_as_name_fields_or_text():
     for choice in (made, made.to_dict(), '{"name": "anchor20", "fraction": 0.4}'):
         assert tw.rollout_recipe(choice, caller="train") == made
     for choice, message in (
-        (None, "a recipe name or its fields"),
-        ("", "a recipe name or its fields"),
+        (None, "a recipe name or a dict"),
+        ("", "a recipe name or a dict"),
         ("{name: anchor20}", "valid JSON"),
         ("anchro20", "Did you mean 'anchor20'"),
         ("loss_low20", "other than loss_magnitude"),

@@ -11,12 +11,17 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenweights._errors import TokenWeightsError, invalid
 from tokenweights._typing import typed
 from tokenweights.attention import EntropyKind
-from tokenweights.capture import CapturedAttention, middle_layer
+from tokenweights.capture import (
+    CapturedAttention,
+    attention_layers,
+    capture_attention,
+    middle_layer,
+)
 from tokenweights.losses import Denominator, loss_denominator
 from tokenweights.masked import masked_ranks
 from tokenweights.partition import (
@@ -224,6 +229,27 @@ class Recipe:
                 )
             chosen.append(index)
         return tuple(chosen)
+
+    def model_layers(self, model: nn.Module) -> tuple[int, ...]:
+        """The attention layers to probe in a model; see `probe_layers`.
+
+        Args:
+            model: A transformers model.
+
+        Returns:
+            Indices from 0; empty if the signal is not attention.
+
+        Raises:
+            TokenWeightsError: If the model has no layer that can be tapped, or not one of the
+                recipe's.
+        """
+        if self.signal != "attention_entropy":
+            return ()
+        with capture_attention(model, ()):  # refuses a model without a layer it can tap
+            available = tuple(attention_layers(model))
+        config: Any = model.config
+        depth = config.get_text_config().num_hidden_layers
+        return self.probe_layers(depth, available=available)
 
     def captured_entropy(
         self,

@@ -36,7 +36,7 @@ def rollout_recipe(choice: str | Mapping[str, Any] | Recipe | None, *, caller: s
     """
     hint = 'Write `low2high`, or `{"name": "low2high", "warmup_steps": 50}`.'
     if not choice:
-        raise invalid(caller, "recipe", "a recipe name or its fields", repr(choice), hint)
+        raise invalid(caller, "recipe", "a recipe name or a dict", repr(choice), hint)
     if isinstance(choice, str) and choice.lstrip().startswith("{"):
         try:
             made = recipe(json.loads(choice))

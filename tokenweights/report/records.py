@@ -157,7 +157,7 @@ def token_records(
         decode: Turns a list of token ids into text.
         weights: Token weights.
         advantages: Advantages before weighting, one for each token or for each response.
-        layer: As in `TokenRecord`.
+        layer: As in `TokenRecord`; a tuple of one layer stands for that layer.
         entropy_kind: As in `TokenRecord`.
         alignment: As in `TokenRecord`.
         predictive_entropy: Predictive entropy of each token, in nats.
@@ -179,12 +179,12 @@ def token_records(
         ...     decode=lambda ids: {5: "2", 9: "."}[ids[0]],
         ...     weights=ones,
         ...     advantages=ones,
-        ...     layer=2,
+        ...     layer=(2,),
         ...     entropy_kind="normalized",
         ...     alignment="deciding",
         ... )
-        >>> record.tokens, record.group
-        (('2', '.'), ('explorer', 'anchor'))
+        >>> record.tokens, record.group, record.layer
+        (('2', '.'), ('explorer', 'anchor'), 2)
     """
     if not len(prompts) == len(sample_ids) == len(mask):
         raise invalid(
@@ -211,7 +211,7 @@ def token_records(
                 attention_entropy=tuple(attention_entropy[row][mask[row]].tolist()),
                 weights=values(weights, row),
                 advantages=values(advantages, row),
-                layer=layer,
+                layer=layer[0] if isinstance(layer, tuple) and len(layer) == 1 else layer,
                 entropy_kind=entropy_kind,
                 alignment=alignment,
                 predictive_entropy=values(predictive_entropy, row),

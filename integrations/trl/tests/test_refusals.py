@@ -12,7 +12,7 @@ from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer, To
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "expected `recipe` a recipe name or its fields, got None"),
+        ({}, "expected `recipe` a recipe name or a dict, got None"),
         ({"recipe": "low2hihg"}, "Did you mean 'low2high'"),
         ({"recipe": {"name": "low2high", "warmup": 3}}, "Did you mean 'warmup_steps'"),
         ({"recipe": '{"name": "low2high"'}, "a name or valid JSON"),

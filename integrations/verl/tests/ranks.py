@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 from cpu_platform import ENVIRONMENT
 
@@ -32,3 +34,22 @@ def saved_by_ranks(script, ranks, folder, *arguments, timeout=300):
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output[-6000:]
     return [torch.load(f"{folder}/rank{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def results_by_case(script, runs, new_folder):
+    """A function from a run and one of its cases to what each rank saved; a run runs once."""
+
+    @cache
+    def of(run):
+        ranks, cases = runs[run]
+        try:
+            return saved_by_ranks(script, ranks, new_folder(run), *cases)
+        except AssertionError as error:
+            return error  # a run that failed is not repeated
+
+    def result(run, case):
+        if isinstance(of(run), AssertionError):
+            pytest.fail(str(of(run)))
+        return [saved[case] for saved in of(run)]
+
+    return result

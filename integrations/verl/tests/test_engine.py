@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch
 from batches import CASES, LAYERS, ROWS, rows
-from ranks import saved_by_ranks
+from ranks import results_by_case
 from tokenweights_lab import load_policy
 
 RUNS = {
@@ -18,20 +18,7 @@ EVERY_CASE = [(run, case) for run, (_, cases) in RUNS.items() for case in cases]
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory):
-    @cache
-    def of(run):
-        ranks, cases = RUNS[run]
-        try:
-            return saved_by_ranks("engine_run.py", ranks, tmp_path_factory.mktemp(run), *cases)
-        except AssertionError as error:
-            return error  # a run that failed is not repeated
-
-    def result(run, case):
-        if isinstance(of(run), AssertionError):
-            pytest.fail(str(of(run)))
-        return [saved[case] for saved in of(run)]
-
-    return result
+    return results_by_case("engine_run.py", RUNS, tmp_path_factory.mktemp)
 
 
 @cache

@@ -6,7 +6,7 @@ import pytest
 import tokenweights as tw
 import torch
 from batches import LAYERS, plain_advantages, rows
-from ranks import saved_by_ranks
+from ranks import results_by_case
 from tokenweights_lab import load_policy
 from torch.nn.utils.rnn import pad_sequence
 
@@ -21,20 +21,7 @@ SUBSETS = ("anchor", "explorer", "random")
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory):
-    @cache
-    def of(run):
-        ranks, cases = RUNS[run]
-        try:
-            return saved_by_ranks("probe_run.py", ranks, tmp_path_factory.mktemp(run), *cases)
-        except AssertionError as error:
-            return error  # a run that failed is not repeated
-
-    def result(run, case):
-        if isinstance(of(run), AssertionError):
-            pytest.fail(str(of(run)))
-        return [saved[case] for saved in of(run)]
-
-    return result
+    return results_by_case("probe_run.py", RUNS, tmp_path_factory.mktemp)
 
 
 @cache

@@ -1,13 +1,12 @@
 """The options of the token weights, and what of OpenRLHF's own options they go together with."""
 
-import json
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from tokenweights._errors import invalid
-from tokenweights.recipes import Recipe, recipe
+from tokenweights.recipes import Recipe, rollout_recipe
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,6 @@ class TokenWeightsConfig:
             raise invalid("TokenWeightsConfig", field, condition, got, hint)
 
         signal = self.token_recipe.signal
-        if signal == "loss_magnitude":
-            refuse("recipe", "with a signal other than loss_magnitude", _LOSS_MAGNITUDE)
         if self.token_records_steps < 1:
             refuse("token_records_steps", ">= 1", "It is a number of global steps.")
         if self.gradient_probe_steps is not None and self.gradient_probe_steps < 1:
@@ -66,17 +63,7 @@ class TokenWeightsConfig:
     @property
     def token_recipe(self) -> Recipe:
         """The recipe that `recipe` names."""
-        text = values = self.recipe
-        if not values:
-            condition = "a recipe name or a dict"
-            raise invalid("TokenWeightsConfig", "recipe", condition, repr(values), _RECIPE)
-        if isinstance(text, str) and text.lstrip().startswith("{"):
-            try:
-                values = json.loads(text)
-            except json.JSONDecodeError as error:
-                condition = "a name or valid JSON"
-                raise invalid("TokenWeightsConfig", "recipe", condition, text, _RECIPE) from error
-        return recipe(values)
+        return rollout_recipe(self.recipe, caller="TokenWeightsConfig")
 
 
 def checked_arguments(arguments: Any, config: TokenWeightsConfig) -> Any:
@@ -129,14 +116,6 @@ def checked_arguments(arguments: Any, config: TokenWeightsConfig) -> Any:
     return arguments
 
 
-_RECIPE = (
-    "Write `--tokenweights.recipe low2high` or "
-    '`--tokenweights.recipe \'{"name": "low2high", "warmup_steps": 50}\'`.'
-)
-_LOSS_MAGNITUDE = (
-    "At rollout time the ratio is 1, so |loss| is |advantage|, the same for every token of a "
-    "response: there is nothing to rank. Use `predictive_low20` or `predictive_high20`."
-)
 _SEQUENCE_RATIO = (
     "A sequence-level ratio sums the gradients of a response before it multiplies them by the "
     "advantages, so only the mean weight of a response would act."

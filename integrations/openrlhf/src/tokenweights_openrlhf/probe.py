@@ -9,7 +9,7 @@ from tokenweights.gradients.preserved import preserved
 from tokenweights.recipes import Recipe, recipe
 from torch import Tensor, nn
 
-from tokenweights_openrlhf.scores import TokenWeightsPolicyActor, attention_scores, read_layers
+from tokenweights_openrlhf.scores import TokenWeightsPolicyActor, attention_scores
 
 
 def probe_batches(rows: dict[str, Tensor], ranks: int) -> list[dict[str, Tensor]]:
@@ -95,7 +95,7 @@ class GradientProbePolicyActor(TokenWeightsPolicyActor):
 
     def _scored(self, rows: dict[str, Tensor], part: slice, rule: Recipe) -> tuple[Tensor, Tensor]:
         """Attention entropies and log-probabilities under the present policy."""
-        mask, layers = rows["action_mask"][part].bool(), read_layers(self.actor.model, rule)
+        mask, layers = rows["action_mask"][part].bool(), rule.model_layers(self.actor.model)
         attended = rows["attention_mask"][part]
         with attention_scores(self.actor, attended, rule, layers, mask.shape[1]) as scores:
             log_probs = self._log_probs(rows, part)

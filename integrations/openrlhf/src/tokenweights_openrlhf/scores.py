@@ -7,7 +7,7 @@ from typing import Any
 from openrlhf.models.ring_attn_utils import gather_and_pad_tensor
 from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
 from tokenweights._errors import invalid
-from tokenweights.capture import CapturedAttention, attention_layers, capture_attention
+from tokenweights.capture import CapturedAttention, capture_attention
 from tokenweights.recipes import Recipe
 from torch import Tensor, nn
 
@@ -44,9 +44,7 @@ class TokenWeightsPolicyActor(plain_class(PolicyModelActor)):
         result = super().init_model_from_pretrained(strategy, *args, **kwargs)
         self._token_scores: list[Tensor] = []
         self.recipe: Recipe = strategy.args.tokenweights.token_recipe
-        self.probe_layers: tuple[int, ...] = ()
-        if self.recipe.signal == "attention_entropy":
-            self.probe_layers = read_layers(self.actor.model.module, self.recipe)
+        self.probe_layers = self.recipe.model_layers(self.actor.model.module)
         return result
 
     def forward(
@@ -79,26 +77,6 @@ class TokenWeightsPolicyActor(plain_class(PolicyModelActor)):
         return self.probe_layers
 
 
-def read_layers(model: nn.Module, recipe: Recipe) -> tuple[int, ...]:
-    """The layers of a policy that a recipe reads.
-
-    Args:
-        model: A transformers model.
-        recipe: One with attention entropy.
-
-    Returns:
-        Their numbers.
-
-    Raises:
-        TokenWeightsError: If the model has no such layer.
-    """
-    with capture_attention(model, ()):  # refuses a model without a layer it can tap
-        available = tuple(attention_layers(model))
-    config: Any = model.config
-    depth = config.get_text_config().num_hidden_layers
-    return recipe.probe_layers(depth, available=available)
-
-
 @contextmanager
 def attention_scores(
     actor: Any,
@@ -123,13 +101,11 @@ def attention_scores(
         A list that on exit holds the attention entropy of each response token (nats, `batch
         token`) for each layer.
     """
-    kind: Any = {"kind": recipe.entropy_kind, "top_k": recipe.top_k, "fixed_k": recipe.fixed_k}
     packed = bool(actor.packing_samples)
 
     def entropy(captured: CapturedAttention) -> Tensor:
-        if packed:
-            return captured.packed_entropy(group=ring_group, **kind)
-        return captured.entropy(key_mask=attention_mask.bool().to(captured.key.device), **kind)
+        key_mask = None if packed else attention_mask.bool().to(captured.key.device)
+        return recipe.captured_entropy(captured, key_mask=key_mask, group=ring_group)
 
     scores: list[Tensor] = []
     with capture_attention(actor.model, layers, packed=packed, reduce=entropy) as capture:

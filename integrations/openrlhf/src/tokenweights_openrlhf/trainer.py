@@ -122,7 +122,7 @@ class TokenWeightsExperienceMaker(RemoteExperienceMaker):
             decode=self.tokenizer.decode,
             weights=weights[rows],
             advantages=_rows(experiences, first, "advantages").float(),
-            layer=layers[0] if len(layers) == 1 else layers,
+            layer=layers,
             entropy_kind=self.recipe.entropy_kind,
             alignment=self.recipe.alignment,
             log_probs=_rows(experiences, first, "action_log_probs").float(),

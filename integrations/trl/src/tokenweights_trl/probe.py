@@ -119,14 +119,13 @@ class GradientProbeMixin(_Base):
         rule = own if isinstance(own, Recipe) and own.signal == "attention_entropy" else None
         rule = rule or recipe("low2high")
         model = self.accelerator.unwrap_model(self.model_wrapped)
-        depth = model.config.get_text_config().num_hidden_layers
         with (
             torch.no_grad(),
             forward_scores(
                 model,
                 torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1).bool(),
                 recipe=rule,
-                layers=rule.probe_layers(depth),
+                layers=rule.model_layers(model),
                 response_length=batch["completion_ids"].shape[1],
             ) as scores,
         ):

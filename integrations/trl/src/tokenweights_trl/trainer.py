@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from tokenweights._errors import invalid
-from tokenweights.capture import attention_layers, capture_attention
 from tokenweights.recipes import weighted_rollout
 from tokenweights.report.records import append_token_records, token_records
 from torch import Tensor
@@ -89,13 +88,8 @@ class TokenWeightsMixin(_Base):
         self._rollout: Rollout | None = None  # only while TRL makes a rollout batch
         self._rollout_place = (-1, 0)  # optimizer step of the last rollout, and place within it
         self._next_record_step = 0
-        self.probe_layers: tuple[int, ...] = ()
-        if self.recipe.signal == "attention_entropy":
-            model = self.accelerator.unwrap_model(self.model)
-            depth = model.config.get_text_config().num_hidden_layers
-            with capture_attention(model, ()):  # refuses a model without a layer it can tap
-                available = tuple(attention_layers(model))
-            self.probe_layers = self.recipe.probe_layers(depth, available=available)
+        model = self.accelerator.unwrap_model(self.model)
+        self.probe_layers = self.recipe.model_layers(model)
 
     def _check_contract(self) -> None:
         name, version = type(self).__name__, "tokenweights-trl is made for trl>=1.16,<1.17."
@@ -314,7 +308,7 @@ class TokenWeightsMixin(_Base):
             decode=decode,
             weights=weights[rows],
             advantages=advantages if advantages.dim() == 2 else advantages[:, None],
-            layer=self.probe_layers[0] if len(self.probe_layers) == 1 else self.probe_layers,
+            layer=self.probe_layers,
             entropy_kind=self.recipe.entropy_kind,
             alignment=self.recipe.alignment,
             predictive_entropy=entropies,

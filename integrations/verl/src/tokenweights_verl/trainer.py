@@ -123,7 +123,7 @@ class TokenWeightsMixin(_Base):
             decode=decode,
             weights=rollout.weights[rows],
             advantages=padded["advantages"][rows].float(),
-            layer=self._layers[0] if len(self._layers) == 1 else self._layers,
+            layer=self._layers,
             entropy_kind=self.recipe.entropy_kind,
             alignment=self.recipe.alignment,
             predictive_entropy=padded["entropy"][rows].float(),
