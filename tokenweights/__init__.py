@@ -51,6 +51,7 @@ from tokenweights.distributed import global_extrema as global_extrema
 from tokenweights.distributed import global_sum as global_sum
 from tokenweights.distributed import slice_positions as slice_positions
 from tokenweights.gradients import BandShares as BandShares
+from tokenweights.gradients import CaughtGradients as CaughtGradients
 from tokenweights.gradients import GradientGeometry as GradientGeometry
 from tokenweights.gradients import GradientProbe as GradientProbe
 from tokenweights.gradients import GradientSeries as GradientSeries
@@ -88,6 +89,7 @@ from tokenweights.partition import quantile_bins as quantile_bins
 from tokenweights.partition import random_fraction as random_fraction
 from tokenweights.partition import top_fraction as top_fraction
 from tokenweights.recipes import Recipe as Recipe
+from tokenweights.recipes import TokenWeightsConfig as TokenWeightsConfig
 from tokenweights.recipes import WeightedRollout as WeightedRollout
 from tokenweights.recipes import recipe as recipe
 from tokenweights.recipes import recipe_names as recipe_names
@@ -134,6 +136,7 @@ __all__ = [
     "AttentionStatistics",
     "BandShares",
     "CapturedAttention",
+    "CaughtGradients",
     "CollapseMonitor",
     "CollapseThresholds",
     "CollapseVerdict",
@@ -156,6 +159,7 @@ __all__ = [
     "SubsetOverlap",
     "SupportConcentration",
     "TokenAlignment",
+    "TokenWeightsConfig",
     "TokenWeightsError",
     "WeightStatistics",
     "WeightedRollout",

@@ -2,6 +2,7 @@
 
 from tokenweights.gradients.alignment import TokenAlignment as TokenAlignment
 from tokenweights.gradients.alignment import token_alignment as token_alignment
+from tokenweights.gradients.caught import CaughtGradients as CaughtGradients
 from tokenweights.gradients.dispersion import OnlineDispersion as OnlineDispersion
 from tokenweights.gradients.estimability import expected_random_cosine as expected_random_cosine
 from tokenweights.gradients.estimability import expected_random_error as expected_random_error

@@ -3,6 +3,7 @@
 A recipe is the only thing a trainer adapter reads. Every run of the paper is one by name.
 """
 
+from tokenweights.recipes.config import TokenWeightsConfig as TokenWeightsConfig
 from tokenweights.recipes.named import recipe as recipe
 from tokenweights.recipes.named import recipe_names as recipe_names
 from tokenweights.recipes.record import Recipe as Recipe

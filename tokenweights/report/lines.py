@@ -7,6 +7,7 @@ time, in both directions.
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from tokenweights._errors import TokenWeightsError, invalid
@@ -18,7 +19,11 @@ REPAIR = "A run that was stopped while writing leaves such a line; delete the li
 
 
 def append_lines(path: FilePath, objects: Iterable[Mapping[str, Any]]) -> None:
-    """Appends objects to a file, one line each; half a line that is there is closed first."""
+    """Appends objects to a file, one line each; half a line that is there is closed first.
+
+    The folder is made if it is missing.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
         if file.seek(0, os.SEEK_END) > 0:
             file.seek(-1, os.SEEK_END)

@@ -227,7 +227,7 @@ def append_token_records(path: FilePath, records: Iterable[TokenRecord]) -> None
     """Appends records to a token file, one JSON line each, as they come.
 
     Args:
-        path: The file; it is made when it is missing.
+        path: The file; it and its folder are made when they are missing.
         records: Records, consumed one at a time.
 
     Example:
@@ -302,7 +302,7 @@ def append_metrics(path: FilePath, metrics: Mapping[str, float]) -> None:
     """Appends the metrics of one training step to a metrics file, as one JSON line.
 
     Args:
-        path: The file; it is made when it is missing.
+        path: The file; it and its folder are made when they are missing.
         metrics: Flat numbers with the key `step`. A value that is not finite is written as `null`.
 
     Raises:

@@ -5,9 +5,10 @@ import ray
 import reference
 import tiny
 import torch
+from tokenweights import TokenWeightsConfig
 from tokenweights.report.records import read_metrics
 
-from tokenweights_openrlhf import GradientProbePolicyActor, TokenWeightsConfig
+from tokenweights_openrlhf import GradientProbePolicyActor
 from tokenweights_openrlhf.config import checked_arguments
 from tokenweights_openrlhf.probe import probe_batches
 

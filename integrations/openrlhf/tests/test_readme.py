@@ -12,9 +12,9 @@ from contextlib import redirect_stdout
 
 import pytest
 import tiny
-from tokenweights import boxed_match_reward, recipe, recipe_names
+from tokenweights import TokenWeightsConfig, boxed_match_reward, recipe, recipe_names
 
-from tokenweights_openrlhf import TokenWeightsConfig, checked_arguments
+from tokenweights_openrlhf import checked_arguments
 
 ADAPTER = tiny.HERE.parent
 PAGES = [ADAPTER / "README.md", ADAPTER.parents[1] / "docs/guides/openrlhf.md"]

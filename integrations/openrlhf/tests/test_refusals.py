@@ -2,41 +2,10 @@
 
 import pytest
 import tiny
-from tokenweights import TokenWeightsError
+from tokenweights import TokenWeightsConfig, TokenWeightsError
 
-from tokenweights_openrlhf import TokenWeightsConfig
 from tokenweights_openrlhf.config import checked_arguments
 from tokenweights_openrlhf.train import main, refuse_other_versions
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"recipe": None}, "expected `recipe` a recipe name or a dict, got None"),
-        ({"recipe": "low2hihg"}, "Did you mean 'low2high'"),
-        ({"recipe": {"name": "low2high", "warmup": 3}}, "Did you mean 'warmup_steps'"),
-        ({"recipe": '{"name": "low2high"'}, "a name or valid JSON"),
-        ({"recipe": "loss_low20"}, "loss_magnitude"),
-        ({"token_records_steps": 0}, "expected `token_records_steps` >= 1"),
-        ({"recipe": "random20", "token_records": "tokens.jsonl"}, "expected `token_records` None"),
-        ({"token_records": "missing/tokens.jsonl"}, "a file in a folder that exists"),
-        ({"token_records": "."}, "a file in a folder that exists"),
-        ({"gradient_probe_steps": 0}, "expected `gradient_probe_steps` >= 1"),
-        ({"gradient_probe_file": "probe.jsonl"}, "expected `gradient_probe_file` None"),
-    ],
-    ids=str,
-)
-def test_the_configuration_refuses(changes, message):
-    with pytest.raises(TokenWeightsError) as error:
-        TokenWeightsConfig(**{"recipe": "low2high", **changes})
-    assert message in str(error.value)
-
-
-def test_records_go_to_an_absolute_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    made = TokenWeightsConfig("low2high", token_records="tokens.jsonl")
-    assert made.token_records == str(tmp_path / "tokens.jsonl")
-
 
 GSPO = ("--actor.policy_loss_type", "gspo")
 MEAN_OF_MEANS = ("--actor.loss_agg_mode", "seq-mean-token-mean")

@@ -11,11 +11,12 @@ from openrlhf.models import Actor
 from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.trainer.ppo_utils.kl_controller import FixedKLController
+from tokenweights import TokenWeightsConfig
 from tokenweights.recipes import recipe
 from tokenweights.report.records import read_metrics, read_token_records
 from tokenweights_lab import load_tokenizer
 
-from tokenweights_openrlhf import TokenWeightsConfig, TokenWeightsExperienceMaker
+from tokenweights_openrlhf import TokenWeightsExperienceMaker
 from tokenweights_openrlhf.config import checked_arguments
 from tokenweights_openrlhf.scores import attention_scores, predictive_scores
 

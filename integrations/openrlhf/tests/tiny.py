@@ -11,10 +11,11 @@ from openrlhf.trainer.ray.launcher import RayActorGroup
 from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
 from openrlhf.utils import config as openrlhf_config
 from openrlhf.utils import get_strategy
+from tokenweights import TokenWeightsConfig
 from tokenweights_lab import load_tokenizer
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tokenweights_openrlhf import TokenWeightsConfig, TokenWeightsMixin, TokenWeightsPolicyActor
+from tokenweights_openrlhf import TokenWeightsMixin, TokenWeightsPolicyActor
 from tokenweights_openrlhf.config import checked_arguments
 from tokenweights_openrlhf.train import COMMAND
 from tokenweights_openrlhf.trainer import substituted

@@ -66,12 +66,12 @@ def test_every_key_is_one_that_verl_reads(name):
 def test_every_recipe_fits(recipe):
     for model in MODELS:
         config = composed(f"+experiment={model}", f"token_weights.recipe={recipe}")
-        assert token_weights_config(config).recipe == tw.recipe(recipe)
+        assert token_weights_config(config).token_recipe == tw.recipe(recipe)
 
 
 def test_a_recipe_may_be_its_fields():
     fields = "token_weights.recipe={name: low2high, warmup_steps: 7, layers: [8, 31]}"
-    made = token_weights_config(composed("+experiment=qwen3_8b_base", fields)).recipe
+    made = token_weights_config(composed("+experiment=qwen3_8b_base", fields)).token_recipe
     assert (made.warmup_steps, made.layers, made.rule) == (7, (8, 31), "endpoints")
 
 

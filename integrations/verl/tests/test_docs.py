@@ -29,7 +29,7 @@ def commands():
 
 
 def checked(arguments):
-    return token_weights_config(composed(*arguments)).recipe
+    return token_weights_config(composed(*arguments)).token_recipe
 
 
 @pytest.mark.parametrize("command", sorted(set(commands())))

@@ -1,6 +1,6 @@
 """Token weights inside OpenRLHF's PPO trainers, by subclasses at its own seams."""
 
-from tokenweights_openrlhf.config import TokenWeightsConfig, checked_arguments
+from tokenweights_openrlhf.config import checked_arguments
 from tokenweights_openrlhf.probe import GradientProbePolicyActor
 from tokenweights_openrlhf.scores import TokenWeightsPolicyActor
 from tokenweights_openrlhf.trainer import (
@@ -13,7 +13,6 @@ from tokenweights_openrlhf.trainer import (
 
 __all__ = [
     "GradientProbePolicyActor",
-    "TokenWeightsConfig",
     "TokenWeightsExperienceMaker",
     "TokenWeightsMixin",
     "TokenWeightsPPOTrainer",

@@ -1,69 +1,10 @@
-"""The options of the token weights, and what of OpenRLHF's own options they go together with."""
+"""What OpenRLHF's own options must be for the token weights that a run asks for."""
 
-from dataclasses import dataclass
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
+from tokenweights import TokenWeightsConfig
 from tokenweights._errors import invalid
-from tokenweights.recipes import Recipe, rollout_recipe
-
-
-@dataclass(frozen=True)
-class TokenWeightsConfig:
-    """What `--tokenweights.*` says; OpenRLHF's actors find it as `strategy.args.tokenweights`.
-
-    Args:
-        recipe: Name of a recipe, or a dict of recipe fields with `name` first, also as JSON.
-        token_records: JSONL file to which token records are appended; None writes none.
-        token_records_steps: Global steps between two recorded rollout batches, >= 1.
-        gradient_probe_steps: Global steps between two gradient probes, >= 1; None probes never.
-        gradient_probe_file: JSONL file to which each probe appends a line; None writes none.
-        gradient_probe_tolerance: Largest distance of the sum of a probe's projection ratios from
-            one; beyond it the probe raises.
-
-    Raises:
-        TokenWeightsError: If the recipe is unknown or does not fit the other arguments.
-
-    Example:
-        >>> TokenWeightsConfig("low2high").token_recipe.denominator
-        'all_tokens'
-    """
-
-    recipe: dict[str, Any] | str | None
-    token_records: str | None = None
-    token_records_steps: int = 100
-    gradient_probe_steps: int | None = None
-    gradient_probe_file: str | None = None
-    gradient_probe_tolerance: float = 1e-3
-
-    def __post_init__(self) -> None:
-        def refuse(field: str, condition: str, hint: str) -> None:
-            got = repr(getattr(self, field))
-            raise invalid("TokenWeightsConfig", field, condition, got, hint)
-
-        signal = self.token_recipe.signal
-        if self.token_records_steps < 1:
-            refuse("token_records_steps", ">= 1", "It is a number of global steps.")
-        if self.gradient_probe_steps is not None and self.gradient_probe_steps < 1:
-            refuse("gradient_probe_steps", ">= 1", "It is a number of global steps.")
-        if self.gradient_probe_file is not None and self.gradient_probe_steps is None:
-            refuse("gradient_probe_file", "None", "Set gradient_probe_steps too.")
-        if self.token_records is not None and signal != "attention_entropy":
-            hint = "A record holds attention entropies; the recipe has none."
-            refuse("token_records", "None", hint)
-        for field in ("token_records", "gradient_probe_file"):
-            if getattr(self, field) is not None:
-                # The actor that writes it has a working directory of its own.
-                path = Path(getattr(self, field)).absolute()
-                if path.is_dir() or not path.parent.is_dir():
-                    refuse(field, "a file in a folder that exists", "Make the folder first.")
-                object.__setattr__(self, field, str(path))
-
-    @property
-    def token_recipe(self) -> Recipe:
-        """The recipe that `recipe` names."""
-        return rollout_recipe(self.recipe, caller="TokenWeightsConfig")
 
 
 def checked_arguments(arguments: Any, config: TokenWeightsConfig) -> Any:
@@ -71,7 +12,7 @@ def checked_arguments(arguments: Any, config: TokenWeightsConfig) -> Any:
 
     Args:
         arguments: The nested namespace that `openrlhf.utils.config.hierarchize` gives.
-        config: The options of the token weights.
+        config: The options of the token weights; OpenRLHF's actors find them there too.
 
     Returns:
         The same namespace.

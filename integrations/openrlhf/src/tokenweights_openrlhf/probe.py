@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from tokenweights.gradients.preserved import preserved
 from tokenweights.recipes import Recipe, recipe
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenweights_openrlhf.scores import TokenWeightsPolicyActor, attention_scores
 
@@ -67,9 +67,9 @@ class GradientProbePolicyActor(TokenWeightsPolicyActor):
             with preserved("gradient_metrics", model, hooks_allowed=True), torch.no_grad():
                 passes = [self._scored(rows, part, rule) for part in parts]
             scores, log_probs = (torch.cat(found) for found in zip(*passes, strict=True))
-            with _Shards(model) as shards:
+            with tw.CaughtGradients(model, group=dist.group.WORLD) as caught:
                 probe = tw.GradientProbe(
-                    model, group=shards.group, backward=shards.add, gradients=shards.take
+                    model, group=caught.group, backward=caught.backward, gradients=caught.take
                 )
                 return self._series.metrics(
                     probe,
@@ -100,39 +100,3 @@ class GradientProbePolicyActor(TokenWeightsPolicyActor):
         with attention_scores(self.actor, attended, rule, layers, mask.shape[1]) as scores:
             log_probs = self._log_probs(rows, part)
         return rule.merged_layers(scores, mask).float(), log_probs
-
-
-class _Shards:
-    """Gradients caught in the backward pass, averaged over the ranks, each rank with its share."""
-
-    def __init__(self, model: nn.Module):
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._shares: dict[int, Tensor] = {}
-        self.group = dist.group.WORLD if dist.get_world_size() > 1 else None
-
-    def __enter__(self) -> "_Shards":
-        self._hooks = [
-            parameter.register_hook(lambda gradient, index=index: self._caught(index, gradient))
-            for index, parameter in enumerate(self._parameters)
-        ]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def add(self, loss: Tensor) -> None:
-        torch.autograd.grad(loss, self._parameters, allow_unused=True)
-
-    def take(self) -> list[Tensor]:
-        taken, self._shares = self._shares, {}
-        return [taken[index] for index in sorted(taken)]
-
-    def _caught(self, index: int, gradient: Tensor) -> Tensor:
-        whole = gradient.flatten().to(torch.float32, copy=True)
-        dist.all_reduce(whole, op=dist.ReduceOp.SUM)
-        size, rank = dist.get_world_size(), dist.get_rank()
-        share = whole.tensor_split(size)[rank] / size
-        self._shares[index] = self._shares[index] + share if index in self._shares else share
-        # Autograd holds what is returned until the pass ends: a single zero instead of it all.
-        return gradient.new_zeros(()).expand_as(gradient)

@@ -10,6 +10,7 @@ import re
 import runpy
 import sys
 from contextlib import ExitStack
+from dataclasses import fields
 from importlib.metadata import version
 from typing import Any
 
@@ -17,9 +18,10 @@ import ray
 from openrlhf.trainer import ppo_trainer, ppo_trainer_async
 from openrlhf.trainer.ray import ppo_actor
 from openrlhf.utils import config as openrlhf_config
+from tokenweights import TokenWeightsConfig
 from tokenweights._errors import TokenWeightsError, invalid
 
-from tokenweights_openrlhf.config import TokenWeightsConfig, checked_arguments
+from tokenweights_openrlhf.config import checked_arguments
 from tokenweights_openrlhf.probe import GradientProbePolicyActor
 from tokenweights_openrlhf.scores import TokenWeightsPolicyActor
 from tokenweights_openrlhf.trainer import (
@@ -39,24 +41,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     add = parser.add_argument_group("token weights").add_argument
     prefix = "tokenweights."
-    add(f"--{prefix}recipe", help="a recipe's name, or its fields as a JSON dict (required)")
-    add(f"--{prefix}token_records", help="JSONL file to which token records are appended")
-    add(
-        f"--{prefix}token_records_steps",
-        type=int,
-        default=TokenWeightsConfig.token_records_steps,
-        help="global steps between two recorded rollout batches (%(default)s)",
-    )
-    add(
-        f"--{prefix}gradient_probe_steps", type=int, help="global steps between two gradient probes"
-    )
-    add(f"--{prefix}gradient_probe_file", help="JSONL file to which each probe appends a line")
-    add(
-        f"--{prefix}gradient_probe_tolerance",
-        type=float,
-        default=TokenWeightsConfig.gradient_probe_tolerance,
-        help="largest distance of a probe's projection ratios' sum from one (%(default)s)",
-    )
+    for option in fields(TokenWeightsConfig):
+        default = "" if option.default is None else f" ({option.default})"
+        text, kind = option.metadata["help"] + default, option.metadata["type"]
+        add(f"--{prefix}{option.name}", type=kind, default=option.default, help=text)
     options, rest = parser.parse_known_args(argv)
     if {"-h", "--help"} & set(rest):
         parser.print_help()

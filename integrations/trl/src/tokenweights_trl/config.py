@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from tokenweights import TokenWeightsConfig
 from tokenweights._errors import invalid
 from tokenweights.recipes import Recipe, rollout_recipe
 from trl.trainer.grpo_config import GRPOConfig
@@ -50,9 +51,10 @@ class TokenWeightsGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        token_recipe = self.token_recipe
+        # What no adapter can honour is found before TRL asks for a device.
+        shared = TokenWeightsConfig(self.recipe, self.token_records, self.token_records_steps)
         super().__post_init__()
-        _check(self, token_recipe)
+        _check(self, shared.token_recipe)
 
     @property
     def token_recipe(self) -> Recipe:
@@ -65,10 +67,6 @@ def _check(arguments: TokenWeightsGRPOConfig, token_recipe: Recipe) -> None:
         got = repr(getattr(arguments, argument))
         raise invalid("TokenWeightsGRPOConfig", argument, condition, got, hint)
 
-    if arguments.token_records_steps < 1:
-        refuse("token_records_steps", ">= 1", "It is a number of optimizer steps.")
-    if arguments.token_records and token_recipe.signal != "attention_entropy":
-        refuse("token_records", "None", "A record holds attention entropies; the recipe has none.")
     if arguments.importance_sampling_level != "token":
         refuse(
             "importance_sampling_level",

@@ -45,7 +45,7 @@ class TokenWeightsMixin(_Base):
 
     def __init__(self, config: DictConfig) -> None:
         self._token_weights = token_weights_config(config)
-        self.recipe = self._token_weights.recipe
+        self.recipe = self._token_weights.token_recipe
         self._layers: tuple[int, ...] = ()  # those that are read
         # VeRL chooses queue and data loader by the name of the mode.
         mode = config.trainer.v1.trainer_mode

@@ -1,0 +1,97 @@
+"""The options that every trainer adapter has, under the same names."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenweights._errors import invalid
+from tokenweights.recipes.record import Recipe
+from tokenweights.recipes.rollout import rollout_recipe
+
+
+def _option(text: str, kind: type = str) -> dict[str, Any]:
+    """What a command line has to know of a field."""
+    return {"help": text, "type": kind}
+
+
+@dataclass(frozen=True)
+class TokenWeightsConfig:
+    """What a run asks of a trainer adapter; an adapter adds what its trainer must be for it.
+
+    Paths are made absolute, because the process that writes a file may have another working
+    directory than the one that read the option. `metadata` of a field holds `help` and `type` for a
+    command line.
+
+    Args:
+        recipe: A recipe, its name, or a mapping of its fields with `name` first, also as JSON.
+        token_records: JSONL file to which token records are appended; None writes none.
+        token_records_steps: Training steps between two recorded rollout batches, >= 1.
+        gradient_probe_steps: Training steps between two gradient probes, >= 1; None probes never.
+        gradient_probe_file: JSONL file to which each probe appends a line; None writes none.
+        gradient_probe_tolerance: Largest distance of the sum of a probe's projection ratios from
+            one, > 0; beyond it the probe raises.
+
+    Raises:
+        TokenWeightsError: If the recipe is unknown or does not fit the other options.
+
+    Example:
+        >>> TokenWeightsConfig("low2high").token_recipe.denominator
+        'all_tokens'
+    """
+
+    recipe: Recipe | Mapping[str, Any] | str | None = field(
+        default=None, metadata=_option("a recipe's name, or its fields as a JSON dict (required)")
+    )
+    token_records: str | None = field(
+        default=None, metadata=_option("JSONL file to which token records are appended")
+    )
+    token_records_steps: int = field(
+        default=100, metadata=_option("training steps between two recorded rollout batches", int)
+    )
+    gradient_probe_steps: int | None = field(
+        default=None, metadata=_option("training steps between two gradient probes", int)
+    )
+    gradient_probe_file: str | None = field(
+        default=None, metadata=_option("JSONL file to which each probe appends a line")
+    )
+    gradient_probe_tolerance: float = field(
+        default=1e-3,
+        metadata=_option("largest distance of a probe's projection ratios' sum from one", float),
+    )
+
+    def __post_init__(self) -> None:
+        probed, entropy = self.gradient_probe_steps is not None, "attention_entropy"
+        self._require(
+            self.token_recipe.signal == entropy or self.token_records is None,
+            "token_records",
+            "None",
+            "A record holds attention entropies; the recipe has none.",
+        )
+        for name in ("token_records_steps", *(["gradient_probe_steps"] if probed else [])):
+            steps = getattr(self, name)
+            whole = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1
+            self._require(whole, name, ">= 1", "It is a number of training steps.")
+        self._require(
+            probed or self.gradient_probe_file is None,
+            "gradient_probe_file",
+            "None",
+            "Set gradient_probe_steps too.",
+        )
+        tolerance = self.gradient_probe_tolerance
+        positive = isinstance(tolerance, int | float) and tolerance > 0
+        self._require(positive, "gradient_probe_tolerance", "> 0", "Try 1e-3.")
+        for name in ("token_records", "gradient_probe_file"):
+            if getattr(self, name) is not None:
+                path = Path(getattr(self, name)).absolute()
+                self._require(not path.is_dir(), name, "a file", "This is a folder.")
+                object.__setattr__(self, name, str(path))
+
+    @property
+    def token_recipe(self) -> Recipe:
+        """The recipe that `recipe` names."""
+        return rollout_recipe(self.recipe, caller="TokenWeightsConfig")
+
+    def _require(self, fits: bool, name: str, condition: str, hint: str) -> None:
+        if not fits:
+            raise invalid("TokenWeightsConfig", name, condition, repr(getattr(self, name)), hint)
