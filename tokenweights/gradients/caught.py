@@ -16,10 +16,11 @@ class CaughtGradients:
     in the backward pass. Here they leave it earlier, so the engine's buffers and counters stay as
     they are. Give `backward` and `take` to `GradientProbe`, and `group` with them.
 
-    Gradients are reduced in the same order on every rank, the last parameter first, as soon as those
-    before them are there; at the end of a pass the missing ones count as zero. So a rank may leave
-    out parameters that others use, as ranks of a mixture of experts do. Memory is this rank's share
-    of the gradient in at least float32, one whole gradient, and those that wait for their turn.
+    Gradients are reduced in the same order on every rank, the last parameter first, as soon as
+    those before them are there; at the end of a pass the missing ones count as zero. So a rank may
+    leave out parameters that others use, as ranks of a mixture of experts do. Memory is this rank's
+    share of the gradient in at least float32, one whole gradient, and those that wait for their
+    turn.
 
     Args:
         model: The module without its engine. Only parameters that require gradients count.

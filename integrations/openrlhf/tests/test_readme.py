@@ -73,7 +73,7 @@ def started(script, folder, *words, **variables):
         "COMMANDS": str(folder / "commands"),
         **variables,
     }
-    command = ["bash", ADAPTER / "examples" / script, *words]
+    command = ["bash", ADAPTER / script, *words]
     result = subprocess.run(
         command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240
     )
@@ -84,7 +84,9 @@ def started(script, folder, *words, **variables):
 
 @pytest.mark.parametrize("experiment", ["qwen3_8b_base", "qwen3_14b_base", "qwen2_5_7b"])
 def test_every_recipe_of_every_experiment_is_accepted(experiment, tmp_path):
-    result, lines = started("every_recipe.sh", tmp_path, experiment, TRAIN="train.jsonl")
+    result, lines = started(
+        "../every_recipe.sh", tmp_path, "openrlhf", experiment, TRAIN="train.jsonl"
+    )
     assert result.returncode == 0, result.stderr
     names = [name for name in recipe_names() if recipe(name).signal != "loss_magnitude"]
     assert len(lines) == len(names)
@@ -105,7 +107,7 @@ def test_a_launch_script_says_what_is_missing(tmp_path):
         (("qwen3_8b_base", "low2high"), {}, "Set TRAIN to a JSONL file"),
         (("qwen3", "low2high"), {"TRAIN": "train.jsonl"}, "no experiment named qwen3"),
     ):
-        result, lines = started("paper.sh", tmp_path, *words, **variables)
+        result, lines = started("examples/paper.sh", tmp_path, *words, **variables)
         assert result.returncode != 0 and not lines
         assert message in result.stderr
 

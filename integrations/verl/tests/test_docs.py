@@ -55,7 +55,7 @@ def recorded(tmp_path):
 
     def run(script, *arguments):
         subprocess.run(
-            ["bash", ADAPTER / "examples" / script, *arguments],
+            ["bash", ADAPTER / script, *arguments],
             env={**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
             check=True,
         )
@@ -67,7 +67,7 @@ def recorded(tmp_path):
 
 
 def test_one_experiment(recorded):
-    (arguments,) = recorded("paper.sh", "qwen2_5_7b", "anchor20", "trainer.nnodes=2")
+    (arguments,) = recorded("examples/paper.sh", "qwen2_5_7b", "anchor20", "trainer.nnodes=2")
     assert checked(arguments) == tw.recipe("anchor20")
     config = composed(*arguments)
     assert config.actor_rollout_ref.model.path == "Qwen/Qwen2.5-7B"
@@ -75,7 +75,8 @@ def test_one_experiment(recorded):
 
 
 def test_every_recipe_once(recorded):
-    runs = [checked(arguments).name for arguments in recorded("every_recipe.sh", "qwen3_8b_base")]
+    started = recorded("../every_recipe.sh", "verl", "qwen3_8b_base")
+    runs = [checked(arguments).name for arguments in started]
     unfit = {name for name in tw.recipe_names() if tw.recipe(name).signal == "loss_magnitude"}
     assert sorted(runs) == sorted(set(tw.recipe_names()) - unfit)
 
