@@ -14,6 +14,7 @@ from tokenweights_openrlhf.probe import probe_batches
 
 ProbeActor = ray.remote(num_gpus=1)(GradientProbePolicyActor)
 CHECKPOINTED = ("--actor.gradient_checkpointing_enable",)
+LORA = ("--ds.lora.rank", 4)
 LAYOUTS = [
     pytest.param(1, 2, False, (), id="1-zero2"),
     pytest.param(2, 2, True, (), id="2-zero2-packed"),
@@ -81,8 +82,20 @@ def test_metrics_are_those_of_the_formulas(
     assert not any(name.startswith("gradient/") for name in statuses[1])
 
 
-# Two trainings each, so only where ranks, stage and checkpointing all differ.
-@pytest.mark.parametrize(("ranks", "zero", "packed", "options"), LAYOUTS[1::2])
+def test_bfloat16_rounds_and_no_more(actors, policy, monkeypatch):
+    args = arguments(policy, 2, 3, True, "--actor.adam.lr", 0, gradient_probe_steps=1)
+    args.ds.param_dtype = "bf16"
+    (status,), _ = run(actors, args, monkeypatch, 1)
+    for name, value in by_hand(policy, list(tiny.responses())).items():
+        assert status[f"gradient/{name}"] == pytest.approx(value, rel=0.05)
+    assert 0 < status["gradient/sum_error"] < args.tokenweights.gradient_probe_tolerance
+
+
+# Two trainings each, so only where ranks, stage and checkpointing all differ, and with adapters.
+@pytest.mark.parametrize(
+    ("ranks", "zero", "packed", "options"),
+    [*LAYOUTS[1::2], pytest.param(2, 2, True, LORA, id="2-zero2-packed-lora")],
+)
 def test_training_is_the_same_bit_for_bit(
     actors, policy, monkeypatch, ranks, zero, packed, options
 ):

@@ -8,6 +8,7 @@ import sys
 import cpu_process
 import pytest
 import tiny
+from tokenweights.report.records import read_metrics, read_token_records
 from tokenweights_lab import policy_path, problems
 
 
@@ -61,7 +62,13 @@ def logged(folder):
 
 
 def test_low2high_raises_the_reward_and_a_stopped_run_goes_on(tmp_path):
-    options = ("--ckpt.save_steps", "12", "--ckpt.load_enable")
+    records, probed = tmp_path / "run" / "tokens.jsonl", tmp_path / "run" / "gradient.jsonl"
+    options = (
+        *("--ckpt.save_steps", "12", "--ckpt.load_enable"),
+        *("--tokenweights.token_records", str(records), "--tokenweights.token_records_steps", "5"),
+        *("--tokenweights.gradient_probe_steps", "10"),
+        *("--tokenweights.gradient_probe_file", str(probed)),
+    )
     run(tmp_path, command_line(tmp_path, *options, steps=12))
     metrics = logged(tmp_path)
     rewards = list(metrics["rollout/reward_mean"].values())
@@ -71,6 +78,15 @@ def test_low2high_raises_the_reward_and_a_stopped_run_goes_on(tmp_path):
     high = metrics["token_weights/endpoint_high"]
     assert high == pytest.approx({step: (step - 1) / 100 for step in range(1, 13)})
     assert (tmp_path / "policy" / "config.json").exists()
+    assert [made.step for made in read_token_records(records)] == [0] * 8 + [5] * 8 + [10] * 8
+    steps = [line["step"] for line in read_metrics(records.with_name("metrics.jsonl"))]
+    assert steps == list(range(1, 13))
+    lines = read_metrics(probed)
+    assert [line["step"] for line in lines] == [1, 11]
+    for line in lines:
+        assert metrics["gradient/anchor_cosine"][line["step"]] == pytest.approx(
+            line["gradient/anchor_cosine"], rel=1e-6
+        )
 
     run(tmp_path, command_line(tmp_path, *options, steps=14))
     metrics = logged(tmp_path)
@@ -85,6 +101,7 @@ def test_the_asynchronous_ppo_trainer_weights_too(tmp_path):
         *("--train.async_enable", "--algo.advantage.estimator", "gae"),
         *("--critic.num_gpus_per_node", "1"),
         *("--rollout.micro_batch_size", "4", "--train.micro_batch_size", "4"),
+        *("--tokenweights.gradient_probe_steps", "1"),
         steps=2,
         prompts=2,
         samples=4,
@@ -94,3 +111,5 @@ def test_the_asynchronous_ppo_trainer_weights_too(tmp_path):
     assert metrics["token_weights/endpoint_high"] == pytest.approx({1: 0, 2: 0.01})
     assert all(0 < value < 1 for value in metrics["token_weights/weight_mean"].values())
     assert "critic_loss" in metrics
+    assert all(value > 0 for value in metrics["gradient/full_norm"].values())
+    assert sorted(metrics["gradient/full_norm"]) == [1, 2]
