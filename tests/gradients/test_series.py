@@ -67,6 +67,31 @@ def test_metrics_agree_with_gradients_of_each_group(flat):
     assert found["gradient/anchor_cosine_std"] == found["gradient/anchor_cosine_cv"] == 0
 
 
+@pytest.mark.parametrize("parameters", [False, True], ids=["autocast", "parameters"])
+def test_low_precision_is_measured_by_backward_passes_and_with_more_tolerance(parameters):
+    batch = tiny_policy.Batch(dtype=torch.float32)
+    model = tiny_policy.policy(torch.bfloat16 if parameters else torch.float32)
+
+    def loss():
+        with torch.autocast("cpu", torch.bfloat16, enabled=not parameters):
+            return batch.loss(model).float()
+
+    def metrics(**options):
+        probe = tw.GradientProbe(model)
+        return tw.GradientSeries().metrics(
+            probe, loss, scores=batch.scores, mask=batch.mask, **options
+        )
+
+    lower = {} if parameters else {"autocast": torch.bfloat16}
+    found, expected = metrics(**lower), exact_metrics(tiny_policy.Batch())
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=0.05)
+    assert 1e-5 < found["gradient/sum_error"] < 0.03
+    with pytest.raises(TokenWeightsError, match="sum to one within 1e-06"):
+        metrics(**lower, tolerance=1e-6)
+    with pytest.raises(TokenWeightsError, match="above float16, got torch"):
+        metrics(autocast=torch.float16) if not parameters else metrics_of(batch, model.half())
+
+
 def test_the_dispersion_runs_over_probes_and_goes_on_from_a_saved_state():
     series, cosines, steps = tw.GradientSeries(), [], []
     for seed in range(3):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenweights._errors import invalid, require_state_keys
 from tokenweights._typing import typed
@@ -29,13 +29,14 @@ class GradientSeries:
 
     The metrics, under the prefix `gradient/`:
 
-    * `decile_0` ... `decile_9`: projection ratios of the score deciles (Eq. 6), which sum to one
+    * `decile_0` ... `decile_9`: projection ratios of the score deciles (Eq. 6), which sum to one,
+      below float32 up to rounding
     * `low_share`, `middle_share`, `high_share`: the bands of appendix J.1
     * `anchor_*`, `explorer_*`, `random_*`: `norm_ratio`, `cosine`, `projection_ratio` of the 20 %
       of lowest, highest and random score (Eq. 4-6); `cosine_std` and `cosine_cv` over the probes so
       far (J.2)
-    * `full_norm`, `sum_error`: length of the full gradient; distance of the ratios' sum from one,
-      before they were scaled to it
+    * `full_norm`, `sum_error`: length of the full gradient; distance of the deciles' sum from one,
+      where they come from differences before they were scaled to it
 
     Attributes:
         cosines: The dispersion of each subset's cosine.
@@ -66,13 +67,15 @@ class GradientSeries:
         scores: Float[Tensor, "batch token"],
         mask: Bool[Tensor, "batch token"],
         sample_ids: Int[Tensor, " batch"] | None = None,
-        tolerance: float = 1e-3,
+        tolerance: float | None = None,
+        autocast: torch.dtype | None = None,
     ) -> dict[str, float]:
         """The metrics of one probe.
 
         The deciles come from `token_alignment`: one backward pass and usually two forward passes.
-        An engine that keeps its parameters to itself, whose probe has `gradients`, takes a backward
-        pass for each decile instead.
+        There is a backward pass for each decile instead where an engine keeps its parameters to
+        itself, so that its probe has `gradients`, and below float32, which would round differences
+        away.
 
         Args:
             probe: Knows the model, the group of ranks, and how gradients are reached.
@@ -81,15 +84,26 @@ class GradientSeries:
             mask: True for valid response tokens.
             sample_ids: A number for each response that no other response of any rank has; the row
                 number if None.
-            tolerance: Largest distance of the sum of the projection ratios from one.
+            tolerance: Largest distance of the sum of the projection ratios from one. None takes
+                1e-3, or where that is larger the distance of four neighbouring numbers at 1 in the
+                model's precision: 0.03 in bfloat16.
+            autocast: What the model computes in where its parameters have a higher precision.
 
         Returns:
             Finite numbers, the same on every rank: a subset without a gradient has no cosine. Where
             the full gradient is 0, `gradient/full_norm` alone.
 
         Raises:
-            TokenWeightsError: If the projection ratios do not sum to one.
+            TokenWeightsError: If the projection ratios do not sum to one, or the model computes in
+                float16, whose gradients need a scale.
         """
+        precision = _lowest_precision(probe.model, autocast)
+        if precision == torch.float16:
+            hint = "Gradients in float16 need a scale, and a probe has none."
+            raise invalid("GradientSeries", "probe", "of a model above float16", precision, hint)
+        rounding = torch.finfo(precision).eps
+        tolerance = max(1e-3, 4 * rounding) if tolerance is None else tolerance
+        by_backward = probe.gradients is not None or rounding > torch.finfo(torch.float32).eps
         deciles = quantile_bins(scores, mask, bins=10)
         subsets = [
             bottom_fraction(scores, mask),
@@ -99,7 +113,8 @@ class GradientSeries:
         found = probe.geometry(token_loss, torch.stack(subsets), mask=mask, tolerance=tolerance)
         if found.full_norm == 0:
             return {"gradient/full_norm": 0.0}
-        ratios, sum_error = _decile_ratios(probe, token_loss, deciles, mask, tolerance)
+        measured = _backward_ratios if by_backward else _difference_ratios
+        ratios, sum_error = measured(probe, token_loss, deciles, mask, tolerance)
         shares = band_shares(ratios)
         metrics = {f"decile_{number}": float(ratio) for number, ratio in enumerate(ratios)}
         metrics |= {
@@ -139,14 +154,24 @@ class GradientSeries:
             cosines.load_state_dict(state[subset])
 
 
-def _decile_ratios(
+def _lowest_precision(model: nn.Module, autocast: torch.dtype | None) -> torch.dtype:
+    dtypes = {parameter.dtype for parameter in model.parameters()} | {autocast or torch.float32}
+    return max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
+
+
+def _backward_ratios(
+    probe: GradientProbe, token_loss: Any, deciles: Tensor, mask: Tensor, tolerance: float
+) -> tuple[Tensor, float]:
+    """Ten projection ratios, and how far their sum is from one."""
+    found = probe.geometry(token_loss, deciles, mask=mask, count=10, tolerance=tolerance)
+    ratios = [geometry.projection_ratio for geometry in found.groups]
+    return torch.tensor(ratios, dtype=torch.float64), abs(sum(ratios) - 1)
+
+
+def _difference_ratios(
     probe: GradientProbe, token_loss: Any, deciles: Tensor, mask: Tensor, tolerance: float
 ) -> tuple[Tensor, float]:
     """Ten projection ratios, and how far their sum was from one before it was scaled."""
-    if probe.gradients is not None:
-        found = probe.geometry(token_loss, deciles, mask=mask, count=10, tolerance=tolerance)
-        ratios = [geometry.projection_ratio for geometry in found.groups]
-        return torch.tensor(ratios, dtype=torch.float64), abs(sum(ratios) - 1)
     alignment = token_alignment(
         token_loss,
         probe.model,

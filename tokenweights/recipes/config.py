@@ -30,7 +30,8 @@ class TokenWeightsConfig:
         gradient_probe_steps: Training steps between two gradient probes, >= 1; None probes never.
         gradient_probe_file: JSONL file to which each probe appends a line; None writes none.
         gradient_probe_tolerance: Largest distance of the sum of a probe's projection ratios from
-            one, > 0; beyond it the probe raises.
+            one, > 0; beyond it the probe raises. None follows from the precision; see
+            `GradientSeries.metrics`.
 
     Raises:
         TokenWeightsError: If the recipe is unknown or does not fit the other options.
@@ -55,8 +56,8 @@ class TokenWeightsConfig:
     gradient_probe_file: str | None = field(
         default=None, metadata=_option("JSONL file to which each probe appends a line")
     )
-    gradient_probe_tolerance: float = field(
-        default=1e-3,
+    gradient_probe_tolerance: float | None = field(
+        default=None,
         metadata=_option("largest distance of a probe's projection ratios' sum from one", float),
     )
 
@@ -79,8 +80,8 @@ class TokenWeightsConfig:
             "Set gradient_probe_steps too.",
         )
         tolerance = self.gradient_probe_tolerance
-        positive = isinstance(tolerance, int | float) and tolerance > 0
-        self._require(positive, "gradient_probe_tolerance", "> 0", "Try 1e-3.")
+        positive = tolerance is None or (isinstance(tolerance, int | float) and tolerance > 0)
+        self._require(positive, "gradient_probe_tolerance", "> 0", "Leave it out, or try 1e-3.")
         for name in ("token_records", "gradient_probe_file"):
             if getattr(self, name) is not None:
                 path = Path(getattr(self, name)).absolute()

@@ -30,7 +30,11 @@ def test_options_of_openrlhf_are_refused(recipe, options, message):
 
 @pytest.mark.parametrize(
     "options",
-    [("--ds.ring_attn_size", 2), ("--actor.gradient_checkpointing_reentrant",)],
+    [
+        ("--ds.param_dtype", "fp16"),
+        ("--ds.ring_attn_size", 2),
+        ("--actor.gradient_checkpointing_reentrant",),
+    ],
     ids=str,
 )
 def test_options_that_the_gradient_probe_does_not_know_are_refused(options):

@@ -31,11 +31,13 @@ def state(trainer) -> list[torch.Tensor]:
     return [*tensors, torch.get_rng_state()]
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(
+    ("checkpointing", "bf16"), [(True, False), (False, False), (True, True)]
+)
 @pytest.mark.parametrize("weighted", [True, False])
-def test_training_is_bitwise_the_same_with_and_without(tmp_path, checkpointing, weighted):
+def test_training_is_bitwise_the_same_with_and_without(tmp_path, checkpointing, bf16, weighted):
     plain, probed, config = GRPOTrainer, Probed, GRPOConfig
-    changes = {"max_steps": 4, "gradient_checkpointing": checkpointing}
+    changes = {"max_steps": 4, "gradient_checkpointing": checkpointing, "bf16": bf16}
     if weighted:
         plain, probed, config = TokenWeightsGRPOTrainer, ProbedWeights, TokenWeightsGRPOConfig
         changes["recipe"] = {"name": "low2high", "warmup_steps": 2}
@@ -95,6 +97,31 @@ def test_the_series_holds_the_geometry_of_the_probe_batch(tmp_path):
     logged = [e for e in trainer.state.log_history if "gradient/decile_0" in e]
     assert [entry["step"] for entry in logged] == [1, 3]
     assert float(logged[1]["gradient/full_norm"]) == pytest.approx(lines[1]["gradient/full_norm"])
+
+
+@pytest.mark.parametrize("parameters", [False, True], ids=["autocast", "parameters"])
+def test_bfloat16_rounds_and_no_more(tmp_path, parameters):
+    still = {"max_steps": 1, "learning_rate": 0.0}
+    model = tiny.policy().bfloat16() if parameters else None
+    rounded = tiny.trainer(
+        Probed, GRPOConfig, tmp_path, model=model, bf16=not parameters, **still
+    )
+    rounded.train()
+    exact = tiny.trainer(Probed, GRPOConfig, tmp_path, **still)
+    exact._probe_batch = rounded._probe_batch
+    exact.train()
+    found, expected = (trainer.state.log_history[0] for trainer in (rounded, exact))
+    for name in ("full_norm", "anchor_cosine", "explorer_cosine", "low_share", "high_share"):
+        name = f"gradient/{name}"
+        assert float(found[name]) == pytest.approx(float(expected[name]), abs=0.05, rel=0.05)
+    assert 1e-5 < float(found["gradient/sum_error"]) < 0.03
+
+
+def test_float16_is_refused(tmp_path, monkeypatch):
+    trainer = tiny.trainer(Probed, GRPOConfig, tmp_path, max_steps=1)
+    monkeypatch.setattr(trainer.accelerator.state, "_mixed_precision", "fp16")  # needs a GPU
+    with pytest.raises(TokenWeightsError, match="above float16"):
+        trainer.train()
 
 
 def test_the_probe_batch_has_plain_advantages(tmp_path):

@@ -38,6 +38,7 @@ def training_worker(
     sequence_ranks=1,
     dropout=0.0,
     lr=0.0,
+    precision="fp32",
 ):
     torch.manual_seed(0)  # of adapters
     model = HFModelConfig(
@@ -56,7 +57,7 @@ def training_worker(
         micro_batch_size_per_gpu=2,
         infer_micro_batch_size_per_gpu=2,
         ulysses_sequence_parallel_size=sequence_ranks,
-        mixed_precision={"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+        mixed_precision={"param_dtype": precision, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
         use_torch_compile=False,
         pad_to_length=bucket is not None,
         pad_to_length_bucket=bucket or 1024,

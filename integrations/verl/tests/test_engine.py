@@ -9,11 +9,18 @@ from ranks import results_by_case
 from tokenweights_lab import load_policy
 
 RUNS = {
-    "one": (1, ["fsdp", "fsdp2", "padded", "bucketed", "lora", "flash"]),
+    "one": (1, ["fsdp", "fsdp2", "padded", "bucketed", "lora", "bfloat16", "flash"]),
     "two": (2, ["fsdp", "fsdp2", "lora"]),
     "slices": (2, ["ulysses"]),
 }
+# In bfloat16 the reference stays in float32, so that what is allowed is the rounding.
+ROUNDED = {"entropy": 0.02, "log_probs": 0.5, "gradient": 0.05}
+EXACT = {"entropy": 1e-5, "log_probs": 2e-5, "gradient": 2e-5}
 EVERY_CASE = [(run, case) for run, (_, cases) in RUNS.items() for case in cases]
+
+
+def allowed(case, what):
+    return (ROUNDED if case == "bfloat16" else EXACT)[what]
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +65,8 @@ def test_entropy_equals_that_of_eager_attention(results, run, case):
         found = by_row(results(run, case), "probed", f"attention_entropy_{place}")
         for row, (_, entropies) in zip(found, expected_rows(), strict=True):
             assert row.shape == entropies[place].shape
-            torch.testing.assert_close(row.double(), entropies[place], atol=1e-5, rtol=0)
+            atol = allowed(case, "entropy")
+            torch.testing.assert_close(row.double(), entropies[place], atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize(("run", "case"), EVERY_CASE)
@@ -68,7 +76,8 @@ def test_the_tap_changes_nothing(results, run, case):
     )
     for row, (log_probs, _) in enumerate(expected_rows()):
         assert torch.equal(ours[row], plain[row]) and torch.equal(unprobed[row], plain[row])
-        torch.testing.assert_close(ours[row][:-1], log_probs, atol=2e-5, rtol=0)
+        atol = allowed(case, "log_probs")
+        torch.testing.assert_close(ours[row][:-1].float(), log_probs, atol=atol, rtol=0)
     keys = [set(result["unprobed"]) for result in results(run, case) if result["unprobed"]]
     assert not any(key.startswith("attention") for found in keys for key in found)
 
@@ -125,7 +134,8 @@ def test_gradients_are_those_of_the_weighted_loss(results, run, case):
     selected = sum(n // 2 for n in lengths)
     expected = gradient_norm(named)
     expected_selected = gradient_norm(chosen) * sum(lengths) / selected  # a mean over the selected
+    rel = allowed(case, "gradient")
     for result in results(run, case):
         if result["named_norm"] is not None:
-            assert result["named_norm"] == pytest.approx(expected, rel=2e-5)
-            assert result["selected_norm"] == pytest.approx(expected_selected, rel=2e-5)
+            assert result["named_norm"] == pytest.approx(expected, rel=rel)
+            assert result["selected_norm"] == pytest.approx(expected_selected, rel=rel)

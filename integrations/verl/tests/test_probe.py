@@ -11,8 +11,8 @@ from tokenweights_lab import load_policy
 from torch.nn.utils.rnn import pad_sequence
 
 RUNS = {
-    "one": (1, ["fsdp", "fsdp2", "padded"]),
-    "two": (2, ["fsdp", "fsdp2"]),
+    "one": (1, ["fsdp", "fsdp2", "padded", "bfloat16"]),
+    "two": (2, ["fsdp", "fsdp2", "lora"]),
     "slices": (2, ["ulysses"]),
 }
 EVERY_CASE = [(run, case) for run, (_, cases) in RUNS.items() for case in cases]
@@ -75,10 +75,15 @@ def expected_metrics():
 
 @pytest.mark.parametrize(("run", "case"), EVERY_CASE)
 def test_the_metrics_are_those_of_plain_torch(results, run, case):
+    # In bfloat16 the reference stays in float32, so that what is allowed is the rounding.
+    allowed = 0.03 if case == "bfloat16" else 1e-3
     for result in results(run, case):
-        found = {name: result["metrics"][name] for name in expected_metrics()}
-        assert found == pytest.approx(expected_metrics(), abs=1e-3)
-        assert sum(found[f"gradient/decile_{n}"] for n in range(10)) == pytest.approx(1, abs=1e-3)
+        found = result["metrics"]
+        if case != "lora":  # plain torch has no adapters
+            expected = expected_metrics()
+            assert {name: found[name] for name in expected} == pytest.approx(expected, abs=allowed)
+        total = sum(found[f"gradient/decile_{n}"] for n in range(10))
+        assert total == pytest.approx(1, abs=allowed)
 
 
 @pytest.mark.parametrize(("run", "case"), EVERY_CASE)

@@ -46,8 +46,8 @@ def checked_arguments(arguments: Any, config: TokenWeightsConfig) -> Any:
             "Scores of responses to images have not been checked.",
         ),
         *(
-            (attrgetter(option)(arguments) == value or not probed, option, repr(value), _PROBE)
-            for option, value in _PROBED_WITH
+            (attrgetter(option)(arguments) in known or not probed, option, f"one of {known}", _PROBE)
+            for option, known in _PROBED_WITH
         ),
     ):
         if not fits:
@@ -63,10 +63,11 @@ _SEQUENCE_RATIO = (
 )
 _PROBE = "The gradient probe has not been made for it: leave out gradient_probe_steps."
 _PROBED_WITH = (
-    ("ds.ring_attn_size", 1),
-    ("ds.tensor_parallel_size", 1),
-    ("ds.deepcompile", False),
-    ("data.max_images_per_prompt", 0),
-    ("actor.gradient_checkpointing_reentrant", False),
+    ("ds.param_dtype", ["bf16", "fp32"]),  # gradients in float16 need a scale
+    ("ds.ring_attn_size", [1]),
+    ("ds.tensor_parallel_size", [1]),
+    ("ds.deepcompile", [False]),
+    ("data.max_images_per_prompt", [0]),
+    ("actor.gradient_checkpointing_reentrant", [False]),
 )
 _HEADS = "Each rank sees only its own heads and logits there, and a score needs all of them."

@@ -14,6 +14,8 @@ from transformers import TrainerCallback
 
 from tokenweights_trl.scores import forward_scores
 
+# What accelerate's names for a precision stand for.
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # What the probe reads of a rollout batch.
 KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
 
@@ -32,14 +34,15 @@ class GradientProbeMixin(_Base):
 
     Parameters, optimizer state, gradients and random state stay as they are, so that training with
     and without the probe is the same. A probe costs five forward and backward passes over the probe
-    batch and three forward passes, and one copy of the parameters. A resumed run takes a new probe
-    batch and starts the dispersion anew.
+    batch and three forward passes, in bfloat16 fifteen and one, and one copy of the parameters. A
+    resumed run takes a new probe batch and starts the dispersion anew.
 
     Attributes:
         gradient_probe_steps: Optimizer steps $N$ between two probes, >= 1.
         gradient_probe_file: JSONL file to which each probe appends a line; None writes none.
         gradient_probe_tolerance: Largest distance of the sum of the projection ratios from one;
-            beyond it the probe raises.
+            beyond it the probe raises. None follows from the precision; see
+            `tokenweights.GradientSeries.metrics`.
 
     Raises:
         TokenWeightsError: If the model sees images or is sharded in a way the probe cannot move.
@@ -47,7 +50,7 @@ class GradientProbeMixin(_Base):
 
     gradient_probe_steps: int = 50
     gradient_probe_file: str | None = None
-    gradient_probe_tolerance: float = 1e-3
+    gradient_probe_tolerance: float | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -99,6 +102,7 @@ class GradientProbeMixin(_Base):
             mask=mask,
             sample_ids=torch.arange(first, first + len(mask), device=mask.device),
             tolerance=self.gradient_probe_tolerance,
+            autocast=AUTOCAST.get(self.accelerator.mixed_precision),
         )
 
     def _log_probs(self, model: Any, batch: dict[str, Tensor], rows: slice) -> Tensor:

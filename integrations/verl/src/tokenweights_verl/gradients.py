@@ -5,7 +5,6 @@ from typing import Any
 import tokenweights as tw
 import torch
 from tensordict import TensorDict
-from tokenweights._errors import invalid
 from tokenweights.gradients.preserved import preserved
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -33,12 +32,9 @@ def gradient_metrics(engine: Any, data: TensorDict, series: tw.GradientSeries) -
         Finite numbers, the same on every rank.
 
     Raises:
-        TokenWeightsError: If the engine scales its losses, as it does in float16, or the projection
-            ratios do not sum to one.
+        TokenWeightsError: If the engine trains in float16, or the projection ratios do not sum to
+            one.
     """
-    if getattr(engine, "scaler", None) is not None:
-        hint = "Gradients in float16 need a scale, and the probe has none."
-        raise invalid("gradient_metrics", "engine", "in bfloat16 or float32", "float16", hint)
     recipe, tolerance = (tu.get_non_tensor_data(data, key, None) for key in (PROBE, "tolerance"))
     # Dynamic micro-batches are not consecutive rows; from here on theirs is the order of rows.
     parts = _micro_batches(engine, data)
@@ -73,7 +69,6 @@ def gradient_metrics(engine: Any, data: TensorDict, series: tw.GradientSeries) -
                 micro_batch_size=len(valid),
             )
         module, group = engine.module, engine.get_data_parallel_group()
-        # With backward passes alone: VeRL's bfloat16 would round the steps of differences away.
         return series.metrics(
             tw.GradientProbe(module, group=group, gradients=lambda: _taken_gradients(module)),
             losses,
@@ -81,6 +76,7 @@ def gradient_metrics(engine: Any, data: TensorDict, series: tw.GradientSeries) -
             mask=mask,
             sample_ids=torch.cat([part["sample_ids"] for part in parts]),
             tolerance=tolerance,
+            autocast=engine._autocast_dtype,
         )
 
 
