@@ -193,8 +193,8 @@ def outcome(
     group: dist.ProcessGroup | None = None,
     mine: Tensor | None = None,
     micro_batch: int | None = None,
-) -> tuple[dict[int, Tensor], Tensor, list[Tensor]]:
-    """Weights by sample, and this rank's share of the loss and of the gradients."""
+) -> tuple[dict[int, Tensor], Tensor, list[Tensor], Tensor]:
+    """Weights by sample; this rank's share of loss, gradients and absolute loss."""
     scores = None if recipe.signal == "none" else own.scores
     weights = recipe.token_weights(scores, own.mask, step=STEP, sample_ids=own.numbers, group=group)
     count = tw.loss_denominator(own.mask, weights, denominator=recipe.denominator, group=group)
@@ -213,7 +213,8 @@ def outcome(
         int(number): row[valid]
         for number, row, valid in zip(own.numbers, weights, own.mask, strict=True)
     }
-    return by_sample, loss.detach(), list(gradients)
+    absolute = tw.weighted_token_mean(losses.abs(), counted, count=count)
+    return by_sample, loss.detach(), list(gradients), absolute.detach()
 
 
 def expected(batch: list[Sample], recipe: tw.Recipe, dtype: torch.dtype):
@@ -222,9 +223,14 @@ def expected(batch: list[Sample], recipe: tw.Recipe, dtype: torch.dtype):
 
 
 def agree(got, want, dtype: torch.dtype) -> bool:
-    """Whether weights, loss and gradients agree, relative to their largest entry."""
+    """Whether weights and gradients agree relative to their largest entry, the loss to its terms.
+
+    Terms of both signs cancel in the loss, and how far rounding then goes depends on their size.
+    """
+    if float((got[1] - want[1]).abs()) > TOLERANCE[dtype] * max(float(want[3]), 1e-3):
+        return False
     pairs = [(got[0][number], want[0][number]) for number in want[0]]
-    pairs += [(got[1], want[1]), *zip(got[2], want[2], strict=True)]
+    pairs += zip(got[2], want[2], strict=True)
     for one, other in pairs:
         scale = max(float(other.abs().max()), 1e-3) if other.numel() else 1.0
         if other.numel() and float((one - other).abs().max()) > TOLERANCE[dtype] * scale:
@@ -239,6 +245,7 @@ def merged(parts):
         weights,
         sum(part[1] for part in parts),
         [sum(gradients) for gradients in zip(*(part[2] for part in parts), strict=True)],
+        sum(part[3] for part in parts),
     )
 
 

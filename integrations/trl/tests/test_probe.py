@@ -31,9 +31,7 @@ def state(trainer) -> list[torch.Tensor]:
     return [*tensors, torch.get_rng_state()]
 
 
-@pytest.mark.parametrize(
-    ("checkpointing", "bf16"), [(True, False), (False, False), (True, True)]
-)
+@pytest.mark.parametrize(("checkpointing", "bf16"), [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_training_is_bitwise_the_same_with_and_without(tmp_path, checkpointing, bf16, weighted):
     plain, probed, config = GRPOTrainer, Probed, GRPOConfig
@@ -103,9 +101,7 @@ def test_the_series_holds_the_geometry_of_the_probe_batch(tmp_path):
 def test_bfloat16_rounds_and_no_more(tmp_path, parameters):
     still = {"max_steps": 1, "learning_rate": 0.0}
     model = tiny.policy().bfloat16() if parameters else None
-    rounded = tiny.trainer(
-        Probed, GRPOConfig, tmp_path, model=model, bf16=not parameters, **still
-    )
+    rounded = tiny.trainer(Probed, GRPOConfig, tmp_path, model=model, bf16=not parameters, **still)
     rounded.train()
     exact = tiny.trainer(Probed, GRPOConfig, tmp_path, **still)
     exact._probe_batch = rounded._probe_batch

@@ -46,8 +46,8 @@ def checked_arguments(arguments: Any, config: TokenWeightsConfig) -> Any:
             "Scores of responses to images have not been checked.",
         ),
         *(
-            (attrgetter(option)(arguments) in known or not probed, option, f"one of {known}", _PROBE)
-            for option, known in _PROBED_WITH
+            (attrgetter(option)(arguments) in fit or not probed, option, f"one of {fit}", _PROBE)
+            for option, fit in _PROBED_WITH
         ),
     ):
         if not fits:
