@@ -4,7 +4,7 @@ import io
 import tempfile
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,27 +19,43 @@ class Ranks:
 
     def __init__(self, size: int):
         self.size = size
+        self._start()
+
+    def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
         context = mp.get_context("spawn")
         self._pipes, self._processes = [], []
-        for rank in range(size):
+        for rank in range(self.size):
             ours, theirs = context.Pipe()
-            arguments = (rank, size, self._folder.name, theirs)
+            arguments = (rank, self.size, self._folder.name, theirs)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
+
+    def _stop(self) -> None:
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join()
+        self._folder.cleanup()
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Results of `function(rank, size, *arguments)` on every rank, in rank order."""
         task = _packed((function, arguments))
         for pipe in self._pipes:
             pipe.send_bytes(task)
-        answers = [_unpacked(pipe.recv_bytes()) for pipe in self._pipes]
-        for failed, answer in answers:
-            if failed:
-                raise AssertionError(f"a rank failed:\n{answer}")
-        return [answer for _, answer in answers]
+        answers, waiting = {}, list(self._pipes)
+        while waiting:
+            for pipe in wait(waiting):
+                failed, answers[pipe] = _unpacked(pipe.recv_bytes())
+                waiting.remove(pipe)
+                if failed:
+                    # The others may wait for this one in a collective, for ever.
+                    self._stop()
+                    self._start()
+                    raise AssertionError(f"a rank failed:\n{answers[pipe]}")
+        return [answers[pipe] for pipe in self._pipes]
 
     def __enter__(self) -> "Ranks":
         return self
@@ -50,11 +66,7 @@ class Ranks:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for process in self._processes:
-            process.terminate()
-        for process in self._processes:
-            process.join()
-        self._folder.cleanup()
+        self._stop()
 
 
 def on_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:

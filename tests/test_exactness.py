@@ -193,8 +193,8 @@ def outcome(
     group: dist.ProcessGroup | None = None,
     mine: Tensor | None = None,
     micro_batch: int | None = None,
-) -> tuple[dict[int, Tensor], Tensor, list[Tensor], Tensor]:
-    """Weights by sample; this rank's share of loss, gradients and absolute loss."""
+) -> tuple[dict[int, Tensor], Tensor, list[Tensor], Tensor, float]:
+    """Weights by sample; this rank's share of loss, gradients and absolute loss; scores' range."""
     scores = None if recipe.signal == "none" else own.scores
     weights = recipe.token_weights(scores, own.mask, step=STEP, sample_ids=own.numbers, group=group)
     count = tw.loss_denominator(own.mask, weights, denominator=recipe.denominator, group=group)
@@ -214,7 +214,9 @@ def outcome(
         for number, row, valid in zip(own.numbers, weights, own.mask, strict=True)
     }
     absolute = tw.weighted_token_mean(losses.abs(), counted, count=count)
-    return by_sample, loss.detach(), list(gradients), absolute.detach()
+    valid = own.scores[own.mask]
+    spread = float(valid.max() - valid.min()) if valid.numel() else 0.0
+    return by_sample, loss.detach(), list(gradients), absolute.detach(), spread
 
 
 def expected(batch: list[Sample], recipe: tw.Recipe, dtype: torch.dtype):
@@ -226,14 +228,17 @@ def agree(got, want, dtype: torch.dtype) -> bool:
     """Whether weights and gradients agree relative to their largest entry, the loss to its terms.
 
     Terms of both signs cancel in the loss, and how far rounding then goes depends on their size.
+    Scores are float32, and a rule may stretch their range to [0, 1], and their rounding with it.
     """
-    if float((got[1] - want[1]).abs()) > TOLERANCE[dtype] * max(float(want[3]), 1e-3):
+    *_, absolute, spread = want
+    tolerance = TOLERANCE[dtype] / min(max(spread, 1e-3), 1.0)
+    if float((got[1] - want[1]).abs()) > tolerance * max(float(absolute), 1e-3):
         return False
-    pairs = [(got[0][number], want[0][number]) for number in want[0]]
+    pairs = [tuple(torch.cat([weights[n] for n in want[0]]) for weights in (got[0], want[0]))]
     pairs += zip(got[2], want[2], strict=True)
     for one, other in pairs:
         scale = max(float(other.abs().max()), 1e-3) if other.numel() else 1.0
-        if other.numel() and float((one - other).abs().max()) > TOLERANCE[dtype] * scale:
+        if other.numel() and float((one - other).abs().max()) > tolerance * scale:
             return False
     return True
 
@@ -246,6 +251,7 @@ def merged(parts):
         sum(part[1] for part in parts),
         [sum(gradients) for gradients in zip(*(part[2] for part in parts), strict=True)],
         sum(part[3] for part in parts),
+        max(part[4] for part in parts),
     )
 
 

@@ -150,6 +150,26 @@ def test_ranks_agree_with_one_process_and_move_the_bytes_they_say(size):
     assert said <= received["sequence"] <= said * 1.1
 
 
+def short_on(rank, size, tokens, exchange):
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 2 * size, tokens, DIM, generator=generator)
+    mask = torch.ones(1, tokens, dtype=torch.bool)
+    own, heads = slice(2 * rank, 2 * rank + 2), {"key_mask": mask, "kind": "raw"}
+    group = dist.group.WORLD
+    found = tw.tensor_parallel_entropy(
+        query[:, own], key[:, own], group=group, exchange=exchange, **heads
+    )
+    return found, tw.attention_entropy(query, key, **heads)
+
+
+@pytest.mark.parametrize("exchange", ["rows", "distribution"])
+@pytest.mark.parametrize("tokens", [0, 1, 3])
+def test_a_sequence_may_have_fewer_tokens_than_there_are_blocks(exchange, tokens):
+    for found, expected in on_ranks(short_on, 2, tokens, exchange):
+        assert found.shape == (1, tokens)
+        torch.testing.assert_close(found, expected)
+
+
 def test_short_sequences_move_weights_and_long_ones_move_rows():
     shape = {"batch": 1, "heads": 32, "kv_heads": 8, "dim": 128, "ranks": 8, "element_bytes": 2}
     short = tw.tensor_parallel_bytes(queries=256, keys=256, **shape)

@@ -116,7 +116,9 @@ def _real_slots(key_mask: Bool[Tensor, "batch key"]) -> list[Indices]:
 
     Slices are views, so a padded batch is read in place; holes inside a row cost a gather.
     """
-    length = key_mask.shape[1]
+    batch, length = key_mask.shape
+    if length == 0:
+        return [slice(0, 0)] * batch
     count = key_mask.sum(1)
     first = key_mask.int().argmax(1)
     last = length - 1 - key_mask.flip(1).int().argmax(1)

@@ -8,13 +8,18 @@ from typing import Any
 import tokenweights as tw
 
 
-def reward_func(queries: list[str], prompts: list[str], labels: list[str]) -> dict[str, Any]:
+def reward_func(queries: list[str], prompts: list[str], labels: list[Any]) -> dict[str, Any]:
     """Rewards of responses; OpenRLHF calls it with one response at a time."""
-    responses = [
-        query[query.find(prompt) + len(prompt) :] if prompt in query else query
-        for query, prompt in zip(queries, prompts, strict=True)
-    ]
-    pairs = zip(responses, labels, strict=True)
-    rewards = [tw.boxed_match_reward(response, label) for response, label in pairs]
+    pairs = zip(map(response, queries, prompts), labels, strict=True)
+    rewards = [tw.boxed_match_reward(text, str(label)) for text, label in pairs]
     # Scores, 1 or 0, are what dynamic filtering looks at.
     return {"rewards": rewards[0], "scores": float(rewards[0] == 1.0)}
+
+
+def response(query: str, prompt: str) -> str:
+    """What follows the prompt in a query; OpenRLHF may have cut off where a long prompt begins."""
+    if prompt in query:
+        return query[query.find(prompt) + len(prompt) :]
+    query = query.lstrip("\N{REPLACEMENT CHARACTER}")  # half a character, where it was cut
+    cut = next(at for at in range(len(prompt) + 1) if query.startswith(prompt[at:]))
+    return query[len(prompt) - cut :]

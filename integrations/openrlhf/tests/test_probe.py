@@ -82,6 +82,17 @@ def test_metrics_are_those_of_the_formulas(
     assert not any(name.startswith("gradient/") for name in statuses[1])
 
 
+def test_experts_are_probed_below_zero3_and_refused_at_it(actors, tmp_path, monkeypatch):
+    tiny.save_policy(tmp_path, experts=16)
+    args = arguments(str(tmp_path), 2, 2, False, "--actor.adam.lr", 0, gradient_probe_steps=1)
+    (status,), _ = run(actors, args, monkeypatch, 1)
+    wanted = by_hand(tmp_path, list(tiny.responses()))
+    assert {name: status[f"gradient/{name}"] for name in wanted} == pytest.approx(wanted, rel=1e-4)
+    args.ds.zero_stage = 3
+    with pytest.raises(Exception, match="expected `model` without experts at ZeRO-3"):
+        run(actors, args, monkeypatch, 1)
+
+
 def test_bfloat16_rounds_and_no_more(actors, policy, monkeypatch):
     args = arguments(policy, 2, 3, True, "--actor.adam.lr", 0, gradient_probe_steps=1)
     args.ds.param_dtype = "bf16"

@@ -121,3 +121,6 @@ def test_the_example_reward_looks_at_the_response_only():
         made = reward_func([prompt + response], [prompt], ["2"])
         assert made["rewards"] == boxed_match_reward(response, "2")
         assert made["scores"] == float(response == r"so \boxed{2}")
+        # A long prompt loses its beginning, perhaps in the middle of a character.
+        for query in (prompt[9:] + response, "\N{REPLACEMENT CHARACTER}" + prompt[9:] + response):
+            assert reward_func([query], [prompt], [2]) == made

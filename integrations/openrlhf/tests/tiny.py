@@ -13,7 +13,7 @@ from openrlhf.utils import config as openrlhf_config
 from openrlhf.utils import get_strategy
 from tokenweights import TokenWeightsConfig
 from tokenweights_lab import load_tokenizer
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tokenweights_openrlhf import TokenWeightsMixin, TokenWeightsPolicyActor
 from tokenweights_openrlhf.config import checked_arguments
@@ -31,26 +31,31 @@ PLAIN_GRADIENT_STEP = (
 WeightedActor = ray.remote(num_gpus=1)(TokenWeightsPolicyActor)
 
 
-def save_policy(folder, layers=3):
+def save_policy(folder, layers=3, experts=0):
     """Weights wide enough (standard deviation 0.2) that attention rows are far from uniform."""
     tokenizer = load_tokenizer()
     torch.manual_seed(7)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
+    if experts:
+        routed = {"num_experts": experts, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings, **routed))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**settings))
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

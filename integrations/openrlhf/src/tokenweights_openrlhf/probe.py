@@ -5,6 +5,8 @@ from typing import Any
 import tokenweights as tw
 import torch
 import torch.distributed as dist
+from deepspeed.utils import get_z3_leaf_modules
+from tokenweights._errors import invalid
 from tokenweights.gradients.preserved import preserved
 from tokenweights.recipes import Recipe, recipe
 from torch import Tensor
@@ -44,8 +46,12 @@ class GradientProbePolicyActor(TokenWeightsPolicyActor):
 
     def init_model_from_pretrained(self, strategy: Any, *args: Any, **kwargs: Any) -> Any:
         """As the parent's; also begins a series."""
+        result = super().init_model_from_pretrained(strategy, *args, **kwargs)
         self._series = tw.GradientSeries()
-        return super().init_model_from_pretrained(strategy, *args, **kwargs)
+        if strategy.args.ds.zero_stage == 3 and get_z3_leaf_modules(self.actor.model.module):
+            hint = "DeepSpeed reduces gradients of its leaf modules apart: leave out the probe."
+            raise invalid("probe", "model", "without experts at ZeRO-3", "one with experts", hint)
+        return result
 
     def gradient_metrics(self, batch: dict[str, Tensor]) -> dict[str, float]:
         """The `gradient/*` metrics; all ranks call it.
@@ -59,7 +65,8 @@ class GradientProbePolicyActor(TokenWeightsPolicyActor):
         device = torch.cuda.current_device()
         rows = {name: values.to(device) for name, values in batch.items()}
         args, engine, mask = self.strategy.args, self.actor.model, rows["action_mask"].bool()
-        model, size = engine.module, args.train.micro_batch_size
+        model, batched = engine.module, not args.train.dynamic_batch_enable
+        size = args.train.micro_batch_size if batched else 1
         parts = [slice(start, start + size) for start in range(0, len(mask), size)]
         rule = self.recipe if self.recipe.signal == "attention_entropy" else recipe("low2high")
         self.actor.model = model
@@ -88,6 +95,7 @@ class GradientProbePolicyActor(TokenWeightsPolicyActor):
         finally:
             self.actor.model = engine
             engine.empty_partition_cache()  # ZeRO-3 lets go of what a backward pass left gathered
+            torch.cuda.empty_cache()  # the inference engines wake up next
 
     def _log_probs(self, rows: dict[str, Tensor], part: slice) -> Tensor:
         names = ("sequences", "action_mask", "attention_mask")

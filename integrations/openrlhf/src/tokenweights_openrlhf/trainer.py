@@ -148,13 +148,17 @@ class TokenWeightsMixin(_Trainer):
             self.tokenizer,
         )
 
+    def ppo_train(self, global_steps: int) -> dict[str, Any]:
+        """As OpenRLHF's; then a gradient probe where one is due, while the engines still sleep."""
+        status = super().ppo_train(global_steps)
+        return {**status, **self.experience_maker.gradient_metrics(global_steps + 1)}
+
     def train_step(self, rollout_samples: Any, global_step: int) -> tuple[dict[str, Any], int]:
         """As OpenRLHF's; also passes the step to the experience maker, and metrics to the log."""
         self.experience_maker.global_step = global_step
         status, next_step = super().train_step(rollout_samples, global_step)
         metrics = self.experience_maker.metrics
         status |= {f"token_weights/{name}": metrics[name] for name in metrics}
-        status |= self.experience_maker.gradient_metrics(next_step)
         records = self.experience_maker.config.token_records
         if records is not None:  # beside them, so that a report finds both
             numbers = {name: v for name, v in status.items() if isinstance(v, int | float)}
