@@ -8,6 +8,7 @@ from tiny_models import eager_entropy, tiny
 
 import tokenweights as tw
 from tokenweights import TokenWeightsError
+from tokenweights.capture import checks
 
 LENGTHS = [7, 1, 12, 4]
 
@@ -71,7 +72,7 @@ def test_the_kinds_of_entropy_and_rows_do_not_mix():
         pass
 
 
-def test_rows_that_are_no_packed_row_are_refused():
+def test_rows_that_are_no_packed_row_are_refused(monkeypatch):
     ids, positions = sequences()
     model = tiny("qwen3", "sdpa")
 
@@ -86,6 +87,24 @@ def test_rows_that_are_no_packed_row_are_refused():
     run("not one packed row", ids.view(2, 12))
     # A mask that lets sequences see each other, as a padding mask on packed rows makes it.
     run("mixes", ids[None], position_ids=positions[None], attention_mask=torch.tril(ONES))
+    # A mask is looked at some rows at a time; this one is wrong in its last row only.
+    late = apart(positions)
+    late[..., -1, 0] = True
+    monkeypatch.setattr(checks, "ROWS_AT_ONCE", 5)
+    run("mixes", ids[None], position_ids=positions[None], attention_mask=late)
+    with torch.no_grad(), tw.capture_attention(model, [0], packed=True):
+        model(
+            ids[None],
+            position_ids=positions[None],
+            attention_mask=apart(positions),
+            use_cache=False,
+        )
+
+
+def apart(positions):
+    """A mask in which a query sees the keys of its own sequence up to itself."""
+    sequence = (positions == 0).cumsum(0)
+    return torch.tril(ONES) & (sequence[:, None] == sequence)
 
 
 ONES = torch.ones(1, 1, sum(LENGTHS), sum(LENGTHS), dtype=torch.bool)

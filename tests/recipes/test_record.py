@@ -67,6 +67,7 @@ def test_probe_layers():
     made = tw.recipe("low2high")
     assert made.probe_layers(36) == (20,)
     assert dataclasses.replace(made, layers=(0, -1)).probe_layers(4) == (0, 3)
+    assert dataclasses.replace(made, layers=(3, 0, -1)).probe_layers(4) == (3, 0)
     assert tw.recipe("front20").probe_layers(4) == ()
     assert tw.recipe("predictive_low20").probe_layers(4) == ()
     with pytest.raises(TokenWeightsError, match=r"\[0, 1, 2, 3\], got 4"):

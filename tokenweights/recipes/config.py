@@ -9,6 +9,9 @@ from tokenweights._errors import invalid
 from tokenweights.recipes.record import Recipe
 from tokenweights.recipes.rollout import rollout_recipe
 
+# The options that name files.
+FILES = ("token_records", "gradient_probe_file", "metrics_file")
+
 
 def _option(text: str, kind: type = str) -> dict[str, Any]:
     """What a command line has to know of a field."""
@@ -32,6 +35,8 @@ class TokenWeightsConfig:
         gradient_probe_tolerance: Largest distance of the sum of a probe's projection ratios from
             one, > 0; beyond it the probe raises. None follows from the precision; see
             `GradientSeries.metrics`.
+        metrics_file: JSONL file to which the numbers of the trainer's log are appended, a line for
+            each step, as a report reads them; None writes none.
 
     Raises:
         TokenWeightsError: If the recipe is unknown or does not fit the other options.
@@ -60,6 +65,9 @@ class TokenWeightsConfig:
         default=None,
         metadata=_option("largest distance of a probe's projection ratios' sum from one", float),
     )
+    metrics_file: str | None = field(
+        default=None, metadata=_option("JSONL file to which each step's metrics are appended")
+    )
 
     def __post_init__(self) -> None:
         probed, entropy = self.gradient_probe_steps is not None, "attention_entropy"
@@ -82,7 +90,7 @@ class TokenWeightsConfig:
         tolerance = self.gradient_probe_tolerance
         positive = tolerance is None or (isinstance(tolerance, int | float) and tolerance > 0)
         self._require(positive, "gradient_probe_tolerance", "> 0", "Leave it out, or try 1e-3.")
-        for name in ("token_records", "gradient_probe_file"):
+        for name in FILES:
             if getattr(self, name) is not None:
                 path = Path(getattr(self, name)).absolute()
                 self._require(not path.is_dir(), name, "a file", "This is a folder.")

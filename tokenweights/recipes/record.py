@@ -203,8 +203,8 @@ class Recipe:
                 models; all layers if None.
 
         Returns:
-            Indices from 0; empty if the signal is not attention. By default the middle layer, or
-            the layer with attention that is nearest to it.
+            Indices from 0, each once; empty if the signal is not attention. By default the middle
+            layer, or the layer with attention that is nearest to it.
 
         Raises:
             TokenWeightsError: If a layer is not available.
@@ -228,7 +228,7 @@ class Recipe:
                     "Layers count from 0; -1 is the last one with attention.",
                 )
             chosen.append(index)
-        return tuple(chosen)
+        return tuple(dict.fromkeys(chosen))  # -1 may name a layer that has been named
 
     def model_layers(self, model: nn.Module) -> tuple[int, ...]:
         """The attention layers to probe in a model; see `probe_layers`.

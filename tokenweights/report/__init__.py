@@ -26,6 +26,7 @@ from tokenweights.report.inspection import inspected_records
 from tokenweights.report.page import run_report_html
 from tokenweights.report.records import (
     TokenRecord,
+    append_log,
     append_metrics,
     append_token_records,
     read_metrics,
@@ -38,6 +39,7 @@ from tokenweights.report.trace import token_trace_html, trace_page_html
 __all__ = [
     "Run",
     "TokenRecord",
+    "append_log",
     "append_metrics",
     "append_token_records",
     "attention_map_figure",

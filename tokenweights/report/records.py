@@ -12,6 +12,7 @@ as NaN, because a run may well log one and should still leave a trace of its oth
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Any, Literal, get_args
 
 from jaxtyping import Bool, Float, Int
@@ -324,6 +325,30 @@ def append_metrics(path: FilePath, metrics: Mapping[str, float]) -> None:
         got = metrics.get("step")
         raise invalid("append_metrics", "metrics['step']", "a finite number", got, "Add the step.")
     append_lines(path, [{name: v if math.isfinite(v) else None for name, v in metrics.items()}])
+
+
+@typed
+def append_log(path: FilePath, log: Mapping[str, Any], *, step: int) -> None:
+    """Appends what is a number in a trainer's log of one step, as `append_metrics` does.
+
+    Args:
+        path: The file; it and its folder are made when they are missing.
+        log: Numbers, also those of NumPy, and anything else, which is left out.
+        step: Training step.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     append_log(f"{folder}/metrics.jsonl", {"reward": 0.5, "text": "1+1="}, step=3)
+        ...     read_metrics(f"{folder}/metrics.jsonl")
+        [{'reward': 0.5, 'step': 3}]
+    """
+    numbers = {
+        name: float(value)
+        for name, value in log.items()
+        if isinstance(value, Real) and not isinstance(value, bool)
+    }
+    append_metrics(path, {**numbers, "step": step})
 
 
 @typed

@@ -30,7 +30,7 @@ mkdir -p "$OUTPUT"
 
 options=(
   # Token weights: temperature 1 and 100 steps of warm-up are the recipe's own, and ours.
-  --tokenweights.recipe "$recipe"
+  --tokenweights.recipe "$recipe" --tokenweights.metrics_file "$OUTPUT/metrics.jsonl"
 
   # Model and memory. The engines share the GPUs with the policy: ours.
   --actor.model_name_or_path "${MODEL:-$model}" # MODEL: a copy on disk

@@ -99,7 +99,7 @@ def test_bfloat16_rounds_and_no_more(actors, policy, monkeypatch):
     (status,), _ = run(actors, args, monkeypatch, 1)
     for name, value in by_hand(policy, list(tiny.responses())).items():
         assert status[f"gradient/{name}"] == pytest.approx(value, rel=0.05)
-    assert 0 < status["gradient/sum_error"] < args.tokenweights.gradient_probe_tolerance
+    assert 0 < status["gradient/sum_error"] < 0.03
 
 
 # Two trainings each, so only where ranks, stage and checkpointing all differ, and with adapters.

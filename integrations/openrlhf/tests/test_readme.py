@@ -82,13 +82,16 @@ def started(script, folder, *words, **variables):
     return result, [line.split("\0") for line in lines]
 
 
-@pytest.mark.parametrize("experiment", ["qwen3_8b_base", "qwen3_14b_base", "qwen2_5_7b"])
-def test_every_recipe_of_every_experiment_is_accepted(experiment, tmp_path):
+@pytest.mark.parametrize(
+    ("experiment", "layers"), [("qwen3_8b_base", 36), ("qwen3_14b_base", 40), ("qwen2_5_7b", 28)]
+)
+def test_every_recipe_of_every_experiment_is_accepted(experiment, layers, tmp_path):
     result, lines = started(
         "../every_recipe.sh", tmp_path, "openrlhf", experiment, TRAIN="train.jsonl"
     )
     assert result.returncode == 0, result.stderr
-    names = [name for name in recipe_names() if recipe(name).signal != "loss_magnitude"]
+    known = [name for name in recipe_names() if recipe(name).signal != "loss_magnitude"]
+    names = [name for name in known if max(recipe(name).layers or [0]) < layers]
     assert len(lines) == len(names)
     for name, (dash_m, module, *words) in zip(names, lines, strict=True):
         assert (dash_m, module) == ("-m", "tokenweights_openrlhf.train")

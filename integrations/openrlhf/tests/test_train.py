@@ -68,6 +68,7 @@ def test_low2high_raises_the_reward_and_a_stopped_run_goes_on(tmp_path):
         *("--tokenweights.token_records", str(records), "--tokenweights.token_records_steps", "5"),
         *("--tokenweights.gradient_probe_steps", "10"),
         *("--tokenweights.gradient_probe_file", str(probed)),
+        *("--tokenweights.metrics_file", str(records.with_name("metrics.jsonl"))),
     )
     run(tmp_path, command_line(tmp_path, *options, steps=12))
     metrics = logged(tmp_path)

@@ -6,4 +6,4 @@ model=${1:?name an experiment: qwen3_8b_base, qwen3_14b_base or qwen2_5_7b}
 recipe=${2:?name a recipe, for example low2high}
 shift 2
 python -m tokenweights_verl.train "+experiment=$model" "token_weights.recipe=$recipe" \
-  "trainer.experiment_name=$model-$recipe" +ray_kwargs.ray_init.address=auto "$@"
+  +ray_kwargs.ray_init.address=auto "$@"

@@ -7,6 +7,7 @@ import sys
 import pytest
 from cpu_platform import ENVIRONMENT
 from tokenweights import TokenWeightsError
+from tokenweights_lab import policy_path
 
 from tokenweights_verl.plugin import require_plugin
 
@@ -57,4 +58,15 @@ def test_a_misspelt_recipe_ends_the_launcher_before_ray_starts(tmp_path):
     )
     assert run.returncode == 1
     assert "Did you mean 'low2high'?" in run.stderr
+    assert "ray init" not in run.stdout and "Traceback" not in run.stderr
+
+
+def test_a_layer_that_the_model_does_not_have_ends_it_too(tmp_path):
+    run = python(
+        *("-m", "tokenweights_verl.train", "token_weights.recipe={name: low2high, layers: [40]}"),
+        f"actor_rollout_ref.model.path={policy_path()}",
+        f"hydra.run.dir={tmp_path}",
+    )
+    assert run.returncode == 1
+    assert "expected `layers` among the attention layers [0, 1, 2" in run.stderr
     assert "ray init" not in run.stdout and "Traceback" not in run.stderr

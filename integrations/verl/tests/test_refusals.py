@@ -33,6 +33,20 @@ REFUSED = {
         [*PROBED, "token_weights.recipe=full", f"{ACTOR}.use_prefix_grouper=true"],
         "use_prefix_grouper",
     ),
+    "a probe of offloaded activations": (
+        [
+            "token_weights.gradient_probe_steps=5",
+            "actor_rollout_ref.model.enable_activation_offload=true",
+        ],
+        "enable_activation_offload",
+    ),
+    "distillation alone": (
+        [
+            "distillation.enabled=true",
+            "distillation.distillation_loss.use_task_rewards=false",
+        ],
+        "use_task_rewards",
+    ),
     "kl_cov": ([f"{ACTOR}.policy_loss.loss_mode=kl_cov"], "loss_mode"),
     "clip_cov": ([f"{ACTOR}.policy_loss.loss_mode=clip_cov"], "loss_mode"),
     "geo_mean": ([f"{ACTOR}.policy_loss.loss_mode=geo_mean"], "loss_mode"),

@@ -60,6 +60,7 @@ def trained(ranks, folder):
         f"token_weights.token_records={folder / 'tokens.jsonl'}",
         f"token_weights.gradient_probe_file={folder / 'gradient.jsonl'}",
         "token_weights.gradient_probe_steps=8",
+        f"token_weights.metrics_file={folder / 'run' / 'metrics.jsonl'}",
     )
     try:
         if ranks == 2:
@@ -90,6 +91,17 @@ def test_the_reward_goes_up(runs, ranks):
     assert sorted(metrics) == list(range(1, STEPS + 1))
     rewards = [metrics[step]["critic/score/mean"] for step in sorted(metrics)]
     assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4, rewards
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_metrics_file_has_every_step_also_over_a_resume(runs, ranks):
+    folder, metrics = runs(ranks)
+    lines = read_metrics(folder / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for line in lines:
+        logged = metrics[line["step"]]
+        for name in ("critic/score/mean", "token_weights/weight_mean", "actor/grad_norm"):
+            assert line[name] == pytest.approx(logged[name])
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -12,7 +11,7 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.utils.utils import zero_pad_sequences
 from tokenweights.recipes import weighted_rollout
-from tokenweights.report.records import append_metrics, append_token_records, token_records
+from tokenweights.report.records import append_log, append_token_records, token_records
 from torch import Tensor
 
 from tokenweights_openrlhf.probe import probe_batches
@@ -91,7 +90,7 @@ class TokenWeightsExperienceMaker(RemoteExperienceMaker):
         run = self.actor_model_group.async_run_method_batch
         (metrics, *_), *_ = ray.get(run("gradient_metrics", batch=self._probe_batches))
         if path is not None:
-            append_metrics(path, {"step": step, **metrics})
+            append_log(path, metrics, step=step)
         return metrics
 
     def _append_records(
@@ -159,10 +158,8 @@ class TokenWeightsMixin(_Trainer):
         status, next_step = super().train_step(rollout_samples, global_step)
         metrics = self.experience_maker.metrics
         status |= {f"token_weights/{name}": metrics[name] for name in metrics}
-        records = self.experience_maker.config.token_records
-        if records is not None:  # beside them, so that a report finds both
-            numbers = {name: v for name, v in status.items() if isinstance(v, int | float)}
-            append_metrics(Path(records).with_name("metrics.jsonl"), {**numbers, "step": next_step})
+        if (path := self.experience_maker.config.metrics_file) is not None:
+            append_log(path, status, step=next_step)
         return status, next_step
 
 

@@ -8,7 +8,7 @@ import torch
 from tokenweights._errors import invalid
 from tokenweights.gradients.preserved import preserved
 from tokenweights.recipes import Recipe, recipe
-from tokenweights.report.records import append_metrics
+from tokenweights.report.records import append_log
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -86,7 +86,7 @@ class GradientProbeMixin(_Base):
         for name, value in metrics.items():
             self._metrics["train"][name].append(value)
         if self.gradient_probe_file and self.accelerator.is_main_process:
-            append_metrics(self.gradient_probe_file, {"step": step, **metrics})
+            append_log(self.gradient_probe_file, metrics, step=step)
 
     def _probed(self, batch: dict[str, Tensor]) -> dict[str, float]:
         # The wrapped model, for its wrapper is what reduces gradients over the ranks.

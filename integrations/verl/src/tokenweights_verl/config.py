@@ -56,6 +56,9 @@ def _check(config: DictConfig, token_weights: TokenWeightsConfig) -> None:
     require_one(f"{actor}.policy_loss.loss_mode", LOSS_MODES, not_linear)
     no_pass = "It leaves out the pass for the old log-probabilities, which gives the scores."
     require_one(f"{correction}.bypass_mode", (False, None), no_pass)
+    distilled, task = "distillation.enabled", "distillation.distillation_loss.use_task_rewards"
+    if OmegaConf.select(config, distilled):
+        require_one(task, (True,), "There is no other loss that has advantages.")
     if made.denominator != "all_tokens":
         hint = f"The recipe divides by {made.denominator}; change this, or the recipe."
         require_one(f"{actor}.loss_agg_mode", ("token-mean",), hint)
@@ -66,6 +69,9 @@ def _check(config: DictConfig, token_weights: TokenWeightsConfig) -> None:
     require_one(f"{actor}.use_prefix_grouper", (False, None), one_copy)
     size, key = "ulysses_sequence_parallel_size", "override_config.attn_implementation"
     sizes = [OmegaConf.select(config, f"{actor}.{part}{size}") for part in ("", "fsdp_config.")]
+    if probed:
+        once = "It counts backward passes, and the probe makes a forward pass without one."
+        require_one("actor_rollout_ref.model.enable_activation_offload", (False, None), once)
     if probed and OmegaConf.select(config, f"{actor}.strategy") == "fsdp":
         flat = "The shards of FSDP1 do not know which ranks they are spread over; fsdp2 knows."
         require_one(f"{actor}.fsdp_config.fsdp_size", (-1,), f"{flat} The probe needs it.")

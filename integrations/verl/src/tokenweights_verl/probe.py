@@ -7,7 +7,7 @@ import tokenweights as tw
 import transfer_queue as tq
 from tensordict import TensorDict
 from tokenweights._errors import invalid
-from tokenweights.report.records import append_metrics
+from tokenweights.report.records import append_log
 from transfer_queue import KVBatchMeta
 from verl.utils import tensordict_utils as tu
 from verl.utils.debug import marked_timer
@@ -72,7 +72,7 @@ class GradientProbeMixin(_Base):
                 found = self._probed(self._probe_batch.clone(recurse=False))
             metrics.update(found)
             if path := self._token_weights.gradient_probe_file:
-                append_metrics(path, {"step": self.global_steps, **found})
+                append_log(path, found, step=self.global_steps)
         return batch
 
     def _probed(self, data: TensorDict) -> dict[str, float]:

@@ -22,12 +22,17 @@ def attention_layers(recipe: Recipe, config: DictConfig) -> tuple[int, ...]:
     """The layers that a recipe reads in the actor's model, of those that have attention.
 
     Args:
-        recipe: A recipe with attention entropy as its signal.
+        recipe: A recipe.
         config: VeRL's whole configuration.
 
     Returns:
-        Numbers of layers, from 0.
+        Numbers of layers, from 0; none if the recipe's signal is not attention entropy.
+
+    Raises:
+        TokenWeightsError: If the model does not have one of the recipe's layers.
     """
+    if recipe.signal != "attention_entropy":
+        return ()
     text = omega_conf_to_dataclass(config.actor_rollout_ref.model).hf_config.get_text_config()
     depth = text.num_hidden_layers
     kinds = getattr(text, "layer_types", None) or [ATTENTION[0]] * depth

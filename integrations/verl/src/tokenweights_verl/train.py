@@ -3,12 +3,14 @@
 import sys
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tokenweights._errors import TokenWeightsError
+from tokenweights.recipes.config import FILES
 from verl.trainer import main_ppo
 
 from tokenweights_verl.config import token_weights_config
 from tokenweights_verl.plugin import require_plugin
+from tokenweights_verl.scores import attention_layers
 
 
 @hydra.main(config_path="configurations", config_name="token_weights", version_base=None)
@@ -16,9 +18,12 @@ def main(config: DictConfig) -> None:
     """VeRL's `main_ppo`, once the plug-in and the token weights are known to be right."""
     try:
         require_plugin()
-        token_weights_config(config)
+        asked = token_weights_config(config)
+        attention_layers(asked.token_recipe, config)
     except TokenWeightsError as error:
         sys.exit(f"train: error: {error}")
+    # Ray's processes have another working directory than this one.
+    OmegaConf.update(config, "token_weights", {name: getattr(asked, name) for name in FILES})
     main_ppo.main(config)
 
 

@@ -8,7 +8,7 @@ import transfer_queue as tq
 from omegaconf import DictConfig
 from tensordict import TensorDict
 from tokenweights.recipes import WeightedRollout, weighted_rollout
-from tokenweights.report.records import append_token_records, token_records
+from tokenweights.report.records import append_log, append_token_records, token_records
 from torch import Tensor
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.utils import Role
@@ -54,8 +54,7 @@ class TokenWeightsMixin(_Base):
 
     def _init_tokenizer(self) -> None:
         super()._init_tokenizer()
-        if self.recipe.signal == "attention_entropy":
-            self._layers = attention_layers(self.recipe, self.config)
+        self._layers = attention_layers(self.recipe, self.config)
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -94,6 +93,13 @@ class TokenWeightsMixin(_Base):
         nested = response_to_nested(weighted, data["response_mask"])
         fields = TensorDict({"advantages": nested}, batch_size=len(batch))
         return tq.kv_batch_put(**where, fields=fields)
+
+    def _compute_metrics(
+        self, batch: KVBatchMeta, metrics: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        super()._compute_metrics(batch, metrics, *args, **kwargs)
+        if path := self._token_weights.metrics_file:
+            append_log(path, metrics, step=self.global_steps)
 
     def _append_records(
         self,
