@@ -19,7 +19,7 @@ def token_places(response):
 
 def load(policy):
     return AutoModelForCausalLM.from_pretrained(
-        policy, dtype=torch.float64, attn_implementation="eager"
+        policy, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
     )
 
 
