@@ -18,8 +18,8 @@ class CaughtGradients:
 
     Gradients are reduced in the same order on every rank, the last parameter first, as soon as
     those before them are there; at the end of a pass the missing ones count as zero. So a rank may
-    leave out parameters that others use, as ranks of a mixture of experts do (but
-    not as DeepSpeed's leaf modules at ZeRO-3, which reduce in hooks of their own). Memory is this rank's
+    leave out parameters that others use, as ranks of a mixture of experts do, but not as
+    DeepSpeed's leaf modules at ZeRO-3, which reduce in hooks of their own. Memory is this rank's
     share of the gradient in at least float32, one whole gradient, and those that wait for their
     turn.
 
