@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import ray
+from deepspeed import DeepSpeedEngine
+from deepspeed.utils import get_z3_leaf_modules
 from openrlhf.models import Actor
 from openrlhf.models.ring_attn_utils import gather_and_pad_tensor
 from openrlhf.trainer import ppo_trainer, ppo_trainer_async
@@ -55,10 +57,14 @@ SIGNATURES = [
         ["self", "sequences", "action_mask", "attention_mask"],
     ),
     (ppo_trainer.BasePPOTrainer.train_step, ["self", "rollout_samples", "global_step"]),
+    (ppo_trainer.BasePPOTrainer.ppo_train, ["self", "global_steps"]),
     (RemoteExperienceMaker.make_experience, ["self", "samples_list"]),
     (RemoteExperienceMaker.compute_advantages_and_returns, ["self", "experiences"]),
     (RemoteExperienceMaker._flatten_results, ["self", "refs", "duplicate_factor"]),
     (RayActorGroup.async_run_method, ["self", "method_name"]),
+    (RayActorGroup.async_run_method_batch, ["self", "method_name"]),
+    (DeepSpeedEngine.empty_partition_cache, ["self"]),
+    (get_z3_leaf_modules, ["model"]),
     (zero_pad_sequences, ["sequences", "side", "value"]),
     (
         gather_and_pad_tensor,
@@ -104,6 +110,11 @@ def test_the_trainer_makes_experiences_before_it_balances_and_hands_them_out():
     source = inspect.getsource(ppo_trainer.BasePPOTrainer.train_step)
     made = source.index("self.experience_maker.make_experience_batch(")
     assert made < source.index("balance_experiences(") < source.index('method_name="append"')
+
+
+def test_the_trainer_trains_before_it_wakes_the_engines():
+    source = inspect.getsource(ppo_trainer.BasePPOTrainer.train_step)
+    assert source.index("self.ppo_train(global_step)") < source.index("self.broadcast_to_vllm(")
 
 
 def test_the_policy_makes_one_pass_for_old_log_probabilities():

@@ -35,26 +35,27 @@ def save_policy(folder, layers=3, experts=0):
     """Weights wide enough (standard deviation 0.2) that attention rows are far from uniform."""
     tokenizer = load_tokenizer()
     torch.manual_seed(7)
-    settings = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.2,
-        "tie_word_embeddings": True,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": None,
-    }
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
     if experts:
         routed = {"num_experts": experts, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings, **routed))
+        shared = config.to_dict() | {"model_type": "qwen3_moe"}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig.from_dict(shared | routed))
     else:
-        model = Qwen3ForCausalLM(Qwen3Config(**settings))
+        model = Qwen3ForCausalLM(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

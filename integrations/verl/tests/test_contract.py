@@ -1,0 +1,64 @@
+"""What the adapter needs of VeRL beyond its documentation.
+
+A failure here names what has changed; the adapter's code has to follow.
+"""
+
+import inspect
+
+from verl.trainer.distillation import losses as distillation
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils import tensordict_utils as tu
+from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
+from verl.workers.engine.utils import prepare_micro_batches
+from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+from verl.workers.utils.padding import build_attention_mask_from_nested, response_to_nested
+
+SIGNATURES = [
+    (PPOTrainerSync.__init__, ["self", "config"]),
+    (PPOTrainerSync._init_tokenizer, ["self"]),
+    (PPOTrainerSync._init_resource_pool_mgr, ["self"]),
+    (PPOTrainerSync._compute_old_log_prob, ["self", "batch", "metrics"]),
+    (PPOTrainerSync._compute_advantage, ["self", "batch", "metrics"]),
+    (PPOTrainerSync._compute_metrics, ["self", "batch", "metrics"]),
+    (PPOTrainerSync.step, ["self", "metrics", "timing_raw"]),
+    (
+        FSDPEngineWithLMHead.forward_step,
+        ["self", "micro_batch", "loss_function", "forward_only"],
+    ),
+    (
+        FSDPEngineWithLMHead.prepare_model_outputs,
+        ["self", "output", "output_args", "micro_batch"],
+    ),
+    (FSDPEngineWithLMHead._gather_and_unpad_packed, ["self", "tensor", "pad_size"]),
+    (TrainingWorker.__init__, ["self", "config"]),
+    (EngineRegistry.register, ["model_type", "backend", "device"]),
+    (prepare_micro_batches, ["data", "dp_group"]),
+    (build_attention_mask_from_nested, ["input_ids"]),
+    (response_to_nested, ["tensor", "response_mask"]),
+    (tu.get_non_tensor_data, ["data", "key", "default"]),
+]
+
+
+def test_signatures():
+    taken = {function: list(inspect.signature(function).parameters) for function, _ in SIGNATURES}
+    changed = {f.__qualname__ for f, names in SIGNATURES if taken[f][: len(names)] != names}
+    assert changed == set()
+
+
+def test_the_actor_worker_names_the_class_of_its_actor():
+    assert "actor_worker_cls" in vars(ActorRolloutRefWorker)
+
+
+def test_an_engine_keeps_what_it_autocasts_to():
+    assert "self._autocast_dtype = param_dtype" in inspect.getsource(FSDPEngineWithLMHead.__base__)
+
+
+def test_the_trainer_weights_what_it_trains_on():
+    """Advantages are written between VeRL's own and the update of the actor."""
+    source = inspect.getsource(PPOTrainerSync._step_once)
+    old, made = source.index("_compute_old_log_prob("), source.index("_compute_advantage(")
+    assert old < made < source.index("_update_actor(")
+
+
+def test_a_distillation_without_task_rewards_has_no_policy_loss():
+    assert "policy_loss = 0.0" in inspect.getsource(distillation)
