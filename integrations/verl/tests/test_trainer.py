@@ -60,7 +60,7 @@ def trained(ranks, folder):
         f"token_weights.token_records={folder / 'tokens.jsonl'}",
         f"token_weights.gradient_probe_file={folder / 'gradient.jsonl'}",
         "token_weights.gradient_probe_steps=8",
-        f"token_weights.metrics_file={folder / 'run' / 'metrics.jsonl'}",
+        "token_weights.metrics_file=run/metrics.jsonl",  # in the folder where the command runs
     )
     try:
         if ranks == 2:
