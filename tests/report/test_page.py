@@ -102,6 +102,13 @@ def test_a_directory_needs_metrics_only(tmp_path):
     assert run_from_directory(tmp_path) == Run(metrics=[{"step": 0}])
 
 
+def test_a_step_that_a_resumed_run_took_again_counts_once(tmp_path):
+    for step, reward in ((0, 0.1), (1, 0.2), (2, 0.3), (1, 0.4), (2, 0.5)):
+        append_metrics(tmp_path / "metrics.jsonl", {"step": step, "reward": reward})
+    rewards = [line["reward"] for line in run_from_directory(tmp_path).metrics]
+    assert rewards == [0.1, 0.4, 0.5]
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"title": 1}', '{"name": "x"}'])
 def test_a_wrong_description_is_refused(text, tmp_path):
     append_metrics(tmp_path / "metrics.jsonl", {"step": 0})

@@ -116,7 +116,9 @@ def run_from_directory(
 
     def lines(name: str) -> Sequence[Mapping[str, float]]:
         path = folder / name
-        found = read_metrics(path, unreadable=tell) if path.is_file() else ()
+        if not path.is_file():
+            return ()
+        found = read_metrics(path, unreadable=tell)
         # A run that stopped and went on from a checkpoint took some steps twice: the last counts.
         return [*{line["step"]: line for line in found}.values()]
 

@@ -114,9 +114,10 @@ def test_records_hold_what_the_tokens_were_weighted_by(actors, policy, tmp_path)
     path = tmp_path / "tokens.jsonl"
     args = tiny.arguments(policy, "--ds.zero_stage", 3, ranks=2, packed=True)
     args.train.dynamic_batch_enable = True
-    checked_arguments(args, TokenWeightsConfig("low2high", str(path), token_records_steps=2))
+    log = str(tmp_path / "metrics.jsonl")
+    checked_arguments(args, TokenWeightsConfig("low2high", str(path), 2, metrics_file=log))
     statuses, _ = tiny.trained(actors, args, steps=3)
-    lines = read_metrics(tmp_path / "metrics.jsonl")
+    lines = read_metrics(log)
     assert [line["step"] for line in lines] == [1, 2, 3]
     for line, status in zip(lines, statuses, strict=True):
         for name in ("reward", "policy_loss", "token_weights/weight_mean"):

@@ -241,6 +241,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model(trainer.args.output_dir)
+    # A rank that ends with its process group may be aborted, and torchrun then stops the others.
+    trainer.accelerator.end_training()
 
 
 def _trainer(
