@@ -10,6 +10,7 @@ import sys
 
 import tiny
 import torch
+from accelerate import PartialState
 
 from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer
 
@@ -75,3 +76,5 @@ if __name__ == "__main__":
     if os.environ.get("RANK", "0") == "0":
         with open(path, "w") as file:
             json.dump(outcomes, file)
+    PartialState().wait_for_everyone()  # see `tokenweights_trl.train.main`
+    PartialState().destroy_process_group()

@@ -241,7 +241,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model(trainer.args.output_dir)
-    # A rank that ends with its process group may be aborted, and torchrun then stops the others.
+    # Over gloo, a process that ends right after a collective may hang or abort: a thread of gloo's
+    # still has to let go of a tensor, for which it needs the interpreter. A barrier has no tensor.
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 
