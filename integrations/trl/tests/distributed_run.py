@@ -7,6 +7,7 @@ generation is greedy on logits with a fixed noise per global row, which is sampl
 import json
 import os
 import sys
+import time
 
 import tiny
 import torch
@@ -76,5 +77,5 @@ if __name__ == "__main__":
     if os.environ.get("RANK", "0") == "0":
         with open(path, "w") as file:
             json.dump(outcomes, file)
-    PartialState().wait_for_everyone()  # see `tokenweights_trl.train.main`
+    time.sleep(1.0)  # see `tokenweights_trl.train.main`
     PartialState().destroy_process_group()

@@ -1,6 +1,7 @@
 """Training from the command line: `python -m tokenweights_trl.train --help`."""
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -241,9 +242,10 @@ def main(argv: list[str] | None = None) -> None:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model(trainer.args.output_dir)
-    # Over gloo, a process that ends right after a collective may hang or abort: a thread of gloo's
-    # still has to let go of a tensor, for which it needs the interpreter. A barrier has no tensor.
-    trainer.accelerator.wait_for_everyone()
+    if trainer.accelerator.num_processes > 1:
+        # A thread of gloo's may still have to let go of the last collective's tensors, and needs
+        # the interpreter for it. A process that ends before it got it hangs or is aborted.
+        time.sleep(1.0)
     trainer.accelerator.end_training()
 
 
