@@ -166,9 +166,7 @@ def tensor_parallel_entropy(
     whole_heads = exchange == "rows"
     all_keys = _all_heads(key, 1, group) if whole_heads else key
     all_sinks = _all_heads(sinks, 0, group) if whole_heads and sinks is not None else sinks
-    # A rank owns no row of a sequence that is shorter than there are blocks.
-    entropies = [query.new_zeros(query.shape[0], 0, dtype=torch.float32)]
-    owned = [torch.arange(0, device=query.device)]
+    entropies, owned = [], []
     for owner, rows in _dealt_blocks(query.shape[2], ranks):
         seen = key.shape[2] - query.shape[2] + rows.stop
         mask = None if key_mask is None else key_mask[:, :seen]
@@ -310,9 +308,7 @@ def _dealt_blocks(queries: int, ranks: int) -> Iterator[tuple[int, slice]]:
     """Blocks of rows and their owners: rank r owns the r-th block and the r-th from the end."""
     for block in range(2 * ranks):
         owner = min(block, 2 * ranks - 1 - block)
-        rows = slice(block * queries // (2 * ranks), (block + 1) * queries // (2 * ranks))
-        if rows.start < rows.stop:
-            yield owner, rows
+        yield owner, slice(block * queries // (2 * ranks), (block + 1) * queries // (2 * ranks))
 
 
 def _all_heads(values: Tensor, dim: int, group: dist.ProcessGroup | None) -> Tensor:

@@ -46,7 +46,7 @@ class CaughtGradients:
         if any(hasattr(parameter, "device_mesh") for parameter in self._parameters):
             hint = "Leave out `backward` and `gradients` of the probe."
             raise invalid("CaughtGradients", "model", "without DTensors", "one that has", hint)
-        self._shares: list[Tensor | None] = [None] * len(self._parameters)
+        self._shares: dict[int, Tensor] = {}
         self._waiting: dict[int, Tensor] = {}
         self._turn = 0
 
@@ -77,9 +77,8 @@ class CaughtGradients:
         Returns:
             This rank's flat share for each parameter, at least float32, the last parameter first.
         """
-        taken = [share for share in self._shares if share is not None]
-        self._shares = [None] * len(self._parameters)
-        return taken
+        taken, self._shares = self._shares, {}
+        return list(taken.values())
 
     def _caught(self, place: int, gradient: Tensor) -> Tensor:
         self._waiting[place] = gradient
@@ -91,8 +90,7 @@ class CaughtGradients:
         while self._turn < len(self._parameters) and (finished or self._turn in self._waiting):
             place, self._turn = self._turn, self._turn + 1
             share = self._share(self._waiting.pop(place, None), self._parameters[place])
-            before = self._shares[place]
-            self._shares[place] = share if before is None else before + share
+            self._shares[place] = self._shares[place] + share if place in self._shares else share
 
     def _share(self, gradient: Tensor | None, parameter: Any) -> Tensor:
         dtype = torch.promote_types(parameter.dtype, torch.float32)

@@ -26,7 +26,6 @@ case $experiment in
   qwen2_5_7b) model=Qwen/Qwen2.5-7B ;;
   *) echo "paper.sh: no experiment named $experiment; try qwen3_8b_base" >&2 && exit 2 ;;
 esac
-mkdir -p "$OUTPUT"
 
 options=(
   # Token weights: temperature 1 and 100 steps of warm-up are the recipe's own, and ours.

@@ -95,7 +95,7 @@ def test_every_recipe_of_every_experiment_is_accepted(experiment, layers, tmp_pa
     assert len(lines) == len(names)
     for name, (dash_m, module, *words) in zip(names, lines, strict=True):
         assert (dash_m, module) == ("-m", "tokenweights_openrlhf.train")
-        made = accepted([word.replace("runs/", f"{tmp_path}/runs/") for word in words])
+        made = accepted(words)
         assert made.tokenweights.token_recipe == recipe(name)
         has_entropy = recipe(name).signal == "attention_entropy"
         assert (made.tokenweights.token_records is not None) == has_entropy

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from tokenweights import TokenWeightsError, boxed_match_reward, recipe
 from tokenweights.report import (
+    append_log,
     append_metrics,
     dynamics_figure,
     learning_figure,
@@ -49,7 +50,7 @@ class Progress(TrainerCallback):
         """Record and show what TRL logged for a step."""
         if not logs or "reward" not in logs:
             return
-        append_metrics(self.metrics, {"step": state.global_step} | _numbers(logs))
+        append_log(self.metrics, logs, step=state.global_step)
         shown = {
             "reward": logs["reward"],
             "length": logs["completions/mean_length"],
@@ -196,10 +197,6 @@ def _fresh(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.jsonl", "evaluations.jsonl", "tokens.jsonl"):
         (folder / name).unlink(missing_ok=True)
-
-
-def _numbers(logs: dict[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
 
 
 def _options() -> argparse.Namespace:
