@@ -163,7 +163,7 @@ def short_on(rank, size, tokens, exchange):
 
 
 @pytest.mark.parametrize("exchange", ["rows", "distribution"])
-@pytest.mark.parametrize("tokens", [0, 1, 3])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3])
 def test_a_sequence_may_have_fewer_tokens_than_there_are_blocks(exchange, tokens):
     for found, expected in on_ranks(short_on, 2, tokens, exchange):
         assert found.shape == (1, tokens)

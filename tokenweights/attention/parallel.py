@@ -166,7 +166,9 @@ def tensor_parallel_entropy(
     whole_heads = exchange == "rows"
     all_keys = _all_heads(key, 1, group) if whole_heads else key
     all_sinks = _all_heads(sinks, 0, group) if whole_heads and sinks is not None else sinks
-    entropies, owned = [], []
+    # A rank owns no row of a sequence that is shorter than there are blocks.
+    entropies = [query.new_zeros(query.shape[0], 0, dtype=torch.float32)]
+    owned = [torch.arange(0, device=query.device)]
     for owner, rows in _dealt_blocks(query.shape[2], ranks):
         seen = key.shape[2] - query.shape[2] + rows.stop
         mask = None if key_mask is None else key_mask[:, :seen]
@@ -308,7 +310,9 @@ def _dealt_blocks(queries: int, ranks: int) -> Iterator[tuple[int, slice]]:
     """Blocks of rows and their owners: rank r owns the r-th block and the r-th from the end."""
     for block in range(2 * ranks):
         owner = min(block, 2 * ranks - 1 - block)
-        yield owner, slice(block * queries // (2 * ranks), (block + 1) * queries // (2 * ranks))
+        rows = slice(block * queries // (2 * ranks), (block + 1) * queries // (2 * ranks))
+        if rows.start < rows.stop:
+            yield owner, rows
 
 
 def _all_heads(values: Tensor, dim: int, group: dist.ProcessGroup | None) -> Tensor:
