@@ -8,7 +8,7 @@ from tiny_models import eager_entropy, tiny
 
 import tokenweights as tw
 from tokenweights import TokenWeightsError
-from tokenweights.capture import checks
+from tokenweights.capture import masks
 
 LENGTHS = [7, 1, 12, 4]
 
@@ -90,7 +90,7 @@ def test_rows_that_are_no_packed_row_are_refused(monkeypatch):
     # A mask is looked at some rows at a time; this one is wrong in its last row only.
     late = apart(positions)
     late[..., -1, 0] = True
-    monkeypatch.setattr(checks, "ROWS_AT_ONCE", 5)
+    monkeypatch.setattr(masks, "ENTRIES_AT_ONCE", 5 * sum(LENGTHS))
     run("mixes", ids[None], position_ids=positions[None], attention_mask=late)
     with torch.no_grad(), tw.capture_attention(model, [0], packed=True):
         model(

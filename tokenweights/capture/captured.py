@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -22,6 +23,8 @@ class CapturedAttention:
         window: Visible keys of a sliding-window layer, the query included, or None.
         softcap: Bound of a soft cap on the scores, or None.
         sinks: Extra logit of each head in the softmax denominator, ` heads`, or None.
+        key_mask: True for the keys that are no padding, `batch key`, as the layer's own mask has
+            it; None if all are.
         position_ids: Position of each token in its own sequence, `batch query`, of a call that was
             captured as packed; None otherwise.
     """
@@ -33,6 +36,7 @@ class CapturedAttention:
     window: int | None
     softcap: float | None
     sinks: Tensor | None
+    key_mask: Tensor | None = None
     position_ids: Tensor | None = None
 
     def entropy(
@@ -46,7 +50,7 @@ class CapturedAttention:
         """Entropy of the head-averaged attention distribution of each captured query.
 
         Args:
-            key_mask: True for real keys; None if there is no padding.
+            key_mask: True for real keys; None for those that were real to the layer.
             kind: As in `tokenweights.attention_entropy`.
             top_k: As in `tokenweights.attention_entropy`.
             fixed_k: As in `tokenweights.attention_entropy`.
@@ -55,9 +59,14 @@ class CapturedAttention:
             Entropies, 0 for padded queries.
 
         Raises:
-            TokenWeightsError: As `attention_entropy`, or if the call was captured as packed.
+            TokenWeightsError: As `attention_entropy`, if the call was captured as packed, or if
+                `key_mask` has keys that the layer did not attend to, or lacks some.
         """
         self._require_packed("entropy", False)
+        if key_mask is None:
+            key_mask = self.key_mask
+        else:
+            self._require_same_keys(key_mask)
         return attention_entropy(
             self.query,
             self.key,
@@ -109,6 +118,27 @@ class CapturedAttention:
             softcap=self.softcap,
             sinks=self.sinks,
         )[None]
+
+    def _require_same_keys(self, key_mask: Tensor) -> None:
+        """Raises if a real query had other keys than the mask says."""
+        batch, queries, keys = self.query.shape[0], self.query.shape[2], self.key.shape[2]
+        if tuple(key_mask.shape) != (batch, keys):
+            return  # for `attention_entropy` to refuse
+        seen = torch.ones_like(key_mask) if self.key_mask is None else self.key_mask
+        columns = torch.arange(keys, device=key_mask.device)
+        asked = torch.where(key_mask, columns, -1)[:, -queries:]
+        first = torch.where(asked >= 0, asked, keys).amin(-1, keepdim=True)
+        reached = columns <= asked.amax(-1, keepdim=True)
+        if self.window is not None:
+            reached &= columns > first - self.window
+        if bool(((key_mask != seen) & reached).any()):
+            raise invalid(
+                "CapturedAttention.entropy",
+                "key_mask",
+                "to be the padding that the model was given",
+                "other keys",
+                "Pass the model and `entropy` the same mask, or leave it out here.",
+            )
 
     def _require_packed(self, method: str, packed: bool) -> None:
         if packed != (self.position_ids is not None):

@@ -1,7 +1,8 @@
-"""The attention layers of a transformers model."""
+"""The attention layers of a transformers model: which stack they belong to, and how they attend."""
 
-import sys
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -10,21 +11,60 @@ from tokenweights._errors import invalid
 from tokenweights._typing import typed
 
 
+@dataclass(frozen=True)
+class AttentionStack:
+    """The attention modules of one stack of layers, by layer index.
+
+    Attributes:
+        name: Dotted name of the module that runs the layers, within the model.
+        owner: That module.
+        layers: Layer index to attention module, in ascending order.
+        names: Layer index to the attention module's dotted name.
+    """
+
+    name: str
+    owner: nn.Module
+    layers: dict[int, nn.Module]
+    names: dict[int, str]
+
+
 def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
     """The attention modules of a model whose query and key can be tapped, by layer index.
+
+    Of a model of several stacks these are the layers of the one that generates text: the language
+    model beside a vision tower, the decoder beside an encoder.
 
     Args:
         model: A transformers model, also inside DDP, FSDP or PEFT wrappers.
 
     Returns:
         Layer index to module, in ascending order; empty if the model has no such module.
+
+    Raises:
+        TokenWeightsError: If several stacks could be meant. Pass the submodule that is.
     """
-    found: dict[int, nn.Module] = {}
-    for module in model.modules():
-        layer = getattr(module, "layer_idx", None)
-        if isinstance(layer, int) and hasattr(module, "is_causal") and interface(module):
-            found.setdefault(layer, module)
-    return dict(sorted(found.items()))
+    stack = attention_stack(model)
+    return {} if stack is None else stack.layers
+
+
+def attention_stack(model: nn.Module) -> AttentionStack | None:
+    """The stack of layers whose attention is meant by a layer index; None if there is none."""
+    stacks = _stacks(model)
+    # Encoders and towers attend both ways; what generates does not.
+    meant = [stack for stack in stacks if _causal(stack)] or stacks
+    if len(meant) > 1:
+        decoder = _decoder(model)
+        inside = set() if decoder is None else set(decoder.modules())
+        meant = [stack for stack in meant if inside.issuperset(stack.layers.values())] or meant
+    if len(meant) > 1:
+        raise invalid(
+            "attention_layers",
+            "model",
+            "with one stack of causal attention layers",
+            [stack.name for stack in meant],
+            f"Pass one of them: `model.get_submodule({meant[0].name!r})`.",
+        )
+    return meant[0] if meant else None
 
 
 @typed
@@ -46,22 +86,13 @@ def middle_layer(depth: int) -> int:
     return depth * 5 // 9
 
 
-def chosen_layers(model: nn.Module, layers: Sequence[int]) -> dict[int, nn.Module]:
+def chosen_layers(stack: AttentionStack, layers: Sequence[int]) -> dict[int, nn.Module]:
     """The attention modules of the layers asked for, by index from 0."""
-    found = attention_layers(model)
-    if not found:
-        raise invalid(
-            "capture_attention",
-            "model",
-            "a transformers model whose attention goes through its attention interface",
-            type(model).__name__,
-            "Models with attention code of their own cannot be tapped.",
-        )
-    indices = list(found)
+    indices = list(stack.layers)
     chosen = {}
     for layer in layers:
         index = indices[layer] if -len(indices) <= layer < 0 else layer
-        if index not in found:
+        if index not in stack.layers:
             raise invalid(
                 "capture_attention",
                 "layers",
@@ -69,13 +100,16 @@ def chosen_layers(model: nn.Module, layers: Sequence[int]) -> dict[int, nn.Modul
                 layer,
                 "Layers count from 0; -1 is the last.",
             )
-        chosen[index] = found[index]
+        chosen[index] = stack.layers[index]
     return chosen
 
 
-def interface(module: nn.Module) -> Any:
-    """The registry in which the module's own code looks attention functions up."""
-    return getattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS", None)
+def registry(module: Any) -> Any:
+    """Where the module's own code looks attention functions up; None if it does not."""
+    # The code of a class may stand in another file than the class: in that of its base, or of a
+    # library that has replaced its `forward`.
+    code = inspect.unwrap(type(module).forward)
+    return getattr(code, "__globals__", {}).get("ALL_ATTENTION_FUNCTIONS")
 
 
 def implementation(module: Any) -> str:
@@ -83,8 +117,8 @@ def implementation(module: Any) -> str:
     return module.config._attn_implementation or "eager"
 
 
-def visible_window(module: Any, options: dict) -> int | None:
-    """The sliding window of a call in keys, the query included, or None."""
+def window_hint(module: Any, options: dict) -> int | None:
+    """The sliding window that a call or its layer names, in keys, the query included, or None."""
     window = options.get("sliding_window")
     if window is None and layer_type(module) == "sliding_attention":
         window = getattr(module, "sliding_window", None) or module.config.sliding_window
@@ -95,3 +129,53 @@ def layer_type(module: Any) -> str:
     """How a layer attends, in the words of transformers."""
     types = getattr(getattr(module, "config", None), "layer_types", None)
     return types[module.layer_idx] if types else "full_attention"
+
+
+def _stacks(model: nn.Module) -> list[AttentionStack]:
+    """All stacks: modules whose names agree up to the first number share one."""
+    stacks: dict[str, AttentionStack] = {}
+    for name, module in _tappable(model):
+        owner = _owner(name)
+        if owner not in stacks:
+            stacks[owner] = AttentionStack(owner, model.get_submodule(owner), {}, {})
+        stack, layer = stacks[owner], module.layer_idx
+        # A decoder's layer attends to itself and then to an encoder: the first is causal.
+        known = stack.layers.get(layer)
+        if known is None or (module.is_causal and not known.is_causal):
+            stack.layers[layer], stack.names[layer] = module, name
+    return [
+        AttentionStack(s.name, s.owner, dict(sorted(s.layers.items())), s.names)
+        for s in stacks.values()
+    ]
+
+
+def _tappable(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if (
+            isinstance(getattr(module, "layer_idx", None), int)
+            and hasattr(module, "is_causal")
+            and registry(module) is not None
+        ):
+            yield name, module
+
+
+def _owner(name: str) -> str:
+    """Name of the module that runs a stack: `model` for `model.layers.3.self_attn`."""
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+    # The list of layers stands before the number, what owns the list before that.
+    return ".".join(parts[: max(0, numbers[0] - 1)] if numbers else parts[:-1])
+
+
+def _causal(stack: AttentionStack) -> bool:
+    return any(bool(module.is_causal) for module in stack.layers.values())
+
+
+def _decoder(model: nn.Module) -> nn.Module | None:
+    """What a transformers model inside `model` calls its decoder."""
+    for module in model.modules():
+        get_decoder: Any = getattr(module, "get_decoder", None)
+        if callable(get_decoder):
+            decoder: Any = get_decoder()
+            return decoder if isinstance(decoder, nn.Module) else None
+    return None

@@ -2,23 +2,26 @@
 
 A transformers attention module looks its attention function up at every forward and hands it query
 and key after normalization and rotary embedding, before grouped heads are repeated. The tap stands
-in for that function, under the same registry key, and passes every call on unchanged: the model
-computes what it always does, with the mask it always builds.
+in for the look-up: it finds what the look-up would have found for that very caller, and returns a
+function that passes every call on unchanged. So every model of the process computes what it always
+does, with the mask it always builds.
 """
 
-import sys
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenweights._errors import TokenWeightsError, invalid
+from tokenweights._errors import invalid
 from tokenweights.capture.captured import CapturedAttention
-from tokenweights.capture.checks import refuse_unknown_attention
-from tokenweights.capture.layers import chosen_layers, implementation, interface, visible_window
+from tokenweights.capture.checks import AttentionCall, attended
+from tokenweights.capture.counts import counted_calls, recomputing
+from tokenweights.capture.layers import AttentionStack, attention_stack, chosen_layers, registry
+from tokenweights.capture.masks import Unreadable
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,13 @@ def capture_attention(
     """A context in which every forward of `model` leaves query and key of `layers` behind.
 
     Nothing is computed and nothing is copied unless asked: a captured tensor is the model's own,
-    detached. The context ends the tap, also after an exception; recomputation under gradient
-    checkpointing happens after it and is not seen twice.
+    detached. The context ends the tap, also after an exception; what gradient checkpointing
+    computes again in a backward pass is not seen twice.
 
     Args:
         model: A transformers model, also inside DDP, FSDP or PEFT wrappers.
-        layers: Layer indices; negative ones count from the last attention layer.
+        layers: Layer indices; negative ones count from the last attention layer. Of a model of
+            several stacks those of the one that generates text; pass another as `model`.
         rows: Keep only the last `rows` queries of each call; all if None.
         packed: Whether every call is one row of sequences, one after another, told apart by
             position ids that start again at 0, and without padding; the row may be one rank's slice
@@ -64,9 +68,9 @@ def capture_attention(
     Raises:
         TokenWeightsError: If the model has no tappable attention or no such layer, or, at its
             forward, if a layer attends in a way that query, key and padding do not determine:
-            several sequences packed into a row without `packed`, another mask, a static cache,
-            a position bias. A block mask of flex attention is not read, so it has to be the causal
-            one.
+            several sequences packed into a row without `packed`, another mask, one that cannot be
+            read, a static cache, a position bias, padding inside a sliding window that counts it;
+            or if a forward calls a layer's attention function not once but never or several times.
 
     Example:
         >>> from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -85,7 +89,8 @@ def capture_attention(
         >>> capture.calls[1][0].entropy().shape
         torch.Size([1, 3])
     """
-    modules = chosen_layers(model, layers)
+    stack = _tappable_stack(model)
+    modules = chosen_layers(stack, layers)
     if rows is not None and rows < 1:
         raise invalid("capture_attention", "rows", ">= 1", rows, "Pass None for all queries.")
     if rows is not None and packed:
@@ -94,81 +99,123 @@ def capture_attention(
     capture = AttentionCapture({layer: [] for layer in modules})
     probes = {id(module): layer for layer, module in modules.items()}
 
-    def record(layer: int, query: Tensor, key: Tensor, mask: Any, options: dict) -> None:
+    # Compiled models run this as it stands: it looks at values, and it keeps what it sees.
+    @torch.compiler.disable
+    def record(call: AttentionCall) -> None:
+        layer = probes.get(id(call.module))
+        if layer is None or recomputing():
+            return
+        counts[layer] += 1
         with torch.no_grad():
-            module = modules[layer]
-            refuse_unknown_attention(layer, module, query, key, mask, options, packed)
-            captured = _captured(layer, module, query.detach(), key.detach(), rows, options)
-            if packed:
-                captured = replace(captured, position_ids=options["position_ids"])
+            captured = _captured(call, stack, layer, rows, packed)
             capture.calls[layer].append(captured if reduce is None else reduce(captured))
 
     with ExitStack() as taps:
-        seen: set[tuple[int, str]] = set()
-        for module in modules.values():
-            registry, name = interface(module), implementation(module)
-            if (id(registry), name) not in seen:
-                seen.add((id(registry), name))
-                taps.enter_context(_tapped(registry, name, module, probes, record))
+        counts = taps.enter_context(counted_calls(stack, modules))
+        for functions in {id(found): found for found in map(registry, modules.values())}.values():
+            taps.enter_context(_tapped(functions, record))
         yield capture
 
 
-@contextmanager
-def _tapped(
-    registry: Any, name: str, module: Any, probes: dict[int, int], record: Callable
-) -> Iterator[None]:
-    """One attention function of a registry, replaced under its own key while the context lasts.
+class _LookUp:
+    """Stands in for `get_interface` of a registry of attention functions while someone looks.
 
-    A new key would not do: transformers picks the mask by that key, and an unknown one silently
-    drops causal masking.
+    A new key in the registry would not do: transformers picks the mask by that key, and an unknown
+    one silently drops causal masking. Nor would another function under the same key: each file of
+    models has an eager function of its own, which it names when it looks the key up.
     """
-    original = registry.get_interface(name, _eager_attention(module))
 
-    def tap(
-        caller: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        layer = probes.get(id(caller))
-        if layer is not None:
-            record(layer, query, key, attention_mask, kwargs)
-        return original(caller, query, key, value, attention_mask, *args, **kwargs)
+    def __init__(self, original: Callable) -> None:
+        self.original = original
+        self.recorders: list[Callable] = []
 
-    local = registry._local_mapping
-    before = local.get(name)
-    registry[name] = tap
+    def __call__(self, name: str, default: Callable) -> Callable:
+        function = self.original(name, default)
+
+        def tapped(
+            module: nn.Module,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Any,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            for record in self.recorders:
+                options = {**_named(function, args), **kwargs}
+                record(AttentionCall(function, module, query, key, attention_mask, options))
+            return function(module, query, key, value, attention_mask, *args, **kwargs)
+
+        return tapped
+
+
+@contextmanager
+def _tapped(functions: Any, record: Callable) -> Iterator[None]:
+    """A registry whose look-ups tell `record` of every call while the context lasts.
+
+    Contexts may end in any order: the first brings the stand-in, the last takes it away.
+    """
+    look_up = vars(functions).get("get_interface")
+    if not isinstance(look_up, _LookUp):
+        look_up = functions.get_interface = _LookUp(functions.get_interface)
+    look_up.recorders.append(record)
     try:
         yield
     finally:
-        if before is None:
-            del registry[name]
-        else:
-            registry[name] = before
+        look_up.recorders.remove(record)
+        if not look_up.recorders and vars(functions).get("get_interface") is look_up:
+            del functions.get_interface
 
 
-def _captured(
-    layer: int, module: Any, query: Tensor, key: Tensor, rows: int | None, options: dict
-) -> CapturedAttention:
-    scale = options.get("scaling")
-    return CapturedAttention(
-        layer=layer,
-        query=query if rows is None else query[:, :, -rows:],
-        key=key,
-        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
-        window=visible_window(module, options),
-        softcap=options.get("softcap"),
-        sinks=None if options.get("s_aux") is None else options["s_aux"].detach(),
+def _named(function: Callable, args: tuple) -> dict[str, Any]:
+    """Options that stand behind the mask, by the names that the function has for them."""
+    return (
+        dict(zip(list(inspect.signature(function).parameters)[5:], args, strict=True))
+        if args
+        else {}
     )
 
 
-def _eager_attention(module: Any) -> Callable:
-    code = sys.modules[type(module).__module__]
+def _tappable_stack(model: nn.Module) -> AttentionStack:
+    stack = attention_stack(model)
+    if stack is None or not all(
+        hasattr(registry(m), "get_interface") for m in stack.layers.values()
+    ):
+        raise invalid(
+            "capture_attention",
+            "model",
+            "a transformers (5.0 or newer) model whose attention goes through its attention "
+            "interface",
+            type(model).__name__,
+            "Models with attention code of their own cannot be tapped.",
+        )
+    return stack
 
-    def missing(*args: Any, **kwargs: Any) -> Any:
-        raise TokenWeightsError(f"{type(module).__name__} has no eager attention to pass on to")
 
-    return getattr(code, "eager_attention_forward", missing)
+def _captured(
+    call: AttentionCall, stack: AttentionStack, layer: int, rows: int | None, packed: bool
+) -> CapturedAttention:
+    try:
+        keys = attended(call, packed=packed)
+    except Unreadable as fault:
+        raise invalid(
+            "capture_attention",
+            "layers",
+            "whose attention query, key and padding determine: causal, full or sliding-window",
+            f"layer {layer} (`{stack.names[layer]}`), {fault}",
+            "Probe another layer, or pass one unpacked sequence a row over a growing cache. "
+            "A row of several sequences needs `packed=True` and position ids.",
+        ) from None
+    query, options = call.query.detach(), call.options
+    scale, sinks = options.get("scaling"), options.get("s_aux")
+    return CapturedAttention(
+        layer=layer,
+        query=query if rows is None else query[:, :, -rows:],
+        key=call.key.detach(),
+        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+        window=keys.window,
+        softcap=options.get("softcap"),
+        sinks=None if sinks is None else sinks.detach(),
+        key_mask=keys.key_mask,
+        position_ids=options["position_ids"] if packed else None,
+    )
