@@ -134,10 +134,14 @@ def test_attention_that_query_and_key_do_not_determine_is_refused():
         tw.capture_attention(model, [0]),
     ):
         model(ids)
-    model = tiny("qwen3")
-    model.model.layers[0].self_attn.is_causal = False
-    with pytest.raises(TokenWeightsError, match="not causal"), tw.capture_attention(model, [0]):
-        model(ids)
+    # Without a mask only the layer itself says whether later keys are hidden.
+    for attention in ("sdpa", "flash_attention_2"):
+        model = tiny("qwen3", "sdpa")
+        layer = model.model.layers[0].self_attn
+        layer.is_causal = False
+        layer.config = SimpleNamespace(**{**vars(model.config), "_attn_implementation": attention})
+        with pytest.raises(TokenWeightsError, match="not causal"), tw.capture_attention(model, [0]):
+            model(ids)
 
 
 def test_non_finite_attention_is_refused_where_it_is_read():

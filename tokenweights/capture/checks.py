@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from tokenweights.capture.layers import implementation, layer_type, window_hint
 from tokenweights.capture.masks import Square, Unreadable, block_mask, tensor_mask
 
-_CAUSAL_LAYERS = ("full_attention", "sliding_attention")
+_CAUSAL_LAYERS = ("full_attention", "sliding_attention", "hybrid", "hybrid_sliding")
 # Functions whose mask alone says what is seen; others read causality and window from options.
 _BY_MASK = ("eager", "sdpa", "flex_attention")
 # What an attention function may be given beside query, key, value and mask: the options that are
@@ -77,8 +77,6 @@ def _require_understood(call: AttentionCall) -> None:
     kind = layer_type(call.module)
     if kind not in _CAUSAL_LAYERS:
         raise Unreadable(f"a layer of type {kind!r}")
-    if not call.module.is_causal:
-        raise Unreadable("a layer that is not causal")
     if call.options.get("position_bias") is not None:
         raise Unreadable("a layer with a position bias")
     if call.options.get("s_aux") is not None and call.backend == "sdpa":

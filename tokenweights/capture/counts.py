@@ -32,7 +32,7 @@ def counted_calls(stack: AttentionStack, layers: Iterable[int]) -> Iterator[Coun
                     "capture_attention",
                     "layers",
                     f"that call their attention function once in a forward of `{owner}`",
-                    f"layer {layer} (`{stack.names[layer]}`) with {counts[layer]} calls",
+                    f"layer {layer} (`{stack.names[layer]}`), {counts[layer]} calls of it",
                     "What several calls make together, or none, is not one attention distribution: "
                     "probe another layer.",
                 )

@@ -155,9 +155,9 @@ def _tapped(functions: Any, record: Callable) -> Iterator[None]:
 
     Contexts may end in any order: the first brings the stand-in, the last takes it away.
     """
-    look_up = vars(functions).get("get_interface")
-    if not isinstance(look_up, _LookUp):
-        look_up = functions.get_interface = _LookUp(functions.get_interface)
+    before = vars(functions).get("get_interface")
+    look_up = before if isinstance(before, _LookUp) else _LookUp(functions.get_interface)
+    functions.get_interface = look_up
     look_up.recorders.append(record)
     try:
         yield
@@ -165,6 +165,8 @@ def _tapped(functions: Any, record: Callable) -> Iterator[None]:
         look_up.recorders.remove(record)
         if not look_up.recorders and vars(functions).get("get_interface") is look_up:
             del functions.get_interface
+            if inspect.isfunction(look_up.original):  # somebody else's stand-in, not the method
+                functions.get_interface = look_up.original
 
 
 def _named(function: Callable, args: tuple) -> dict[str, Any]:
