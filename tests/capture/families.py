@@ -111,7 +111,7 @@ def small_model(task: str, family: str) -> nn.Module:
             return model
         except Exception as error:
             reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
-    raise NotBuilt(reasons[0])
+    raise NotBuilt("; ".join(dict.fromkeys(reasons)))
 
 
 def inputs(model: nn.Module) -> dict[str, Tensor]:
@@ -197,6 +197,8 @@ def _small_config(config_class: type, variant: dict[str, Any]) -> Any:
     options = {}
     for name, size in {**SMALL, **variant}.items():
         known = name in inspect.signature(config_class.__init__).parameters or _has(plain, name)
+        # A tower beside the language model has rotations of another kind.
+        known &= name != "rope_parameters" or _has(plain, "vocab_size")
         # A window that is None by default is one that the family's layers do without.
         without = name == "sliding_window" and name not in variant and _is_none(plain, name)
         if known and size is not None and not without:
