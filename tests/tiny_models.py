@@ -35,6 +35,8 @@ FAMILIES = {
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
     },
+    "gpt_neox": {"rotary_pct": 1.0},
+    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2},
     "deepseek_v3": {
         "q_lora_rank": 16,
         "kv_lora_rank": 16,
@@ -58,7 +60,9 @@ def tiny(family: str, attention: str = "eager", **options) -> nn.Module:
     # Fresh models attend almost uniformly; larger projections make the distributions peaked.
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and ("q_" in name or "k_" in name or "qkv" in name):
+            if parameter.dim() == 2 and any(
+                part in name for part in ("q_", "k_", "qkv", "query_key", "c_attn")
+            ):
                 parameter.normal_(0, 0.7)
             if name.endswith("sinks"):
                 parameter.normal_(0, 1)

@@ -254,6 +254,9 @@ def verdict(task: str, family: str) -> str:
         except NotBuilt:
             return NOT_BUILT
         found = outcome(model)
+        if found.right and getattr(model, "_supports_sdpa", False):
+            model.set_attn_implementation("sdpa")
+            assert outcome(model) == found, "sdpa and eager attention differ"
     if not found.refused:
         return RIGHT
     reasons = "; ".join(found.refused)

@@ -6,9 +6,22 @@ import pytest
 import torch
 from tiny_models import FAMILIES, batch, eager_entropy, tiny
 from torch import nn
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    SiglipVisionConfig,
+)
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 import tokenweights as tw
 from tokenweights import TokenWeightsError
+from tokenweights.capture.layers import registry
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -45,14 +58,12 @@ def test_backends_capture_the_same_and_the_registry_is_left_as_it_was():
     entropies = []
     for attention in ("eager", "sdpa"):
         model = tiny("qwen3", attention)
-        interface = __import__(
-            "transformers.models.qwen3.modeling_qwen3", fromlist=["x"]
-        ).ALL_ATTENTION_FUNCTIONS
-        before = dict(interface._local_mapping)
+        functions = registry(model.model.layers[0].self_attn)
+        before = dict(vars(functions))
         with pytest.raises(RuntimeError), tw.capture_attention(model, [2]) as capture:
             model(ids, attention_mask=mask.long())
             raise RuntimeError
-        assert interface._local_mapping == before
+        assert vars(functions) == before
         entropies.append(capture.calls[2][0].entropy(key_mask=mask))
     torch.testing.assert_close(*entropies)
 
@@ -81,6 +92,192 @@ def test_nested_captures_both_see_every_call():
     assert len(outer.calls[0]) == len(inner.calls[0]) == len(inner.calls[1]) == 1
 
 
+def test_captures_may_end_in_any_order_and_beside_the_stand_in_of_another():
+    model, (ids, _) = tiny("qwen3"), batch()
+    functions = registry(model.model.layers[0].self_attn)
+    first, second = tw.capture_attention(model, [0]), tw.capture_attention(model, [1])
+    seen_first, seen_second = first.__enter__(), second.__enter__()
+    model(ids)
+    first.__exit__(None, None, None)
+    model(ids)
+    second.__exit__(None, None, None)
+    assert (len(seen_first.calls[0]), len(seen_second.calls[1])) == (1, 2)
+    assert "get_interface" not in vars(functions)
+
+    asked = []
+
+    def look_up(name, default):
+        asked.append(name)
+        return type(functions).get_interface(functions, name, default)
+
+    functions.get_interface = look_up
+    try:
+        with tw.capture_attention(model, [0]) as capture:
+            model(ids)
+        assert asked == ["eager"] * 4 and len(capture.calls[0]) == 1
+        assert functions.get_interface is look_up
+    finally:
+        del functions.get_interface
+
+
+@pytest.mark.parametrize("other", ["gpt_oss", "gemma2", "gpt_neox", "gpt2"])
+def test_other_models_compute_what_they_always_do(other):
+    """Each file of models has an eager attention of its own; a tap must not lend one to another."""
+    (ids, mask), model = batch(), tiny(other)
+    expected = model(ids, attention_mask=mask.long()).logits
+    for tapped in ("llama", "gpt_oss", "gemma2"):
+        with tw.capture_attention(tiny(tapped), [1]) as capture:
+            assert torch.equal(model(ids, attention_mask=mask.long()).logits, expected)
+        assert capture.calls == {1: []}
+
+
+def test_a_vision_tower_is_left_alone_and_the_text_layers_are_read():
+    model = image_model()
+    pixels = torch.randn(1, 3, 30, 30, generator=torch.Generator().manual_seed(0))
+    ids = torch.cat([torch.full((1, 4), 9), torch.randint(3, 8, (1, 8))], 1)
+    inputs = {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        plain = model(**inputs, output_attentions=True)
+        for layer in (0, 3):
+            with tw.capture_attention(model, [layer]) as capture:
+                tapped = model(**inputs)
+            assert torch.equal(plain.logits, tapped.logits)
+            assert torch.equal(plain.image_hidden_states, tapped.image_hidden_states)
+            (call,) = capture.calls[layer]
+            expected = eager_entropy(plain.attentions[layer], torch.ones_like(ids).bool())
+            torch.testing.assert_close(call.entropy().double(), expected, atol=1e-5, rtol=1e-5)
+    text = model.model.language_model
+    assert list(tw.attention_layers(model).values()) == [b.self_attn for b in text.layers]
+
+
+def image_model():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    vision = SiglipVisionConfig(**sizes, num_hidden_layers=2, image_size=30, patch_size=15)
+    text = LlamaConfig(**sizes, num_hidden_layers=4, num_key_value_heads=2, vocab_size=32)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=9)
+    config.vision_feature_select_strategy = "full"
+    return LlavaForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+
+
+def test_a_decoder_is_read_beside_its_encoder_and_others_can_be_named():
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "vocab_size": 32}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = BartConfig(**sizes, **heads, encoder_ffn_dim=48, decoder_ffn_dim=48)
+    model = BartForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    decoder = model.model.decoder
+    assert list(tw.attention_layers(model).values()) == [b.self_attn for b in decoder.layers]
+    assert tw.attention_layers(decoder) == tw.attention_layers(model)
+    ids, mask = batch()
+    with torch.no_grad(), tw.capture_attention(model, [1]) as capture:
+        output = model(
+            ids, attention_mask=mask.long(), decoder_input_ids=ids, output_attentions=True
+        )
+    expected = eager_entropy(output.decoder_attentions[1], torch.ones_like(mask))
+    (call,) = capture.calls[1]
+    torch.testing.assert_close(call.entropy().double(), expected, atol=1e-5, rtol=1e-5)
+    encoder = model.model.encoder
+    with pytest.raises(TokenWeightsError, match="mask"), tw.capture_attention(encoder, [0]):
+        encoder(ids, attention_mask=mask.long())
+    both = nn.ModuleDict({"first": tiny("qwen3"), "second": tiny("llama")})
+    with pytest.raises(TokenWeightsError, match=r"get_submodule\('first.model'\)"):
+        tw.attention_layers(both)
+    named = both.get_submodule("first.model")
+    assert len(tw.attention_layers(named)) == 4
+
+
+def test_a_layer_that_attention_does_not_reach_once_is_refused_by_name():
+    (ids, _), model = batch(), tiny("qwen3")
+    skipped = model.model.layers[1]
+    skipped.forward = lambda hidden, **_: hidden
+    with (
+        pytest.raises(TokenWeightsError, match=r"`model`.*layer 1 .*layers\.1\.self_attn.*0 calls"),
+        tw.capture_attention(model, [0, 1]),
+    ):
+        model(ids)
+    with tw.capture_attention(model, [0]) as capture:
+        model(ids)
+    assert len(capture.calls[0]) == 1
+    looped = tiny("qwen3")
+    looped.model.layers = nn.ModuleList([looped.model.layers[0]] * 4)
+    with pytest.raises(TokenWeightsError, match="4 calls"), tw.capture_attention(looped, [0]):
+        looped(ids, use_cache=False)
+    upcast = GPT2LMHeadModel._from_config(
+        GPT2Config(vocab_size=32, n_embd=32, n_layer=2, n_head=4, reorder_and_upcast_attn=True),
+        attn_implementation="eager",
+    )
+    with pytest.raises(TokenWeightsError, match="0 calls"), tw.capture_attention(upcast, [1]):
+        upcast(ids)
+
+
+def test_a_forward_that_fails_leaves_no_count_behind():
+    (ids, mask), model = batch(), tiny("qwen3")
+    hook = model.model.norm.register_forward_pre_hook(lambda *_: 1 / 0)
+    with tw.capture_attention(model, [0]) as capture:
+        with pytest.raises(ZeroDivisionError):
+            model(ids)
+        hook.remove()
+        model(ids, attention_mask=mask.long())
+    assert len(capture.calls[0]) == 2
+    assert not model.model._forward_hooks and not model.model._forward_pre_hooks
+
+
+def test_a_class_of_the_users_own_is_tapped_where_its_code_stands():
+    class Attention(Qwen3Attention):
+        pass
+
+    (ids, mask), model = batch(), tiny("qwen3")
+    for block in model.model.layers:
+        block.self_attn.__class__ = Attention
+    with torch.no_grad(), tw.capture_attention(model, [1]) as capture:
+        output = model(ids, attention_mask=mask.long(), output_attentions=True)
+    expected = eager_entropy(output.attentions[1], mask)
+    (call,) = capture.calls[1]
+    torch.testing.assert_close(call.entropy().double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_options_may_stand_behind_the_mask_without_a_name():
+    model = tiny("llama")
+    layer, hidden = model.model.layers[0].self_attn, torch.randn(1, 12, 32)
+    functions = registry(layer)
+
+    def forward(self, hidden, mask):
+        query, key = (
+            project(hidden).view(1, 12, -1, 8).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj)
+        )
+        attend = functions.get_interface("eager", llama.eager_attention_forward)
+        return attend(self, query, key, key, mask, 0.5)[0]
+
+    forward.__globals__["ALL_ATTENTION_FUNCTIONS"] = functions
+    mask = torch.zeros(1, 1, 12, 12).masked_fill(
+        torch.ones(12, 12).triu(1).bool(), torch.finfo(torch.float32).min
+    )
+    try:
+        layer.__class__ = type("Positional", (type(layer),), {"forward": forward})
+        with tw.capture_attention(model, [0]) as capture:
+            layer(hidden, mask)
+    finally:
+        del forward.__globals__["ALL_ATTENTION_FUNCTIONS"]
+    assert capture.calls[0][0].scale == 0.5
+
+
+def test_a_compiled_model_is_tapped_whether_it_ran_before_or_not():
+    torch.compiler.reset()
+    (ids, mask), model = batch(), tiny("llama", "sdpa")
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        with tw.capture_attention(model, [1]) as expected:
+            model(ids, attention_mask=mask.long())
+        for _ in range(2):
+            with tw.capture_attention(compiled, [1]) as capture:
+                compiled(ids, attention_mask=mask.long())
+            assert len(capture.calls[1]) == 1
+            torch.testing.assert_close(capture.calls[1][0].query, expected.calls[1][0].query)
+            compiled(ids, attention_mask=mask.long())
+
+
 def test_another_model_is_not_captured():
     probed, other, (ids, _) = tiny("qwen3"), tiny("qwen3"), batch()
     with tw.capture_attention(probed, [0]) as capture:
@@ -98,6 +295,10 @@ def test_checkpointing_recomputes_outside_the_capture(reentrant):
         logits = model(ids, attention_mask=mask.long(), use_cache=False).logits
     logits.logsumexp(-1).sum().backward()
     assert len(capture.calls[1]) == 1
+    with tw.capture_attention(model, [1]) as capture:
+        logits = model(ids, attention_mask=mask.long(), use_cache=False).logits
+        logits.logsumexp(-1).sum().backward()
+    assert len(capture.calls[1]) == 1, "recomputation inside the capture is not seen either"
 
 
 def test_middle_layer():

@@ -172,10 +172,16 @@ def _causal(stack: AttentionStack) -> bool:
 
 
 def _decoder(model: nn.Module) -> nn.Module | None:
-    """What a transformers model inside `model` calls its decoder."""
-    for module in model.modules():
-        get_decoder: Any = getattr(module, "get_decoder", None)
-        if callable(get_decoder):
-            decoder: Any = get_decoder()
-            return decoder if isinstance(decoder, nn.Module) else None
-    return None
+    """What the one transformers model inside `model` calls its decoder; None of several models."""
+    found = list(_models(model))
+    decoder: Any = found[0].get_decoder() if len(found) == 1 else None
+    return decoder if isinstance(decoder, nn.Module) else None
+
+
+def _models(module: nn.Module) -> Iterator[Any]:
+    """The transformers models in a module, without those that are parts of another."""
+    if callable(getattr(module, "get_decoder", None)):
+        yield module
+    else:
+        for part in module.children():
+            yield from _models(part)

@@ -172,7 +172,7 @@ def _tapped(functions: Any, record: Callable) -> Iterator[None]:
 def _named(function: Callable, args: tuple) -> dict[str, Any]:
     """Options that stand behind the mask, by the names that the function has for them."""
     return (
-        dict(zip(list(inspect.signature(function).parameters)[5:], args, strict=True))
+        dict(zip(list(inspect.signature(function).parameters)[5:], args, strict=False))
         if args
         else {}
     )
