@@ -104,6 +104,22 @@ def chosen_layers(stack: AttentionStack, layers: Sequence[int]) -> dict[int, nn.
     return chosen
 
 
+def learned_positions(model: nn.Module) -> str | None:
+    """Name of the embedding of absolute positions beside the attention layers; None if none is.
+
+    Such a model needs position ids where rows have padding on the left. Rotary positions are
+    relative, and embeddings that are given the attention mask count the padding themselves.
+    """
+    stack = attention_stack(model)
+    for name, module in () if stack is None else stack.owner.named_modules():
+        last = name.rpartition(".")[2]
+        counts_itself = "attention_mask" in inspect.signature(type(module).forward).parameters
+        if isinstance(module, nn.Embedding) and not counts_itself:
+            if last == "wpe" or "position" in last:
+                return name
+    return None
+
+
 def registry(module: Any) -> Any:
     """Where the module's own code looks attention functions up; None if it does not."""
     # The code of a class may stand in another file than the class: in that of its base, or of a

@@ -3,7 +3,8 @@
 import pytest
 import tiny
 import torch
-from transformers import Lfm2Config, Lfm2ForCausalLM
+from tokenweights import TokenWeightsError
+from transformers import GPT2Config, GPT2LMHeadModel, Lfm2Config, Lfm2ForCausalLM
 
 from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer
 
@@ -192,3 +193,32 @@ def test_a_hybrid_model_is_probed_where_it_has_attention(tmp_path):
     mask = output["completion_mask"].bool()
     assert scores.shape == mask.shape
     assert scores[mask].std() > 0
+
+
+@pytest.mark.parametrize("recipe", ["low2high", "predictive_low20"])
+def test_learned_positions_are_scored_by_the_generation_or_refused(tmp_path, recipe):
+    """TRL gives its passes over left-padded prompts no position ids, generation does."""
+
+    def gpt2():
+        torch.manual_seed(7)
+        sizes = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "bos_token_id": 1}
+        no_dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+        settings = {"vocab_size": len(tiny.tokenizer()), "pad_token_id": 0, "eos_token_id": 1}
+        return GPT2LMHeadModel(GPT2Config(initializer_range=0.2, **settings, **sizes, **no_dropout))
+
+    if recipe == "low2high":
+        trainer, output, scores = rollout(tmp_path, model=gpt2(), steps_per_generation=2)
+        assert trainer.score_source == "generation"
+        plain = gpt2().eval()
+        plain.load_state_dict(trainer.model.state_dict())
+        plain.set_attn_implementation("eager")
+        for row, real in enumerate(output["completion_mask"].bool()):
+            prompt = output["prompt_ids"][row][output["prompt_mask"][row].bool()]
+            ids = torch.cat([prompt, output["completion_ids"][row][real]])[None]
+            with torch.no_grad():
+                weights = plain(ids, output_attentions=True).attentions[2].double().mean(1)[0]
+            entropy = -torch.xlogy(weights, weights).sum(-1)
+            entropy = (entropy / torch.arange(1, ids.shape[1] + 1).log())[len(prompt) - 1 : -1]
+            assert (scores[row][real] - entropy).abs().max() <= 1e-5
+    with pytest.raises(TokenWeightsError, match="learned positions"):
+        rollout(tmp_path, model=gpt2(), steps_per_generation=4, recipe=recipe)

@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from tokenweights._errors import invalid
 from tokenweights.capture import CapturedAttention, capture_attention
+from tokenweights.capture.layers import learned_positions
 from tokenweights.recipes import Recipe
 from torch import Tensor, nn
 
@@ -51,6 +53,28 @@ def forward_scores(
     for layer in layers:
         entropies = torch.cat(capture.calls[layer])
         scores.append(recipe.aligned(entropies, response_length=response_length))
+
+
+def require_positions(model: nn.Module, attention_mask: Tensor) -> None:
+    """Raises if a forward pass of TRL, which has no position ids, goes wrong under left padding.
+
+    Args:
+        model: The module whose forward pass it is.
+        attention_mask: True at real tokens of prompt and response, `batch position`.
+
+    Raises:
+        TokenWeightsError: If there is padding and the model's positions are learned.
+    """
+    learned = None if attention_mask[:, 0].all() else learned_positions(model)
+    if learned is not None:
+        raise invalid(
+            "TokenWeightsGRPOTrainer",
+            "model",
+            "without learned positions where a forward pass over padded prompts gives the scores",
+            f"`{learned}`",
+            "TRL gives such a pass no position ids. Let the generation give the scores: no vLLM, "
+            "and gradient_accumulation_steps a multiple of steps_per_generation * num_iterations.",
+        )
 
 
 @contextmanager

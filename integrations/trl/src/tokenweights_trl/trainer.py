@@ -13,7 +13,7 @@ from torch import Tensor
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from tokenweights_trl.config import TokenWeightsGRPOConfig
-from tokenweights_trl.scores import forward_scores, generation_scores
+from tokenweights_trl.scores import forward_scores, generation_scores, require_positions
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +188,7 @@ class TokenWeightsMixin(_Base):
         """What TRL's pass returns, and the scores of each layer."""
         forward = super()._get_per_token_logps_and_entropies
         arguments = (model, input_ids, attention_mask, logits_to_keep, *args)
+        require_positions(self.accelerator.unwrap_model(model), attention_mask.bool())
         if not self.probe_layers:
             outputs = forward(*arguments, **{**kwargs, "compute_entropy": True})
             return outputs, [outputs[1]]
