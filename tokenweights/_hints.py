@@ -1,0 +1,465 @@
+"""What a type hint takes: whether a value fits it, what a near miss means, and both in words.
+
+Every kind of hint that the library uses is a `Condition` here, and another kind is refused where
+`condition_of` meets it, so that no annotation goes unchecked.
+"""
+
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import torch
+from jaxtyping import AbstractArray, Shaped
+from torch import Tensor
+
+from tokenweights._errors import nearest
+
+Sizes = dict[str, int]
+
+
+class Condition:
+    """What one hint takes."""
+
+    axis_names: frozenset[str] = frozenset()
+
+    def fits(self, value: Any) -> bool:
+        """Whether a value is taken as it is."""
+        raise NotImplementedError
+
+    def meant(self, value: Any) -> Any:
+        """What a value that does not fit plainly means, or the value itself."""
+        return value
+
+    def words(self, sizes: Sizes) -> str:
+        """The condition as a noun phrase, with the sizes of the axes that are known."""
+        raise NotImplementedError
+
+    def nearness(self, value: Any) -> int:
+        """How much a value that does not fit looks like one that was to fit here."""
+        return 0
+
+    def fault(self, value: Any, name: str) -> tuple[str, str]:
+        """What a value that does not fit is, and what to do about it.
+
+        The second is empty where only the sizes of axes are wrong, of which others know more.
+        """
+        return shown(value), f"Pass {self.words({})}."
+
+    def axes(self, value: Any) -> Sizes:
+        """The sizes that a value which fits gives to named axes."""
+        return {}
+
+    @property
+    def traced(self) -> "Condition | None":
+        """The part of the condition whose `meant` `torch.compile` can and has to trace."""
+        return None
+
+
+class Anything(Condition):
+    """Of a hint that rules nothing out."""
+
+    def fits(self, value: Any) -> bool:
+        return True
+
+    def words(self, sizes: Sizes) -> str:
+        return "anything"
+
+
+class Instance(Condition):
+    """An object of a class."""
+
+    def __init__(self, kind: type, words: str):
+        self.kind, self._words = kind, words
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, self.kind)
+
+    def words(self, sizes: Sizes) -> str:
+        return self._words
+
+
+class ForwardReference(Condition):
+    """An object of a class that is named before it exists."""
+
+    def __init__(self, name: str, namespace: Mapping[str, Any]):
+        self.name, self.namespace = name, namespace
+
+    def fits(self, value: Any) -> bool:
+        kind = self.namespace.get(self.name)
+        return not isinstance(kind, type) or isinstance(value, kind)
+
+    def words(self, sizes: Sizes) -> str:
+        return _named(self.name)
+
+
+class Number(Condition):
+    """A Python number. Scalars of NumPy and tensors without axes mean the number they hold."""
+
+    WORDS = {bool: "True or False", int: "an integer", float: "a number"}
+
+    def __init__(self, kind: type):
+        self.kind = kind
+        self.kinds = (int, float) if kind is float else (kind,)  # an int stands for a float
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, self.kinds)
+
+    def meant(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.requires_grad:
+            return value  # its gradient would be lost without a word
+        return value.item() if _is_array(value) and value.ndim == 0 else value
+
+    def words(self, sizes: Sizes) -> str:
+        return self.WORDS[self.kind]
+
+    def nearness(self, value: Any) -> int:
+        return int(not (_is_array(value) and value.ndim))
+
+    def fault(self, value: Any, name: str) -> tuple[str, str]:
+        if isinstance(value, Tensor) and value.ndim == 0 and value.requires_grad:
+            return (
+                f"{shown(value)} that requires a gradient",
+                f"No gradient flows through a Python number: pass `{name}.detach()`.",
+            )
+        return super().fault(value, name)
+
+
+class Choice(Condition):
+    """One of a few words."""
+
+    def __init__(self, choices: tuple[str, ...]):
+        self.choices = choices
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, str) and value in self.choices
+
+    def words(self, sizes: Sizes) -> str:
+        return f"one of {', '.join(map(repr, self.choices))}"
+
+    def nearness(self, value: Any) -> int:
+        return 2 * isinstance(value, str)
+
+    def fault(self, value: Any, name: str) -> tuple[str, str]:
+        near = nearest(value, self.choices)
+        return shown(value), f"Did you mean {near!r}?" if near else "Pass one of them."
+
+
+class TensorOf(Condition):
+    """A tensor of a kind of dtype, with named axes.
+
+    Arrays of NumPy mean the tensor that shares their memory. Integers mean the mask where they are
+    0 and 1 only, counts where a number without axes is asked, and are no scores.
+    """
+
+    WORDS = {"Bool": "bool ", "Float": "float ", "Int": "integer ", "Shaped": ""}
+    REMEDY = {"Bool": "bool", "Float": "float", "Int": "long"}
+
+    def __init__(self, hint: type[AbstractArray]):
+        self.hint = hint
+        self.kind = hint.dtype.__name__
+        self.names = hint.dim_str.split()
+        self.axis_names = frozenset(name.lstrip("#") for name in self.names)
+        self._adjective = self.WORDS[self.kind]  # another kind would need words of its own
+        self._any_shape = hint.dtype[hint.array_type, "..."]
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, self.hint)
+
+    def meant(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            value = value if torch.compiler.is_compiling() else _shared_tensor(value)
+        if not isinstance(value, Tensor) or not _is_integer(value.dtype):
+            return value
+        if self.kind == "Bool":
+            # What `torch.compile` traces cannot depend on values.
+            return value != 0 if torch.compiler.is_compiling() or _is_zero_one(value) else value
+        if self.kind == "Float" and not self.names and value.ndim == 0:
+            return value.to(torch.float32 if value.device.type == "mps" else torch.float64)
+        if self.kind == "Int" and value.dtype in (torch.uint8, torch.uint16, torch.uint32):
+            return value.long()
+        return value
+
+    def words(self, sizes: Sizes) -> str:
+        if self.names == ["..."]:
+            return f"a {self._adjective}tensor"
+        if not self.names:
+            return f"a {self._adjective}tensor without axes"
+        return f"a {self._adjective}tensor of shape ({', '.join(self._axis_words(sizes))})"
+
+    def nearness(self, value: Any) -> int:
+        if not _is_array(value):
+            return 0
+        value = self.meant(value)
+        return 1 + 2 * isinstance(value, self._any_shape) + self._has_rank(value)
+
+    def fault(self, value: Any, name: str) -> tuple[str, str]:
+        meant = self.meant(value)
+        got = shown(value)
+        if not isinstance(meant, Tensor):
+            example = f", for example `torch.tensor({name})`"
+            return got, f"Pass a tensor{example if isinstance(value, list | tuple) else ''}."
+        if not isinstance(meant, self._any_shape):
+            if self.kind == "Bool" and _is_integer(meant.dtype):
+                return f"{got} with values other than 0 and 1", f"Pass the mask, as `{name} != 0`."
+            unit = ", if it holds 0 and 1 only" if self.kind == "Bool" else ""
+            return got, f"Pass `{name}.{self.REMEDY[self.kind]}()`{unit}."
+        if not self._has_rank(meant):
+            return got, f"Give it the axes ({', '.join(self._axis_words({}))})."
+        return got, ""
+
+    def axes(self, value: Any) -> Sizes:
+        if not isinstance(value, Tensor) or not self._has_rank(value):
+            return {}
+        star = self._star
+        last = len(self.names) - star - 1
+        pairs = [
+            *zip(self.names[:star], value.shape, strict=False),
+            *zip(self.names[star + 1 :], value.shape[value.ndim - last :], strict=False),
+        ]
+        # A size of 1 on an axis that may be broadcast says nothing of the others.
+        return {name.lstrip("#"): size for name, size in pairs if name[0] != "#" or size != 1}
+
+    @property
+    def traced(self) -> "Condition | None":
+        return self
+
+    @property
+    def _star(self) -> int:
+        """Where the axis stands that is any number of axes."""
+        stars = (place for place, name in enumerate(self.names) if name[0] in "*.")
+        return next(stars, len(self.names))
+
+    def _has_rank(self, value: Any) -> bool:
+        if self._star < len(self.names):
+            return value.ndim >= len(self.names) - 1
+        return value.ndim == len(self.names)
+
+    def _axis_words(self, sizes: Sizes) -> list[str]:
+        names = [(name.lstrip("#"), " or 1" if name[0] == "#" else "") for name in self.names]
+        return [f"{name}={sizes[name]}{more}" if name in sizes else name for name, more in names]
+
+
+class Items(Condition):
+    """A collection with a condition on each of its items, every one of which is looked at.
+
+    An iterator is taken as it is, since looking at its items would use them up.
+    """
+
+    def __init__(self, kind: type, item: Condition):
+        self.kind, self.item = kind, item
+        self.axis_names = item.axis_names
+
+    def fits(self, value: Any) -> bool:
+        if isinstance(value, str | bytes) or not isinstance(value, self.kind):
+            return False
+        return not isinstance(value, Collection) or all(map(self.item.fits, value))
+
+    def meant(self, value: Any) -> Any:
+        if type(value) in (list, tuple):
+            return type(value)([self.item.meant(item) for item in value])
+        if self._holds_numbers and _is_array(value) and value.ndim:
+            lost = isinstance(value, Tensor) and value.requires_grad
+            return value if lost else value.tolist()
+        return value
+
+    def words(self, sizes: Sizes) -> str:
+        name = "tuple" if self.kind is tuple else "list" if self.kind is list else "sequence"
+        return f"a {name} with every item {self.item.words(sizes)}"
+
+    def nearness(self, value: Any) -> int:
+        return 2 * (isinstance(value, Iterable) and not isinstance(value, str))
+
+    def fault(self, value: Any, name: str) -> tuple[str, str]:
+        if isinstance(value, str):
+            return shown(value), f"Pass a list, such as `[{name}]`."
+        if isinstance(value, Tensor) and value.requires_grad and self._holds_numbers:
+            return (
+                f"{shown(value)} that requires a gradient",
+                f"No gradient flows through Python numbers: pass `{name}.detach()`.",
+            )
+        if isinstance(value, self.kind):
+            for place, item in enumerate(value):
+                if not (self.item.fits(item) or self.item.fits(self.item.meant(item))):
+                    got, advice = self.item.fault(item, f"{name}[{place}]")
+                    return f"{got} at index {place}", advice
+        return shown(value), "Pass a list."
+
+    def axes(self, value: Any) -> Sizes:
+        return self.item.axes(value[0]) if isinstance(value, Sequence) and len(value) else {}
+
+    @property
+    def traced(self) -> "Condition | None":
+        return self if self.item.traced is self.item else None
+
+    @property
+    def _holds_numbers(self) -> bool:
+        item = self.item
+        return isinstance(item, Number) or (isinstance(item, Items) and item._holds_numbers)
+
+
+class Entries(Condition):
+    """A mapping with a condition on each of its keys and values."""
+
+    def __init__(self, kind: type, key: Condition, value: Condition):
+        self.kind, self.key, self.value = kind, key, value
+
+    def fits(self, value: Any) -> bool:
+        return (
+            isinstance(value, self.kind)
+            and all(map(self.key.fits, value))
+            and all(map(self.value.fits, value.values()))
+        )
+
+    def meant(self, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {self.key.meant(key): self.value.meant(item) for key, item in value.items()}
+
+    def words(self, sizes: Sizes) -> str:
+        key, value = self.key.words(sizes), self.value.words(sizes)
+        return f"a mapping with every key {key} and every value {value}"
+
+    def nearness(self, value: Any) -> int:
+        return 2 * isinstance(value, Mapping)
+
+    def fault(self, value: Any, name: str) -> tuple[str, str]:
+        if not isinstance(value, Mapping):
+            return shown(value), "Pass a dict."
+        for key, item in value.items():
+            if not (self.key.fits(key) or self.key.fits(self.key.meant(key))):
+                got, advice = self.key.fault(key, "key")
+                return f"the key {got}", advice
+            if not (self.value.fits(item) or self.value.fits(self.value.meant(item))):
+                got, advice = self.value.fault(item, f"{name}[{key!r}]")
+                return f"{got} under the key {key!r}", advice
+        return super().fault(value, name)
+
+
+class Either(Condition):
+    """One of several conditions."""
+
+    def __init__(self, options: tuple[Condition, ...]):
+        self.options = options
+        self.axis_names = frozenset().union(*(option.axis_names for option in options))
+
+    def fits(self, value: Any) -> bool:
+        return any(option.fits(value) for option in self.options)
+
+    def meant(self, value: Any) -> Any:
+        every = (option.meant(value) for option in self.options)
+        return next((meant for meant in every if meant is not value and self.fits(meant)), value)
+
+    def words(self, sizes: Sizes) -> str:
+        *most, last = (option.words(sizes) for option in self.options)
+        return f"{', '.join(most)} or {last}"
+
+    def nearness(self, value: Any) -> int:
+        return self._nearest(value).nearness(value)
+
+    def fault(self, value: Any, name: str) -> tuple[str, str]:
+        return self._nearest(value).fault(value, name)
+
+    def axes(self, value: Any) -> Sizes:
+        return next((option.axes(value) for option in self.options if option.fits(value)), {})
+
+    @property
+    def traced(self) -> "Condition | None":
+        traced = [option.traced for option in self.options if option.traced]
+        return traced[0] if len(traced) == 1 else None  # of two, only a check could choose
+
+    def _nearest(self, value: Any) -> Condition:
+        return max(self.options, key=lambda option: option.nearness(value))
+
+
+def condition_of(hint: Any, namespace: Mapping[str, Any]) -> Condition:
+    """The condition that a hint stands for.
+
+    Args:
+        hint: A type hint.
+        namespace: Where a class that the hint names as a string is to be found.
+
+    Returns:
+        The condition.
+
+    Raises:
+        TypeError: If hints of this kind are not known.
+    """
+    origin, parts = get_origin(hint), get_args(hint)
+    if hint is Any or hint is object or isinstance(hint, TypeVar):
+        return Anything()
+    if isinstance(hint, str) and hint.isidentifier():
+        return ForwardReference(hint, namespace)
+    if hint is None or hint is NoneType:
+        return Instance(NoneType, "None")
+    if origin in (Union, UnionType):
+        return Either(tuple(condition_of(part, namespace) for part in parts))
+    if origin is Literal and all(isinstance(part, str) for part in parts):
+        return Choice(parts)
+    if hint in Number.WORDS:
+        return Number(hint)
+    if hint is Tensor:
+        return TensorOf(Shaped[Tensor, "..."])  # pyright: ignore[reportArgumentType]
+    if isinstance(hint, type) and origin is None and issubclass(hint, AbstractArray):
+        return TensorOf(hint)
+    if origin is tuple and (len(parts) != 2 or parts[1] is not ...):
+        return Instance(tuple, f"a tuple of {len(parts)}")
+    kind = origin or hint
+    if kind is Callable:
+        return Instance(kind, "a function")
+    if not isinstance(kind, type):
+        raise TypeError(f"no condition is known for the type hint {hint!r}")
+    if parts and issubclass(kind, Mapping):
+        key, value = (condition_of(part, namespace) for part in parts)
+        return Entries(kind, key, value)
+    if parts and issubclass(kind, Collection) or kind is Iterable:
+        return Items(kind, condition_of(parts[0], namespace))
+    words = {"str": "a string", "PathLike": "a path"}
+    return Instance(kind, words.get(kind.__name__, _named(kind.__name__)))
+
+
+def _named(name: str) -> str:
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} `{name}`"
+
+
+def shown(value: Any) -> str:
+    """A value in a few words, however large it is."""
+    if _is_array(value):
+        kind = "tensor" if isinstance(value, Tensor) else "array"
+        dtype = str(value.dtype).removeprefix("torch.")
+        article = "an" if dtype.startswith("int") else "a"
+        axes = f"of shape {tuple(value.shape)}" if value.ndim else "without axes"
+        return f"{article} {dtype} {kind} {axes}"
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        text = repr(value)
+        return text if len(text) <= 80 else f"{text[:60]}... of {len(text)} characters"
+    length = f" of length {len(value)}" if isinstance(value, Collection) else ""
+    return _named(type(value).__name__) + length
+
+
+def _is_array(value: Any) -> bool:
+    """Whether a value is a tensor, or an array or scalar of NumPy, which need not be there."""
+    numpy = sys.modules.get("numpy")
+    return isinstance(value, Tensor) or (
+        numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic))
+    )
+
+
+def _shared_tensor(value: Any) -> Any:
+    """The tensor that shares an array's memory; a copy where torch cannot share it."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None or not isinstance(value, numpy.ndarray):
+        return value
+    shareable = value.flags.writeable and min(value.strides, default=0) >= 0
+    try:
+        return torch.from_numpy(value if shareable else value.copy())
+    except TypeError:
+        return value  # torch has no such dtype
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
+def _is_zero_one(value: Tensor) -> bool:
+    return bool(((value == 0) | (value == 1)).all())
