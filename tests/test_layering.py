@@ -27,7 +27,7 @@ HEAVY = {
     "transformers": {"capture", "commands"},
     "tqdm": {"commands"},
 }
-SMALL = {"torch", "einops", "jaxtyping", "beartype"}
+SMALL = {"torch", "einops", "jaxtyping"}
 
 
 def room(path: Path) -> str:

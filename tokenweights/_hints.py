@@ -4,6 +4,7 @@ Every kind of hint that the library uses is a `Condition` here, and another kind
 `condition_of` meets it, so that no annotation goes unchecked.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import NoneType, UnionType
@@ -16,6 +17,15 @@ from torch import Tensor
 from tokenweights._errors import nearest
 
 Sizes = dict[str, int]
+
+NUMBERS = {bool: "True or False", int: "an integer", float: "a number"}
+# The kinds of tensor: in words, and the method of a tensor that makes one of another.
+TENSORS = {
+    "Bool": ("bool ", "bool"),
+    "Float": ("float ", "float"),
+    "Int": ("integer ", "long"),
+    "Shaped": ("", ""),
+}
 
 
 class Condition:
@@ -80,23 +90,27 @@ class Instance(Condition):
 
 
 class ForwardReference(Condition):
-    """An object of a class that is named before it exists."""
+    """What a hint in quotation marks stands for, once its names exist; anything until then."""
 
-    def __init__(self, name: str, namespace: Mapping[str, Any]):
-        self.name, self.namespace = name, namespace
+    def __init__(self, hint: str, namespace: dict[str, Any]):
+        self.hint, self.namespace = hint, namespace
 
     def fits(self, value: Any) -> bool:
-        kind = self.namespace.get(self.name)
-        return not isinstance(kind, type) or isinstance(value, kind)
+        return self._condition.fits(value)
 
     def words(self, sizes: Sizes) -> str:
-        return _named(self.name)
+        return self._condition.words(sizes)
+
+    @functools.cached_property
+    def _condition(self) -> Condition:
+        try:
+            return condition_of(eval(self.hint, self.namespace), self.namespace)
+        except NameError:  # imported for the type checker only
+            return Anything()
 
 
 class Number(Condition):
     """A Python number. Scalars of NumPy and tensors without axes mean the number they hold."""
-
-    WORDS = {bool: "True or False", int: "an integer", float: "a number"}
 
     def __init__(self, kind: type):
         self.kind = kind
@@ -108,10 +122,10 @@ class Number(Condition):
     def meant(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.requires_grad:
             return value  # its gradient would be lost without a word
-        return value.item() if _is_array(value) and value.ndim == 0 else value
+        return _number(value) if _is_array(value) and value.ndim == 0 else value
 
     def words(self, sizes: Sizes) -> str:
-        return self.WORDS[self.kind]
+        return NUMBERS[self.kind]
 
     def nearness(self, value: Any) -> int:
         return int(not (_is_array(value) and value.ndim))
@@ -135,7 +149,8 @@ class Choice(Condition):
         return isinstance(value, str) and value in self.choices
 
     def words(self, sizes: Sizes) -> str:
-        return f"one of {', '.join(map(repr, self.choices))}"
+        *most, last = map(repr, self.choices)
+        return f"one of {', '.join(most)} or {last}" if most else last
 
     def nearness(self, value: Any) -> int:
         return 2 * isinstance(value, str)
@@ -152,15 +167,12 @@ class TensorOf(Condition):
     0 and 1 only, counts where a number without axes is asked, and are no scores.
     """
 
-    WORDS = {"Bool": "bool ", "Float": "float ", "Int": "integer ", "Shaped": ""}
-    REMEDY = {"Bool": "bool", "Float": "float", "Int": "long"}
-
     def __init__(self, hint: type[AbstractArray]):
         self.hint = hint
         self.kind = hint.dtype.__name__
         self.names = hint.dim_str.split()
         self.axis_names = frozenset(name.lstrip("#") for name in self.names)
-        self._adjective = self.WORDS[self.kind]  # another kind would need words of its own
+        self._adjective, self._remedy = TENSORS[self.kind]
         self._any_shape = hint.dtype[hint.array_type, "..."]
 
     def fits(self, value: Any) -> bool:
@@ -203,9 +215,10 @@ class TensorOf(Condition):
             if self.kind == "Bool" and _is_integer(meant.dtype):
                 return f"{got} with values other than 0 and 1", f"Pass the mask, as `{name} != 0`."
             unit = ", if it holds 0 and 1 only" if self.kind == "Bool" else ""
-            return got, f"Pass `{name}.{self.REMEDY[self.kind]}()`{unit}."
+            return got, f"Pass `{name}.{self._remedy}()`{unit}."
         if not self._has_rank(meant):
-            return got, f"Give it the axes ({', '.join(self._axis_words({}))})."
+            axes = ", ".join(self._axis_words({}))
+            return got, f"Give it the axes ({axes})." if axes else "Pass one number."
         return got, ""
 
     def axes(self, value: Any) -> Sizes:
@@ -317,8 +330,10 @@ class Entries(Condition):
         return {self.key.meant(key): self.value.meant(item) for key, item in value.items()}
 
     def words(self, sizes: Sizes) -> str:
-        key, value = self.key.words(sizes), self.value.words(sizes)
-        return f"a mapping with every key {key} and every value {value}"
+        words = f"a mapping with every key {self.key.words(sizes)}"
+        if isinstance(self.value, Anything):
+            return words
+        return f"{words} and every value {self.value.words(sizes)}"
 
     def nearness(self, value: Any) -> int:
         return 2 * isinstance(value, Mapping)
@@ -372,12 +387,12 @@ class Either(Condition):
         return max(self.options, key=lambda option: option.nearness(value))
 
 
-def condition_of(hint: Any, namespace: Mapping[str, Any]) -> Condition:
+def condition_of(hint: Any, namespace: dict[str, Any]) -> Condition:
     """The condition that a hint stands for.
 
     Args:
         hint: A type hint.
-        namespace: Where a class that the hint names as a string is to be found.
+        namespace: Where the names of a hint in quotation marks are to be found.
 
     Returns:
         The condition.
@@ -388,7 +403,7 @@ def condition_of(hint: Any, namespace: Mapping[str, Any]) -> Condition:
     origin, parts = get_origin(hint), get_args(hint)
     if hint is Any or hint is object or isinstance(hint, TypeVar):
         return Anything()
-    if isinstance(hint, str) and hint.isidentifier():
+    if isinstance(hint, str):
         return ForwardReference(hint, namespace)
     if hint is None or hint is NoneType:
         return Instance(NoneType, "None")
@@ -396,7 +411,7 @@ def condition_of(hint: Any, namespace: Mapping[str, Any]) -> Condition:
         return Either(tuple(condition_of(part, namespace) for part in parts))
     if origin is Literal and all(isinstance(part, str) for part in parts):
         return Choice(parts)
-    if hint in Number.WORDS:
+    if hint in NUMBERS:
         return Number(hint)
     if hint is Tensor:
         return TensorOf(Shaped[Tensor, "..."])  # pyright: ignore[reportArgumentType]
@@ -404,7 +419,7 @@ def condition_of(hint: Any, namespace: Mapping[str, Any]) -> Condition:
         return TensorOf(hint)
     if origin is tuple and (len(parts) != 2 or parts[1] is not ...):
         return Instance(tuple, f"a tuple of {len(parts)}")
-    kind = origin or hint
+    kind: Any = origin or hint
     if kind is Callable:
         return Instance(kind, "a function")
     if not isinstance(kind, type):
@@ -412,7 +427,7 @@ def condition_of(hint: Any, namespace: Mapping[str, Any]) -> Condition:
     if parts and issubclass(kind, Mapping):
         key, value = (condition_of(part, namespace) for part in parts)
         return Entries(kind, key, value)
-    if parts and issubclass(kind, Collection) or kind is Iterable:
+    if parts and (kind is Iterable or issubclass(kind, Collection)):
         return Items(kind, condition_of(parts[0], namespace))
     words = {"str": "a string", "PathLike": "a path"}
     return Instance(kind, words.get(kind.__name__, _named(kind.__name__)))
@@ -455,6 +470,20 @@ def _shared_tensor(value: Any) -> Any:
         return torch.from_numpy(value if shareable else value.copy())
     except TypeError:
         return value  # torch has no such dtype
+
+
+def _number(value: Any) -> int | float | complex | bool:
+    """The number that a scalar holds.
+
+    Of a float narrower than Python's it is the shortest decimal that rounds to it: 0.2 as it was
+    written, not the 0.20000000298 that float32 makes of it.
+    """
+    number = value.item()
+    if isinstance(number, float):
+        shorter = (float(f"{number:.{digits}g}") for digits in range(1, 10))
+        scalar = torch.tensor if isinstance(value, Tensor) else sys.modules["numpy"].array
+        return next((x for x in shorter if scalar(x, dtype=value.dtype) == number), number)
+    return number
 
 
 def _is_integer(dtype: torch.dtype) -> bool:

@@ -61,7 +61,8 @@ def typed(function: Callable[P, R]) -> Callable[P, R]:
         Traceback (most recent call last):
         ...
         tokenweights._errors.TokenWeightsTypeError: `total`: expected `values` to be a float tensor
-        of shape (batch, token), got a float32 tensor of shape (3,). Give it the axes (batch, token).
+        of shape (batch, token), got a float32 tensor of shape (3,). Give it the axes
+        (batch, token).
     """
     name = function.__qualname__.rpartition("<locals>.")[2].removesuffix(".__init__")
     namespace = function.__globals__
@@ -83,8 +84,8 @@ def typed(function: Callable[P, R]) -> Callable[P, R]:
     promised = condition_of(function.__annotations__.get("return", Any), namespace)
 
     @functools.wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        given: list[Any] = list(args)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        given = list(args)
         if torch.compiler.is_compiling() or config.jaxtyping_disable:
             for place, argument, condition in traced:
                 if place < len(given):
@@ -120,7 +121,7 @@ def typed(function: Callable[P, R]) -> Callable[P, R]:
                 return meant
             raise _refused(name, argument, condition, value, agreed)
 
-    return cast("Callable[P, R]", wrapper)
+    return cast(Callable[P, R], wrapper)
 
 
 def _refused(
