@@ -64,6 +64,7 @@ def typed(function: Callable[P, R]) -> Callable[P, R]:
         of shape (batch, token), got a float32 tensor of shape (3,). Give it the axes
         (batch, token).
     """
+    call = cast(Callable[..., R], function)
     name = function.__qualname__.rpartition("<locals>.")[2].removesuffix(".__init__")
     namespace = function.__globals__
     # Where an argument stands if it is given by position, its name, and what is asked of it.
@@ -92,7 +93,7 @@ def typed(function: Callable[P, R]) -> Callable[P, R]:
                     given[place] = condition.meant(given[place])
                 elif argument in kwargs:
                     kwargs[argument] = condition.meant(kwargs[argument])
-            return function(*given, **kwargs)
+            return call(*given, **kwargs)
         with jaxtyped("context"):  # in which the axes of all arguments and the result agree
             for place, argument, condition in parameters:
                 if place < len(given):
@@ -100,7 +101,7 @@ def typed(function: Callable[P, R]) -> Callable[P, R]:
                         given[place] = taken(argument, given, kwargs)
                 elif argument in kwargs and not condition.fits(kwargs[argument]):
                     kwargs[argument] = taken(argument, given, kwargs)
-            result = function(*given, **kwargs)
+            result = call(*given, **kwargs)
             if not promised.fits(result):
                 raise TypeCheckError(
                     f"`{name}`: promises {promised.words({})}, returned {shown(result)}. "
