@@ -46,7 +46,9 @@ def _signal(made: "Recipe") -> list[str]:
 
 def _rule(made: "Recipe") -> list[str]:
     share = f"{_decimal(100 * made.fraction)}% of each response"
-    matched, seed = f"of the {made.matched_to} {share}", f"seed {made.seed}"
+    seed = f"seed {made.seed}"
+    drawn = f"w = 1 for random tokens, else 0; {seed}"
+    matched = f"as the {made.matched_to} {share} has"
     rules = {
         "uniform": "w = 1 for every token  (Eq. 1)",
         "bottom": f"w = 1 for the lowest {share}, else 0  (Eq. 16)",
@@ -55,10 +57,9 @@ def _rule(made: "Recipe") -> list[str]:
         "back": f"w = 1 for the last {share}, else 0  (Eq. 18)",
         "random": f"w = 1 for a random {share}, else 0; {seed}",
         "bernoulli": f"w = 1 with probability {_decimal(made.fraction)}, else 0; {seed}",
-        "type_matched": f"w = 1 for random tokens, as many of each type as those {matched}; {seed}",
+        "type_matched": f"{drawn}\n         as many of each type {matched}",
         "position_matched": (
-            f"w = 1 for random tokens, as many in each of {made.position_bins} position bins as "
-            f"those\n         {matched}; {seed}"
+            f"{drawn}\n         as many in each of {made.position_bins} position bins {matched}"
         ),
         "endpoints": "w = (1 - abar) w_low + abar w_high  (Eq. 28)",
     }

@@ -64,6 +64,8 @@ ScheduleKind = Literal["constant", "linear", "cosine", "step"]
 Alignment = Literal["deciding", "own"]
 LayerReduction = Literal["mean", "rank_mean"]
 
+# Below it the denominator "weight_sum" would need a scale that float32 cannot hold.
+_MIN_WEIGHT = 1e-20
 # Positions are counted in int64.
 _MAX_POSITIONS = 2**63 - 1
 
@@ -137,8 +139,11 @@ class Recipe:
             _check(self, name, 1 <= getattr(self, name) <= _MAX_POSITIONS, "in [1, 2**63)")
         for name in ("low", "high"):
             pair = getattr(self, name)
-            fits = len(pair) == 2 and all(0 <= value <= MAX_WEIGHT for value in pair)
-            _check(self, name, fits, "two weights in [0, 1e30]: at the start and at the end")
+            fits = len(pair) == 2 and all(
+                value == 0 or _MIN_WEIGHT <= value <= MAX_WEIGHT for value in pair
+            )
+            condition = "two weights, at the start and at the end, each 0 or in [1e-20, 1e30]"
+            _check(self, name, fits, condition)
         _check(self, "layers", self.layers is None or len(self.layers) > 0, "not empty")
         scored = self.rule in _SCORED_RULES
         _check(
