@@ -270,7 +270,8 @@ class Items(Condition):
 
     def meant(self, value: Any) -> Any:
         if type(value) in (list, tuple):
-            return type(value)([self.item.meant(item) for item in value])
+            kind = self.kind if self.kind in (list, tuple) else type(value)
+            return kind([self.item.meant(item) for item in value])
         if self._holds_numbers and _is_array(value) and value.ndim:
             lost = isinstance(value, Tensor) and value.requires_grad
             return value if lost else value.tolist()
@@ -291,7 +292,7 @@ class Items(Condition):
                 f"{shown(value)} that requires a gradient",
                 f"No gradient flows through Python numbers: pass `{name}.detach()`.",
             )
-        if isinstance(value, self.kind):
+        if isinstance(value, Sequence):
             for place, item in enumerate(value):
                 if not (self.item.fits(item) or self.item.fits(self.item.meant(item))):
                     got, advice = self.item.fault(item, f"{name}[{place}]")
@@ -434,7 +435,7 @@ def condition_of(hint: Any, namespace: dict[str, Any]) -> Condition:
 
 
 def _named(name: str) -> str:
-    return f"{'an' if name[0] in 'AEIOU' else 'a'} `{name}`"
+    return f"{'an' if name[0] in 'AEIOUaeio' else 'a'} `{name}`"
 
 
 def shown(value: Any) -> str:
