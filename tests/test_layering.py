@@ -27,7 +27,7 @@ HEAVY = {
     "transformers": {"capture", "commands"},
     "tqdm": {"commands"},
 }
-SMALL = {"torch", "einops", "jaxtyping"}
+SMALL = {"torch", "einops", "jaxtyping", "beartype"}
 
 
 def room(path: Path) -> str:

@@ -303,11 +303,13 @@ def test_a_class_may_be_named_before_it_exists():
     assert "expected `other` to be an `Endpoints`, got 1." in refusal(Total().merged, 1)
 
 
-def test_a_hint_of_an_unknown_kind_is_refused_at_once():
-    with pytest.raises(TypeError, match="no condition is known"):
+def test_a_hint_of_another_kind_is_judged_as_a_whole():
+    @typed
+    def function(value: Literal[1, 2]) -> int:
+        return value
 
-        @typed
-        def function(value: Literal[1, 2]) -> None: ...
+    assert function(2) == 2
+    assert "expected `value` to be `typing.Literal[1, 2]`, got 3." in refusal(function, 3)
 
 
 def test_without_checks_what_is_meant_is_taken_all_the_same():

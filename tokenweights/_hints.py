@@ -1,7 +1,7 @@
 """What a type hint takes: whether a value fits it, what a near miss means, and both in words.
 
-Every kind of hint that the library uses is a `Condition` here, and another kind is refused where
-`condition_of` meets it, so that no annotation goes unchecked.
+Tensors, numbers, choices and collections are a `Condition` of their own here, since something other
+than what is asked may be plainly meant, and since every item counts. beartype judges the rest.
 """
 
 import functools
@@ -11,12 +11,17 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import torch
+from beartype import BeartypeConf
+from beartype.door import is_bearable
 from jaxtyping import AbstractArray, Shaped
 from torch import Tensor
 
 from tokenweights._errors import nearest
 
 Sizes = dict[str, int]
+
+# An `int` stands where a `float` is annotated, as Python's own typing has it.
+_NUMERIC_TOWER = BeartypeConf(is_pep484_tower=True)
 
 NUMBERS = {bool: "True or False", int: "an integer", float: "a number"}
 # The kinds of tensor: in words, and the method of a tensor that makes one of another.
@@ -76,14 +81,14 @@ class Anything(Condition):
         return "anything"
 
 
-class Instance(Condition):
-    """An object of a class."""
+class Judged(Condition):
+    """What beartype makes of a hint."""
 
-    def __init__(self, kind: type, words: str):
-        self.kind, self._words = kind, words
+    def __init__(self, hint: Any, words: str):
+        self._hint, self._words = hint, words
 
     def fits(self, value: Any) -> bool:
-        return isinstance(value, self.kind)
+        return is_bearable(value, self._hint, conf=_NUMERIC_TOWER)
 
     def words(self, sizes: Sizes) -> str:
         return self._words
@@ -397,9 +402,6 @@ def condition_of(hint: Any, namespace: dict[str, Any]) -> Condition:
 
     Returns:
         The condition.
-
-    Raises:
-        TypeError: If hints of this kind are not known.
     """
     origin, parts = get_origin(hint), get_args(hint)
     if hint is Any or hint is object or isinstance(hint, TypeVar):
@@ -407,7 +409,7 @@ def condition_of(hint: Any, namespace: dict[str, Any]) -> Condition:
     if isinstance(hint, str):
         return ForwardReference(hint, namespace)
     if hint is None or hint is NoneType:
-        return Instance(NoneType, "None")
+        return Judged(None, "None")
     if origin in (Union, UnionType):
         return Either(tuple(condition_of(part, namespace) for part in parts))
     if origin is Literal and all(isinstance(part, str) for part in parts):
@@ -419,19 +421,19 @@ def condition_of(hint: Any, namespace: dict[str, Any]) -> Condition:
     if isinstance(hint, type) and origin is None and issubclass(hint, AbstractArray):
         return TensorOf(hint)
     if origin is tuple and (len(parts) != 2 or parts[1] is not ...):
-        return Instance(tuple, f"a tuple of {len(parts)}")
+        return Judged(hint, f"a tuple of {len(parts)}")
     kind: Any = origin or hint
     if kind is Callable:
-        return Instance(kind, "a function")
-    if not isinstance(kind, type):
-        raise TypeError(f"no condition is known for the type hint {hint!r}")
-    if parts and issubclass(kind, Mapping):
+        return Judged(hint, "a function")
+    if parts and isinstance(kind, type) and issubclass(kind, Mapping):
         key, value = (condition_of(part, namespace) for part in parts)
         return Entries(kind, key, value)
-    if parts and (kind is Iterable or issubclass(kind, Collection)):
+    if parts and isinstance(kind, type) and issubclass(kind, Iterable):
         return Items(kind, condition_of(parts[0], namespace))
+    if not isinstance(kind, type):
+        return Judged(hint, f"`{hint}`")
     words = {"str": "a string", "PathLike": "a path"}
-    return Instance(kind, words.get(kind.__name__, _named(kind.__name__)))
+    return Judged(hint, words.get(kind.__name__, _named(kind.__name__)))
 
 
 def _named(name: str) -> str:

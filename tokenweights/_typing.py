@@ -30,7 +30,7 @@ R = TypeVar("R")
 
 
 def typed(function: Callable[P, R]) -> Callable[P, R]:
-    """The function with its annotations checked at every call, the shapes of jaxtyping included.
+    """The function with its annotations checked at every call, by jaxtyping and beartype.
 
     What an argument plainly means is taken for what is asked: integers of 0 and 1 for a mask, an
     integer tensor for a count, NumPy's arrays and scalars for tensors and numbers, tensors for
@@ -45,9 +45,6 @@ def typed(function: Callable[P, R]) -> Callable[P, R]:
 
     Returns:
         The checked function.
-
-    Raises:
-        TypeError: If an annotation is of a kind that `tokenweights._hints` does not know.
 
     Example:
         >>> import torch
