@@ -1,14 +1,35 @@
 """The one exception of the library, and the one template its messages follow."""
 
-from collections.abc import Iterable
-from typing import Any
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+from jaxtyping import TypeCheckError
 
 
 class TokenWeightsError(ValueError):
-    """A value that a type annotation cannot rule out, with what to do about it."""
+    """An argument that a function cannot take, with what to do about it."""
 
 
-def invalid(function: str, argument: str, condition: str, got: Any, hint: str) -> TokenWeightsError:
+class TokenWeightsTypeError(TokenWeightsError, TypeCheckError):
+    """An argument that its annotation rules out: the wrong type, dtype, shape or word.
+
+    It is a `TypeError` too, as Python's own refusals of arguments are.
+    """
+
+
+E = TypeVar("E", bound=TokenWeightsError)
+
+
+def invalid(
+    function: str,
+    argument: str,
+    condition: str,
+    got: Any,
+    hint: str,
+    *,
+    error: type[E] = TokenWeightsError,
+) -> E:
     """An error that says which argument of which function is wrong, how, and what to do.
 
     Args:
@@ -17,6 +38,7 @@ def invalid(function: str, argument: str, condition: str, got: Any, hint: str) -
         condition: What was expected of it, as a phrase that follows "expected `argument`".
         got: The value or shape that was given.
         hint: One sentence that tells the reader what to do.
+        error: Class of the exception.
 
     Returns:
         The exception, for the caller to raise.
@@ -25,7 +47,18 @@ def invalid(function: str, argument: str, condition: str, got: Any, hint: str) -
         >>> str(invalid("front_fraction", "fraction", "in [0, 1]", 1.5, "Pass a share."))
         '`front_fraction`: expected `fraction` in [0, 1], got 1.5. Pass a share.'
     """
-    return TokenWeightsError(f"`{function}`: expected `{argument}` {condition}, got {got}. {hint}")
+    return error(f"`{function}`: expected `{argument}` {condition}, got {got}. {hint}")
+
+
+def nearest(value: Any, known: Sequence[str]) -> str | None:
+    """The known word that a misspelt one most looks like, or None if it looks like none.
+
+    Example:
+        >>> nearest("normalised", ["raw", "normalized"])
+        'normalized'
+    """
+    near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.4)
+    return near[0] if near else None
 
 
 def require_state_keys(owner: str, state: Iterable[str], expected: Iterable[str]) -> None:

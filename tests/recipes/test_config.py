@@ -27,7 +27,14 @@ REFUSED = [
     ),
     ({"gradient_probe_tolerance": 0.0}, "expected `gradient_probe_tolerance` > 0, got 0.0"),
     ({"gradient_probe_tolerance": float("nan")}, "`gradient_probe_tolerance` > 0, got nan"),
+    ({"gradient_probe_tolerance": True}, "`gradient_probe_tolerance` > 0, got True"),
     ({"gradient_probe_tolerance": "small"}, "`gradient_probe_tolerance` > 0, got 'small'"),
+    ({"token_records": 5}, "expected `token_records` a path, got 5"),
+    ({"metrics_file": f"{__file__}/metrics.jsonl"}, "test_config.py is a file"),
+    (
+        {"token_records": "run.jsonl", "metrics_file": "./run.jsonl"},
+        "expected `token_records` a file of its own",
+    ),
 ]
 
 

@@ -1,12 +1,18 @@
 """The shared part of the adapters: weights, scale and metrics of a rollout batch."""
 
+import math
+from typing import get_args, get_type_hints
+
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from ranks import on_ranks
+from strategies import scored_masks
 
 import tokenweights as tw
-from tokenweights import TokenWeightsError
+from tokenweights import Recipe, TokenWeightsError
 
 RECIPES = ["full", "low2high", "anchor20", "random20", "position_matched20"]
 
@@ -82,3 +88,86 @@ def test_ranks_equal_the_whole():
         for part in parts:
             torch.testing.assert_close(part.scale, whole.scale)
             assert part.metrics == pytest.approx(whole.metrics)
+
+
+HINTS = get_type_hints(Recipe)
+SCORED = ("bottom", "top", "endpoints", "type_matched", "position_matched")
+FRACTIONS = st.sampled_from([0.0, 1, 1e-300, 1 / 3]) | st.floats(0, 1)
+WEIGHTS = st.sampled_from([0.0, 1, 5e-324, 1e-40, 1e-20, 1e30, 1e31, math.inf]) | st.floats(0, 2)
+SCALES = st.sampled_from([5e-324, 1e-40, 1e-8, 1.0, 1e40, 1e300])
+WHOLE = st.sampled_from([1, 10, 10**6, 10**7, 2**63 - 1, 2**63, 2**70])
+
+
+@st.composite
+def fields_of_recipes(draw):
+    """Fields of the right types, extreme values and some that no batch could run on."""
+    literals = [name for name, hint in HINTS.items() if get_args(hint) and name != "layers"]
+    made = {
+        name: draw(st.sampled_from(get_args(HINTS[name])))
+        for name in literals
+        if name not in ("low", "high")
+    }
+    made["rule"] = draw(st.just("endpoints") | st.sampled_from(get_args(HINTS["rule"])))
+    if (made["rule"] in SCORED) != (made["signal"] != "none"):
+        made["signal"] = "predictive_entropy" if made["rule"] in SCORED else "none"
+    return made | {
+        "fraction": draw(FRACTIONS),
+        "low": draw(st.lists(WEIGHTS, min_size=2, max_size=2)),
+        "high": draw(st.lists(WEIGHTS, min_size=2, max_size=2)),
+        "temperature": draw(SCALES),
+        "eps": draw(SCALES),
+        "warmup_steps": draw(st.sampled_from([0, 1, 100, 10**400])),
+        "position_bins": draw(WHOLE),
+        "top_k": draw(WHOLE),
+        "fixed_k": draw(WHOLE),
+        "match_mass": draw(st.booleans()),
+        "seed": draw(st.sampled_from([0, -1, 2**64, -(2**70)])),
+    }
+
+
+@given(fields_of_recipes(), scored_masks(), st.sampled_from([0, 1, 50, 10**30]))
+def test_whatever_recipe_is_accepted_runs(fields, case, step):
+    try:
+        made = tw.recipe(fields)
+    except TokenWeightsError:
+        return
+    scores, mask = case
+    types = torch.arange(mask.numel()).view(mask.shape) % 3
+    scores = None if made.signal == "none" else scores.float()
+    rollout = tw.weighted_rollout(made, scores, mask, step=step, token_groups=types)
+    assert (rollout.weights >= 0).all()
+    assert torch.isfinite(rollout.weights * rollout.scale).all()
+    assert all(map(math.isfinite, rollout.metrics.values()))
+    query = torch.rand(1, 1, 3, 2)
+    entropy = tw.attention_entropy(
+        query, query, kind=made.entropy_kind, top_k=made.top_k, fixed_k=made.fixed_k
+    )
+    assert torch.isfinite(entropy).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"low": [1e31, 0]}, "each 0 or in [1e-20, 1e30], got (1e+31, 0)"),
+        ({"high": [1e-40, 1]}, "each 0 or in [1e-20, 1e30], got (1e-40, 1)"),
+        ({"position_bins": 10**7}, "`position_bins` in [1, 1000000], got 10000000"),
+        ({"top_k": 2**63}, "`top_k` in [1, 2**63)"),
+        ({"fixed_k": 2**70}, "`fixed_k` in [1, 2**63)"),
+    ],
+)
+def test_what_could_not_run_is_refused_when_it_is_made(fields, words):
+    with pytest.raises(TokenWeightsError) as error:
+        tw.recipe({"name": "low2high", **fields})
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_rule_takes_a_negative_step(name):
+    scores, mask = batch()
+    made = tw.recipe(name)
+    scores = None if made.signal == "none" else scores
+    with pytest.raises(TokenWeightsError, match="`step` >= 0, got -1"):
+        tw.weighted_rollout(made, scores, mask, step=-1)
+    if made.rule in ("uniform", "endpoints"):
+        with pytest.raises(TokenWeightsError, match="`step` >= 0, got -1"):
+            made.endpoints(-1)

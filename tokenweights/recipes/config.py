@@ -1,5 +1,6 @@
 """The options that every trainer adapter has, under the same names."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,18 +89,31 @@ class TokenWeightsConfig:
             "Set gradient_probe_steps too.",
         )
         tolerance = self.gradient_probe_tolerance
-        positive = tolerance is None or (isinstance(tolerance, int | float) and tolerance > 0)
+        number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
+        positive = tolerance is None or (number and tolerance > 0)
         self._require(positive, "gradient_probe_tolerance", "> 0", "Leave it out, or try 1e-3.")
         for name in FILES:
-            if getattr(self, name) is not None:
-                path = Path(getattr(self, name)).absolute()
-                self._require(not path.is_dir(), name, "a file", "This is a folder.")
-                object.__setattr__(self, name, str(path))
+            self._make_absolute(name)
+        files = [getattr(self, name) for name in FILES if getattr(self, name) is not None]
+        for name in FILES:
+            alone = files.count(getattr(self, name)) <= 1
+            self._require(alone, name, "a file of its own", "Each file has lines of one kind.")
 
     @property
     def token_recipe(self) -> Recipe:
         """The recipe that `recipe` names."""
         return rollout_recipe(self.recipe, caller="TokenWeightsConfig")
+
+    def _make_absolute(self, name: str) -> None:
+        given = getattr(self, name)
+        if given is None:
+            return
+        self._require(isinstance(given, str | os.PathLike), name, "a path", "Pass a string.")
+        path = Path(given).absolute()
+        self._require(not path.is_dir(), name, "a file", "This is a folder.")
+        above = next(folder for folder in path.parents if folder.exists())
+        self._require(above.is_dir(), name, "a file in a folder", f"{above} is a file.")
+        object.__setattr__(self, name, str(path))
 
     def _require(self, fits: bool, name: str, condition: str, hint: str) -> None:
         if not fits:

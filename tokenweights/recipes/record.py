@@ -1,7 +1,6 @@
 """The recipe: signal, rule, schedule and denominator of a run, in one frozen record."""
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tokenweights._errors import TokenWeightsError, invalid
+from tokenweights._errors import TokenWeightsError, invalid, nearest
 from tokenweights._typing import typed
 from tokenweights.attention import EntropyKind
 from tokenweights.capture import (
@@ -25,6 +24,7 @@ from tokenweights.capture import (
 from tokenweights.losses import Denominator, loss_denominator
 from tokenweights.masked import masked_ranks
 from tokenweights.partition import (
+    MAX_BINS,
     back_fraction,
     bernoulli_subset,
     bottom_fraction,
@@ -36,6 +36,7 @@ from tokenweights.partition import (
 )
 from tokenweights.recipes.description import recipe_description
 from tokenweights.schedules import (
+    MAX_WEIGHT,
     Endpoints,
     Schedule,
     constant_schedule,
@@ -62,6 +63,11 @@ Rule = Literal[
 ScheduleKind = Literal["constant", "linear", "cosine", "step"]
 Alignment = Literal["deciding", "own"]
 LayerReduction = Literal["mean", "rank_mean"]
+
+# Below it the denominator "weight_sum" would need a scale that float32 cannot hold.
+_MIN_WEIGHT = 1e-20
+# Positions are counted in int64.
+_MAX_POSITIONS = 2**63 - 1
 
 _SCORED_RULES = ("endpoints", "bottom", "top", "type_matched", "position_matched")
 
@@ -128,12 +134,16 @@ class Recipe:
         _check(self, "warmup_steps", self.warmup_steps >= 0, ">= 0")
         _check(self, "temperature", 0 < self.temperature < math.inf, "positive and finite")
         _check(self, "eps", 0 < self.eps < math.inf, "positive and finite")
-        for name in ("position_bins", "top_k", "fixed_k"):
-            _check(self, name, getattr(self, name) >= 1, ">= 1")
+        _check(self, "position_bins", 1 <= self.position_bins <= MAX_BINS, f"in [1, {MAX_BINS}]")
+        for name in ("top_k", "fixed_k"):
+            _check(self, name, 1 <= getattr(self, name) <= _MAX_POSITIONS, "in [1, 2**63)")
         for name in ("low", "high"):
             pair = getattr(self, name)
-            fits = len(pair) == 2 and all(0 <= value < math.inf for value in pair)
-            _check(self, name, fits, "two finite weights >= 0: at the start and at the end")
+            fits = len(pair) == 2 and all(
+                value == 0 or _MIN_WEIGHT <= value <= MAX_WEIGHT for value in pair
+            )
+            condition = "two weights, at the start and at the end, each 0 or in [1e-20, 1e30]"
+            _check(self, name, fits, condition)
         _check(self, "layers", self.layers is None or len(self.layers) > 0, "not empty")
         scored = self.rule in _SCORED_RULES
         _check(
@@ -155,6 +165,7 @@ class Recipe:
         }
 
     @staticmethod
+    @typed
     def from_dict(values: Mapping[str, Any]) -> "Recipe":
         """A recipe from a mapping of its fields, such as `to_dict` gives.
 
@@ -192,6 +203,7 @@ class Recipe:
         """
         return recipe_description(self)
 
+    @typed
     def probe_layers(
         self, depth: int, *, available: Sequence[int] | None = None
     ) -> tuple[int, ...]:
@@ -230,6 +242,7 @@ class Recipe:
             chosen.append(index)
         return tuple(dict.fromkeys(chosen))  # -1 may name a layer that has been named
 
+    @typed
     def model_layers(self, model: nn.Module) -> tuple[int, ...]:
         """The attention layers to probe in a model; see `probe_layers`.
 
@@ -251,6 +264,7 @@ class Recipe:
         depth = config.get_text_config().num_hidden_layers
         return self.probe_layers(depth, available=available)
 
+    @typed
     def captured_entropy(
         self,
         captured: CapturedAttention,
@@ -273,6 +287,7 @@ class Recipe:
             return captured.packed_entropy(group=group, kind=kind, top_k=top_k, fixed_k=fixed_k)
         return captured.entropy(key_mask=key_mask, kind=kind, top_k=top_k, fixed_k=fixed_k)
 
+    @typed
     def aligned(
         self, scores: Float[Tensor, "batch position"], *, response_length: int
     ) -> Float[Tensor, "batch token"]:
@@ -289,6 +304,7 @@ class Recipe:
         align = align_to_decision if self.alignment == "deciding" else align_to_own
         return align(scores, response_length=response_length)
 
+    @typed
     def merged_layers(
         self, scores: Sequence[Float[Tensor, "batch token"]], mask: Bool[Tensor, "batch token"]
     ) -> Float[Tensor, "batch token"]:
@@ -312,6 +328,7 @@ class Recipe:
             return scores[0]
         return torch.stack(list(scores)).mean(0)
 
+    @typed
     def endpoints(self, step: int) -> Endpoints:
         """Weights of the lowest-scored and of the highest-scored token at a training step.
 
@@ -324,6 +341,7 @@ class Recipe:
         Raises:
             TokenWeightsError: If `step` is negative or the rule is a hard one.
         """
+        _require_step("Recipe.endpoints", step)
         if self.rule == "uniform":
             return Endpoints(1.0, 1.0)
         _check(self, "rule", self.rule == "endpoints", "'endpoints' for a recipe with endpoints")
@@ -355,9 +373,10 @@ class Recipe:
             Weights, 0 off the mask.
 
         Raises:
-            TokenWeightsError: If scores or token groups are missing, or a valid score is not
-                finite.
+            TokenWeightsError: If scores or token groups are missing, a valid score is not finite,
+                or the step is negative.
         """
+        _require_step("Recipe.token_weights", step)
         if self.signal != "none" and scores is None:
             raise invalid(
                 "Recipe.token_weights",
@@ -459,6 +478,11 @@ def _schedule(made: Recipe, pair: tuple[float, float]) -> Schedule:
     return make(start, end, made.warmup_steps)
 
 
+def _require_step(function: str, step: int) -> None:
+    if step < 0:
+        raise invalid(function, "step", ">= 0", step, "Count training steps from 0.")
+
+
 def _check(made: Recipe, field: str, fits: bool, condition: str) -> None:
     if not fits:
         raise invalid(
@@ -506,6 +530,6 @@ def require_known_keys(values: Mapping[str, Any]) -> None:
 
 def unknown(what: str, value: Any, known: Sequence[str]) -> TokenWeightsError:
     """An error for a value that is none of the known ones, naming the nearest of them."""
-    near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.4)
-    hint = f"Did you mean {near[0]!r}?" if near else f"Choose one of {', '.join(known)}."
+    near = nearest(value, known)
+    hint = f"Did you mean {near!r}?" if near else f"Choose one of {', '.join(known)}."
     return invalid("recipe", what, "known", repr(value), hint)
