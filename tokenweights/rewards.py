@@ -1,5 +1,6 @@
 """The paper's reward and metrics: boxed exact match, overlong penalty, mean@k and its relatives."""
 
+import contextlib
 import math
 import operator
 from array import array
@@ -340,13 +341,19 @@ def _closing_brace(text: str) -> int | None:
     braces = text.encode("ascii", "replace")  # one byte for each character
     for escaped in (b"\\\\", b"\\{", b"\\}"):
         braces = braces.replace(escaped, b"  ")
-    depths = accumulate(array("b", braces.translate(_STEPS)))
-    try:
-        return operator.indexOf(depths, -1)
-    except ValueError:
-        return None
+    depth = 0
+    for start in range(0, len(braces), _BLOCK):
+        block = braces[start : start + _BLOCK]
+        closing = block.count(b"}")
+        if closing > depth:  # without so many it cannot close the brace
+            depths = accumulate(array("b", block.translate(_STEPS)))
+            with contextlib.suppress(ValueError):
+                return start + operator.indexOf(depths, -1 - depth)
+        depth += block.count(b"{") - closing
+    return None
 
 
+_BLOCK = 4096  # characters at a time
 _DRAWS = 2**21  # at a time
 # What each byte adds to the depth, as a signed byte: 255 is -1.
 _STEPS = bytes({ord("{"): 1, ord("}"): 255}.get(byte, 0) for byte in range(256))
