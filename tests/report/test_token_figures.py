@@ -138,6 +138,16 @@ def test_dynamics_follow_from_token_records(kind, record):
         entropy_metrics(records, kind="topk")
 
 
+def test_dynamics_of_a_resumed_run_count_each_response_once(record):
+    early, late = responses(record), responses(record, count=2, length=7)
+    late = [replace(entry, step=9) for entry in late]
+    stale = [replace(e, attention_entropy=e.attention_entropy[::-1]) for e in (*early, *late)]
+    stale = [replace(e, attention_entropy=tuple(v / 2 for v in e.attention_entropy)) for e in stale]
+    expected = entropy_metrics([*early, *late])
+    assert entropy_metrics([*stale, *early, *late]) == expected
+    assert entropy_metrics([*stale[:1], *early, *stale[-1:], *late]) == expected
+
+
 def test_layers_agree_as_computed():
     scores = torch.rand(3, 2, 30, generator=torch.Generator().manual_seed(0))
     agreement = layer_agreement(scores, torch.ones(2, 30, dtype=torch.bool))

@@ -260,6 +260,9 @@ def read_token_records(
 ) -> Iterator[TokenRecord]:
     """The records of a token file in file order, one at a time.
 
+    A run that went on from a checkpoint may have recorded a response twice: both are yielded.
+    `run_from_directory` and `entropy_metrics` take the last.
+
     Args:
         path: A file written by `append_token_records`.
         unreadable: Called with a message that names file and line for each line that cannot be
