@@ -16,6 +16,7 @@ from tokenweights.report import (
     append_token_records,
     read_metrics,
     read_token_records,
+    token_records,
 )
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
@@ -130,6 +131,23 @@ def test_a_wrong_field_is_named_with_its_line(field, value, tmp_path, record):
     path.write_text(json.dumps(line).replace("Infinity", "1e999") + "\n")
     with pytest.raises(TokenWeightsError, match=rf"tokens\.jsonl:1: .*{field}"):
         list(read_token_records(path))
+
+
+def test_records_take_an_integer_mask():
+    scores, mask = torch.rand(2, 3), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    options = {
+        "step": 0,
+        "sample_ids": torch.tensor([0, 1]),
+        "prompts": ["p", "q"],
+        "token_ids": torch.arange(6).view(2, 3),
+        "decode": str,
+        "layer": 0,
+        "entropy_kind": "raw",
+        "alignment": "own",
+    }
+    assert token_records(scores, mask, **options) == token_records(scores, mask.bool(), **options)
+    with pytest.raises(TypeError, match="`token_records`: expected `mask`"):
+        token_records(scores, 2 * mask, **options)
 
 
 def tensor(values):
