@@ -103,6 +103,7 @@ from tokenweights.rewards import majority_at_k as majority_at_k
 from tokenweights.rewards import mean_at_k as mean_at_k
 from tokenweights.rewards import overlong_penalty as overlong_penalty
 from tokenweights.rewards import pass_at_k as pass_at_k
+from tokenweights.rewards import reference_answer as reference_answer
 from tokenweights.schedules import AdaptiveProgress as AdaptiveProgress
 from tokenweights.schedules import Endpoints as Endpoints
 from tokenweights.schedules import adaptive_progress as adaptive_progress
@@ -228,6 +229,7 @@ __all__ = [
     "rank_correlation",
     "recipe",
     "recipe_names",
+    "reference_answer",
     "relative_position",
     "response_statistics",
     "rollout_recipe",

@@ -16,6 +16,7 @@ from tokenweights.report import (
     trace_page_html,
 )
 from tokenweights.report.document import asset
+from tokenweights.report.trace import first_and_last
 
 METRICS = [{"step": step, "reward": step / 4} for step in range(4)]
 EVALUATIONS = [
@@ -107,6 +108,27 @@ def test_a_step_that_a_resumed_run_took_again_counts_once(tmp_path):
         append_metrics(tmp_path / "metrics.jsonl", {"step": step, "reward": reward})
     rewards = [line["reward"] for line in run_from_directory(tmp_path).metrics]
     assert rewards == [0.1, 0.4, 0.5]
+
+
+def test_a_response_that_a_resumed_run_recorded_again_counts_once(tmp_path, record):
+    taken = [(0, 0, 0.0), (1, 2, 0.1), (2, 4, 0.2), (2, 5, 0.3), (1, 2, 0.4), (2, 4, 0.5)]
+    records = [record(step=step, sample_id=sample, reward=r) for step, sample, r in taken]
+    append_token_records(tmp_path / "tokens.jsonl", [*records, *records[:1]])
+    kept = run_from_directory(tmp_path).records
+    assert [(entry.step, entry.sample_id, entry.reward) for entry in kept] == [
+        (0, 0, 0.0),
+        (2, 4, 0.5),
+        (2, 5, 0.3),
+    ]
+    again = [record(step=0, sample_id=1, reward=reward) for reward in (0.0, 1.0)]
+    page = trace_page_html(first_and_last(again))
+    assert page == trace_page_html(again[1:])
+
+
+def test_an_evaluation_that_was_made_again_counts_once():
+    again = [{"step": 0, "accuracy/easy": 0.25}, {"step": 30, "accuracy/easy": 1.0}]
+    text = text_of(run_report_html(Run(evaluations=[*EVALUATIONS, *again])))
+    assert "easy 25.0% step 0 100.0% step 30 +75.0 points" in text
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"title": 1}', '{"name": "x"}'])

@@ -1,8 +1,11 @@
 import json
 import math
 import tracemalloc
+from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +16,7 @@ from tokenweights.report import (
     append_token_records,
     read_metrics,
     read_token_records,
+    token_records,
 )
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
@@ -127,6 +131,42 @@ def test_a_wrong_field_is_named_with_its_line(field, value, tmp_path, record):
     path.write_text(json.dumps(line).replace("Infinity", "1e999") + "\n")
     with pytest.raises(TokenWeightsError, match=rf"tokens\.jsonl:1: .*{field}"):
         list(read_token_records(path))
+
+
+def test_records_take_an_integer_mask():
+    scores, mask = torch.rand(2, 3), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    options = {
+        "step": 0,
+        "sample_ids": torch.tensor([0, 1]),
+        "prompts": ["p", "q"],
+        "token_ids": torch.arange(6).view(2, 3),
+        "decode": str,
+        "layer": 0,
+        "entropy_kind": "raw",
+        "alignment": "own",
+    }
+    assert token_records(scores, mask, **options) == token_records(scores, mask.bool(), **options)
+    with pytest.raises(TypeError, match="`token_records`: expected `mask`"):
+        token_records(scores, 2 * mask, **options)
+
+
+def tensor(values):
+    return torch.from_numpy(np.array(values))
+
+
+@pytest.mark.parametrize("made", [list, np.array, tensor])
+def test_a_record_takes_lists_arrays_and_tensors(made, record):
+    columns = {"support_size_0.9": (1.0, 2.0, 3.0, 4.0, 5.0)}
+    attention = {"attended": ((0, 1),) * 5, "attended_weights": ((0.25, 0.75),) * 5}
+    plain = record(columns=columns, prompt_tokens=("<", "1"), layer=(2, 3), **attention)
+    names = ("token_ids", "attention_entropy", "weights", "advantages", "predictive_entropy")
+    given = {name: made(getattr(plain, name)) for name in (*names, "layer", *attention)}
+    if made is not list:
+        given |= {name: made(getattr(plain, name)) for name in ("step", "sample_id", "reward")}
+    given |= {name: list(getattr(plain, name)) for name in ("tokens", "group", "prompt_tokens")}
+    given["columns"] = {name: made(values) for name, values in columns.items()}
+    # `repr` tells NumPy's numbers from Python's, which equality does not.
+    assert repr(replace(plain, **given)) == repr(plain)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -138,6 +138,39 @@ def test_dynamics_follow_from_token_records(kind, record):
         entropy_metrics(records, kind="topk")
 
 
+def test_dynamics_of_a_resumed_run_count_each_response_once(record):
+    early, late = responses(record), responses(record, count=2, length=7)
+    late = [replace(entry, step=9) for entry in late]
+    stale = [replace(e, attention_entropy=e.attention_entropy[::-1]) for e in (*early, *late)]
+    stale = [replace(e, attention_entropy=tuple(v / 2 for v in e.attention_entropy)) for e in stale]
+    expected = entropy_metrics([*early, *late])
+    assert entropy_metrics([*stale, *early, *late]) == expected
+    assert entropy_metrics([*stale[:1], *early, *stale[-1:], *late]) == expected
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64])
+def test_figures_of_records_do_not_follow_the_default_dtype(default, record):
+    entries = responses(record)
+
+    def numbers():
+        size, distance, local = support_figure(entries).axes
+        return (
+            named_lines(size),
+            bars(distance),
+            bars(local),
+            entropy_relation_figure(entries).axes[0].get_title(loc="left"),
+            [axes.get_title(loc="left") for axes in quadrant_figure(entries).axes],
+            entropy_metrics(entries),
+        )
+
+    expected, before = numbers(), torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        assert numbers() == expected
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_layers_agree_as_computed():
     scores = torch.rand(3, 2, 30, generator=torch.Generator().manual_seed(0))
     agreement = layer_agreement(scores, torch.ones(2, 30, dtype=torch.bool))

@@ -6,7 +6,9 @@ import re
 import struct
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -347,6 +349,33 @@ def test_attention_is_packed_row_by_row(record):
 def test_attention_must_fit_the_context(attended, weights, words):
     with pytest.raises(TokenWeightsError, match=words):
         page_of(["a", "b"], prompt_tokens=["?"], attended=attended, attended_weights=weights)
+
+
+@pytest.mark.parametrize("made", [np.array, torch.tensor])
+def test_a_trace_takes_arrays_and_tensors(made):
+    numbers = {
+        "attention_entropy": [0.25, 1.0],
+        "predictive_entropy": [0.5, 2.0],
+        "weights": [1.0, 0.0],
+        "advantages": [-0.5, 0.5],
+        "log_probs": [-0.25, -4.0],
+        "attended": [[0, 1], [1, 2]],
+        "attended_weights": [[0.25, 0.75], [0.5, 0.5]],
+    }
+    texts = {"tokens": ["a", "b"], "prompt_tokens": ["?"]}
+    given = {name: made(values) for name, values in numbers.items()}
+    page = token_trace_html(**texts, **given, columns={"distance": made([2.0, 0.5])})
+    assert page == token_trace_html(**texts, **numbers, columns={"distance": [2.0, 0.5]})
+    with pytest.raises(TokenWeightsError, match=r"`weights` as long as `tokens` \(2\)"):
+        token_trace_html(**texts, **(given | {"weights": made([1.0])}))
+
+
+@pytest.mark.parametrize("place", range(7))
+def test_every_item_of_a_column_is_looked_at(place):
+    column = [0.5] * place + ["0.5"] + [0.5] * (6 - place)
+    for _ in range(3):
+        with pytest.raises(TypeError, match="`token_trace_html`: expected `weights`"):
+            token_trace_html(tokens=["a"] * 7, attention_entropy=[0.5] * 7, weights=column)
 
 
 def test_columns_must_fit():

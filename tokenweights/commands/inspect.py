@@ -198,7 +198,8 @@ def _nearest(available: list[int], layer: int) -> int:
 def _agreement(records: list[TokenRecord]) -> LayerAgreement | None:
     if len(records) < 2:
         return None
-    scores = torch.tensor([record.attention_entropy for record in records])[:, None]
+    rows = [record.attention_entropy for record in records]
+    scores = torch.tensor(rows, dtype=torch.float64)[:, None]
     return layer_agreement(scores, torch.ones(scores.shape[1:], dtype=torch.bool))
 
 
@@ -266,8 +267,8 @@ def _layer_summary(record: TokenRecord) -> dict[str, Any]:
         }
         for group, chosen in places.items()
     }
-    attention = torch.tensor([record.attention_entropy])
-    predictive = torch.tensor([record.predictive_entropy or ()])
+    attention = torch.tensor([record.attention_entropy], dtype=torch.float64)
+    predictive = torch.tensor([record.predictive_entropy or ()], dtype=torch.float64)
     mask = torch.ones(attention.shape, dtype=torch.bool)
     return {
         "layer": record.layer,

@@ -22,13 +22,15 @@ def entropy_metrics(
     Anchors and explorers are the bottom and top `fraction` of each response by this entropy.
 
     Args:
-        records: Token records, those of a step one after another; one step is held in memory.
+        records: Token records, those of a step one after another; one step is held in memory. Of
+            a step taken twice by a resumed run the later one counts, and within a step the last
+            record of each `sample_id`.
         kind: The records' own kind, or another that they have as a column `<kind>_entropy`.
         fraction: Share of each response that makes up anchors, and explorers.
 
     Returns:
-        For each step a dictionary with `step`, `entropy_mean`, `entropy_std` and the same with
-        `anchor_` and `explorer_` before it.
+        For each step, ascending, a dictionary with `step`, `entropy_mean`, `entropy_std` and the
+        same with `anchor_` and `explorer_` before it.
 
     Raises:
         TokenWeightsError: If a record has no such entropy.
@@ -49,9 +51,9 @@ def entropy_metrics(
         >>> metrics["step"], metrics["entropy_mean"], metrics["anchor_entropy_mean"]
         (4, 0.5, 0.25)
     """
-    lines = []
+    lines: dict[int, dict[str, float]] = {}
     for step, grouped in groupby(records, key=lambda record: record.step):
-        members = list(grouped)
+        members = list({record.sample_id: record for record in grouped}.values())
         scores = entropy_of_kind(members, kind)
         if scores is None:
             hint = f"Record a column `{kind}_entropy`, or choose the kind of the records."
@@ -64,5 +66,5 @@ def entropy_metrics(
         for place, name in enumerate(("", "anchor_", "explorer_")):
             line[f"{name}entropy_mean"] = float(found.mean[place])
             line[f"{name}entropy_std"] = float(found.std[place])
-        lines.append(line)
-    return lines
+        lines[step] = line
+    return [lines[step] for step in sorted(lines)]

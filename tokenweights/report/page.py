@@ -204,14 +204,16 @@ def _unreadable_html(messages: Sequence[str]) -> str:
 def _accuracy_html(evaluations: Sequence[Mapping[str, float]]) -> str:
     rows = []
     for key, name in accuracy_keys(evaluations).items():
-        lines = sorted((e for e in evaluations if math.isfinite(e.get(key, math.nan))), key=_step)
-        if not lines:
+        points = [
+            point for point in zip(*series(evaluations, key), strict=True) if point[1] == point[1]
+        ]
+        if not points:
             continue
-        first, last = lines[0], lines[-1]
-        change = 100 * (last[key] - first[key])
+        first, last = points[0], points[-1]
+        change = 100 * (last[1] - first[1])
         rows.append(
             f'<tr><th scope="row">{escaped(name)}</th>'
-            f"<td>{_point(first, key)}</td><td>{_point(last, key)}</td>"
+            f"<td>{_point(*first)}</td><td>{_point(*last)}</td>"
             f"<td>{change:+.1f} points</td></tr>".replace("+-", "\u2212").replace(">-", ">\u2212")
         )
     if not rows:
@@ -225,12 +227,8 @@ def _accuracy_html(evaluations: Sequence[Mapping[str, float]]) -> str:
     )
 
 
-def _step(line: Mapping[str, float]) -> float:
-    return line["step"]
-
-
-def _point(line: Mapping[str, float], key: str) -> str:
-    return f'{line[key]:.1%} <small class="quiet">step {line["step"]:g}</small>'
+def _point(step: float, accuracy: float) -> str:
+    return f'{accuracy:.1%} <small class="quiet">step {step:g}</small>'
 
 
 def _absent(what: str) -> str:

@@ -38,9 +38,10 @@ TokenGroup = Literal["anchor", "middle", "explorer"]
 class TokenRecord:
     """One response, with one value per token for everything that decided its token weights.
 
-    All per-token fields are tuples as long as `tokens`. Entropies and log-probabilities are in
-    nats; a normalized attention entropy has no unit. Everything after `alignment` is optional and
-    None where it was not recorded.
+    All per-token fields are tuples as long as `tokens`; lists, tensors and NumPy arrays are taken
+    and become tuples of Python's numbers. Entropies and log-probabilities are in nats; a normalized
+    attention entropy has no unit. Everything after `alignment` is optional and None where it was
+    not recorded.
 
     Attributes:
         step: Training step of the rollout.
@@ -103,6 +104,8 @@ class TokenRecord:
     attended_weights: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            object.__setattr__(self, each.name, _plain(getattr(self, each.name)))
         layers = self.layer if isinstance(self.layer, tuple) else (self.layer,)
         _check("step", (self.step,), "a whole number", _is_whole)
         _check("sample_id", (self.sample_id,), "a whole number", _is_whole)
@@ -260,6 +263,9 @@ def read_token_records(
 ) -> Iterator[TokenRecord]:
     """The records of a token file in file order, one at a time.
 
+    A run that went on from a checkpoint may have recorded a response twice: both are yielded.
+    `run_from_directory` and `entropy_metrics` take the last.
+
     Args:
         path: A file written by `append_token_records`.
         unreadable: Called with a message that names file and line for each line that cannot be
@@ -290,7 +296,7 @@ def read_token_records(
             got = f"{place}: unknown {sorted(unknown)}, missing {sorted(missing)}"
             raise invalid("read_token_records", "path", "to hold token records", got, REPAIR)
         try:
-            return TokenRecord(**{name: _tuples(value) for name, value in line.items()})
+            return TokenRecord(**line)
         except TokenWeightsError as error:
             condition, got = "to hold token records", f"{place}: {error}"
             raise invalid("read_token_records", "path", condition, got, REPAIR) from error
@@ -384,11 +390,17 @@ def read_metrics(path: FilePath, *, unreadable: Unreadable | None = None) -> lis
     return list(read_lines("read_metrics", path, parsed, unreadable))
 
 
-def _tuples(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(map(_tuples, value))
-    if isinstance(value, dict):
-        return {name: _tuples(entry) for name, entry in value.items()}
+def _plain(value: Any) -> Any:
+    """The value in Python's own numbers, with a tuple for each list, tensor and array."""
+    if value is None or isinstance(value, float | int | str):
+        # A float of NumPy's is one of Python's too; JSON and `repr` need the latter.
+        return float(value) if isinstance(value, float) else value
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, Mapping):
+        return {name: _plain(entry) for name, entry in value.items()}
     return value
 
 

@@ -10,6 +10,9 @@ A run directory of any of the adapters holds these files, each of them optional:
 | `tokens.jsonl` | token records, `append_token_records` |
 | `gradient.jsonl` | one line per gradient probe, `append_metrics` |
 
+A run that stopped and went on from a checkpoint takes some steps twice. Of metrics, evaluations and
+probes the last line of a step counts, of token records the last of a response in its step.
+
 Without `metrics.jsonl` the log history of the newest `trainer_state.json` stands in, which the
 trainers of transformers and TRL write into the directory and its checkpoints.
 """
@@ -119,7 +122,6 @@ def run_from_directory(
         if not path.is_file():
             return ()
         found = read_metrics(path, unreadable=tell)
-        # A run that stopped and went on from a checkpoint took some steps twice: the last counts.
         return [*{line["step"]: line for line in found}.values()]
 
     described = _tolerated(lambda: _description(folder / "run.json"), tell) or {}
@@ -141,19 +143,23 @@ def run_from_directory(
 
 
 def outer_steps(records: Iterable[TokenRecord]) -> tuple[TokenRecord, ...]:
-    """The records of the first step and of the last, in this order; read once, two steps held."""
-    first: list[TokenRecord] = []
-    last: list[TokenRecord] = []
+    """The records of the first step and of the last, in this order; read once, two steps held.
+
+    Of a response that was recorded twice in a step, as a resumed run does, the last record counts.
+    """
+    first: dict[int, TokenRecord] = {}
+    last: dict[int, TokenRecord] = {}
+    low, high = math.inf, -math.inf
     for record in records:
-        if not first or record.step < first[0].step:
-            first = []
-        if not first or record.step == first[0].step:
-            first.append(record)
-        if last and record.step > last[0].step:
-            last = []
-        if not last or record.step == last[0].step:
-            last.append(record)
-    return tuple(first) if first and first[0].step == last[0].step else (*first, *last)
+        if record.step < low:
+            low, first = record.step, {}
+        if record.step == low:
+            first[record.sample_id] = record
+        if record.step > high:
+            high, last = record.step, {}
+        if record.step == high:
+            last[record.sample_id] = record
+    return (*first.values(), *(last.values() if low < high else ()))
 
 
 def _tolerated(read: Callable[[], Any], tell: Unreadable | None) -> Any:

@@ -12,7 +12,13 @@ from contextlib import redirect_stdout
 
 import pytest
 import tiny
-from tokenweights import TokenWeightsConfig, boxed_match_reward, recipe, recipe_names
+from tokenweights import (
+    TokenWeightsConfig,
+    TokenWeightsError,
+    boxed_match_reward,
+    recipe,
+    recipe_names,
+)
 
 from tokenweights_openrlhf import checked_arguments
 
@@ -127,3 +133,22 @@ def test_the_example_reward_looks_at_the_response_only():
         # A long prompt loses its beginning, perhaps in the middle of a character.
         for query in (prompt[9:] + response, "\N{REPLACEMENT CHARACTER}" + prompt[9:] + response):
             assert reward_func([query], [prompt], [2]) == made
+            assert reward_func([query], [prompt], [2.0]) == made
+    for label in ("", None, float("nan"), True):
+        with pytest.raises(TokenWeightsError, match="`reference_answer`"):
+            reward_func([prompt + r"\boxed{2}"], [prompt], [label])
+
+
+def test_the_example_reward_finds_the_response_behind_any_cut_of_the_prompt():
+    import runpy
+
+    response = runpy.run_path(str(ADAPTER / "examples" / "boxed_reward.py"))["response"]
+    for prompt in ("abcabcabd", "aaaa", "abab", "a\u00e9a\u00e9", "x"):
+        for text in ("", "b", "abc", "bab", "z"):
+            for cut in range(len(prompt)):
+                query = prompt[cut:] + text
+                if prompt in query:
+                    continue
+                # The longest end of the prompt that the query begins with.
+                longest = next(at for at in range(cut + 1) if query.startswith(prompt[at:]))
+                assert response(query, prompt) == query[len(prompt) - longest :]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset
-from tokenweights.rewards import boxed_answer
+from tokenweights.rewards import boxed_answer, reference_answer
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -75,6 +75,7 @@ def verl_rows(name: str, source: Source, rows: Dataset) -> Dataset:
 
     Raises:
         SystemExit: If a column is missing or no row is left.
+        TokenWeightsError: If an answer is neither text nor a finite number.
     """
     missing = {source.question, source.answer} - set(rows.column_names)
     if missing:
@@ -86,13 +87,14 @@ def verl_rows(name: str, source: Source, rows: Dataset) -> Dataset:
         answer = boxed_answer(answer) if source.boxed else answer
         if (source.keep and not source.keep(row)) or answer in (None, "", []):
             continue
+        truth = reference_answer(answer, place=f"{name}, row {index}").strip("$ ")
         question = f"{row[source.question].strip()}\n{INSTRUCTION}"
         written.append(
             {
                 "data_source": name,
                 "prompt": [{"role": "user", "content": question}],
                 "ability": "math",
-                "reward_model": {"style": "rule", "ground_truth": str(answer).strip("$ ")},
+                "reward_model": {"style": "rule", "ground_truth": truth},
                 "extra_info": {"index": index, "split": source.split},
             }
         )

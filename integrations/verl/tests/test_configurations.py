@@ -89,12 +89,16 @@ def test_the_reward_is_where_the_configuration_says():
     place = composed("+experiment=paper").reward.custom_reward_function
     reward = load_extern_object(place.path, place.name)
     texts = ("no box", r"\boxed{8}", r"\boxed{7}")
-    rewards = [
-        reward(data_source="math", solution_str=text, ground_truth="7", extra_info={})
-        for text in texts
-    ]
-    assert [found["score"] for found in rewards] == [-2.0, -1.0, 1.0]
-    assert [found["acc"] for found in rewards] == [0.0, 0.0, 1.0]
+    for truth in ("7", 7, 7.0):
+        rewards = [
+            reward(data_source="math", solution_str=text, ground_truth=truth, extra_info={})
+            for text in texts
+        ]
+        assert [found["score"] for found in rewards] == [-2.0, -1.0, 1.0]
+        assert [found["acc"] for found in rewards] == [0.0, 0.0, 1.0]
+    for truth in ("", None, float("nan"), True):
+        with pytest.raises(tw.TokenWeightsError, match="`reference_answer`"):
+            reward(data_source="math", solution_str=texts[-1], ground_truth=truth)
 
 
 def test_known_losses_exist():

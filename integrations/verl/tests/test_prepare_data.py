@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from tokenweights import TokenWeightsError
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "prepare_data.py"
 
@@ -39,6 +40,16 @@ def test_answers_in_lists_and_dollars(prepare_data):
     rows = Dataset.from_dict({"question": ["q", "r"], "final_answer": [["$x^2$"], []]})
     (row,) = prepare_data.verl_rows("olympiadbench", source, rows)
     assert row["reward_model"]["ground_truth"] == "x^2"
+
+
+def test_answers_that_are_numbers(prepare_data):
+    source = prepare_data.SOURCES["aime_2024"]
+    rows = Dataset.from_dict({"problem": ["q", "r", "s"], "answer": [7.0, None, 0.5]})
+    written = prepare_data.verl_rows("aime_2024", source, rows)
+    assert [row["reward_model"]["ground_truth"] for row in written] == ["7", "0.5"]
+    rows = Dataset.from_dict({"problem": ["q", "r"], "answer": [7.0, float("nan")]})
+    with pytest.raises(TokenWeightsError, match=r"got nan \(aime_2024, row 1\)"):
+        prepare_data.verl_rows("aime_2024", source, rows)
 
 
 def test_nonsense_is_named(prepare_data, tmp_path, capsys):

@@ -1,6 +1,5 @@
 """Training from the command line: `python -m tokenweights_trl.train --help`."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from tokenweights._errors import TokenWeightsError, invalid
-from tokenweights.rewards import boxed_match_reward, overlong_penalty
+from tokenweights.rewards import boxed_match_reward, overlong_penalty, reference_answer
 from trl.scripts.utils import ScriptArguments, TrlParser
 from trl.trainer.model_config import ModelConfig
 from trl.trainer.utils import get_peft_config, get_quantization_config
@@ -189,35 +188,10 @@ def boxed_reward(
         if buffer and longest:
             lengths = torch.tensor([len(ids) for ids in completion_ids])
             penalties = overlong_penalty(lengths, max_length=longest, buffer_length=buffer)
-            rewards = (torch.tensor(rewards) + penalties).tolist()
+            rewards = (penalties + torch.tensor(rewards, dtype=penalties.dtype)).tolist()
         return rewards
 
     return boxed_match
-
-
-def reference_answer(answer: Any, *, place: str) -> str:
-    """A reference answer as text; whole numbers are written without a fraction.
-
-    Args:
-        answer: Text or a number.
-        place: Where it stands, for the message.
-
-    Returns:
-        Its text.
-
-    Raises:
-        TokenWeightsError: If it is blank, not finite, or neither text nor a number.
-
-    Example:
-        >>> [reference_answer(answer, place="row 0") for answer in ("x^2", 7, 7.0, 0.5)]
-        ['x^2', '7', '7', '0.5']
-    """
-    if isinstance(answer, str) and answer.strip():
-        return answer
-    if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
-        return str(int(answer) if answer == int(answer) else answer)
-    got, hint = f"{answer!r} ({place})", "Drop the row, or write its answer as text."
-    raise invalid("train", "answer", "of every row to be text or a number", got, hint)
 
 
 def _answer_column(arguments: TrainArguments, columns: list[str]) -> str:
