@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokenweights._errors import invalid
+from tokenweights._typing import typed
 from tokenweights.attention import EntropyKind, attention_entropy, packed_entropy
 
 
@@ -39,6 +40,7 @@ class CapturedAttention:
     key_mask: Tensor | None = None
     position_ids: Tensor | None = None
 
+    @typed
     def entropy(
         self,
         *,
@@ -80,6 +82,7 @@ class CapturedAttention:
             sinks=self.sinks,
         )
 
+    @typed
     def packed_entropy(
         self,
         *,

@@ -28,6 +28,7 @@ class AttentionStack:
     names: dict[int, str]
 
 
+@typed
 def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
     """The attention modules of a model whose query and key can be tapped, by layer index.
 

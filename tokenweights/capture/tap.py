@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenweights._errors import invalid
+from tokenweights._typing import typed
 from tokenweights.capture.captured import CapturedAttention
 from tokenweights.capture.checks import AttentionCall, attended
 from tokenweights.capture.counts import counted_calls, recomputing
@@ -37,6 +38,7 @@ class AttentionCapture:
 
 
 @contextmanager
+@typed
 def capture_attention(
     model: nn.Module,
     layers: Sequence[int],
