@@ -276,6 +276,20 @@ def test_losses_off_the_mask_do_not_matter():
         torch.testing.assert_close(alignment.inner, aligned(batch, model, method=method).inner)
 
 
+def test_a_gradient_that_is_not_finite_is_refused():
+    """The square root of 0 has a value and no derivative."""
+    model, mask = nn.Linear(2, 1), torch.ones(1, 3, dtype=torch.bool)
+    inputs = torch.randn(1, 3, 2)
+
+    def loss():
+        return (model(inputs)[..., 0] * torch.tensor([0.0, 1.0, 1.0])).abs().sqrt()
+
+    with pytest.raises(TokenWeightsError, match="with a finite gradient, got nan"):
+        tw.token_alignment(loss, model, mask=mask)
+    with pytest.raises(TokenWeightsError, match="with a finite gradient, got nan"):
+        tw.GradientProbe(model).geometry(loss, torch.zeros(1, 3).long(), mask=mask, count=1)
+
+
 def test_kernels_without_a_forward_mode_are_named():
     class Opaque(torch.autograd.Function):
         @staticmethod
@@ -308,6 +322,11 @@ def test_nonsense_is_refused():
         tw.token_alignment(lambda: batch.loss(model)[:, :2], model, mask=batch.mask)
     with pytest.raises(TokenWeightsError, match="finite"):
         tw.token_alignment(lambda: batch.loss(model) * torch.nan, model, mask=batch.mask)
+    with pytest.raises(TokenWeightsError, match="`token_loss` with a callable, got none"):
+        tw.token_alignment([], model, mask=batch.mask)
+    for found, got in ((batch.loss(model).mean(), r"\(\)"), (1.0, "float"), (None, "NoneType")):
+        with pytest.raises(TokenWeightsError, match=f"unreduced|got {got}"):
+            tw.token_alignment(lambda found=found: found, model, mask=batch.mask)
     for tolerance in (0.0, 1.0, float("nan")):
         with pytest.raises(TokenWeightsError, match="tolerance"):
             aligned(batch, model, tolerance=tolerance)

@@ -98,11 +98,17 @@ def test_structured_subsets_of_a_policy_gradient_miss_it(policy_gradients, selec
     assert abs(structured - predicted_cosine(gradients, 0.2)) > 0.35
 
 
+def test_a_chance_near_zero_has_an_error_of_zero_where_nothing_varies():
+    least = math.ulp(0.0)
+    assert tw.expected_random_error(probability=least, tokens=1, mean_squared_norm=0.0) == 0
+
+
 @pytest.mark.parametrize(
     "make",
     [
         lambda: tw.expected_random_error(probability=0.0, tokens=1, mean_squared_norm=1.0),
         lambda: tw.expected_random_error(probability=0.5, tokens=0, mean_squared_norm=1.0),
+        lambda: tw.expected_random_error(probability=0.5, tokens=2**2000, mean_squared_norm=1.0),
         lambda: tw.expected_random_error(probability=0.5, tokens=1, mean_squared_norm=-1.0),
         lambda: tw.expected_random_cosine(
             probability=0.5, tokens=1, mean_squared_norm=1.0, full_squared_norm=0.0
