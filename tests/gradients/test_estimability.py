@@ -94,8 +94,8 @@ def test_structured_subsets_of_a_policy_gradient_miss_it(policy_gradients, selec
     score = gradients @ gradients.mean(0) if "aligned" in selected else gradients.norm(dim=-1)
     order = score.argsort(descending=selected != "least aligned")
     structured = cosine(gradients, order[: round(0.2 * len(order))])
-    # Twice the spread of single random draws, 0.17: no draw to be mistaken for a random one.
-    assert abs(structured - predicted_cosine(gradients, 0.2)) > 0.35
+    # Beyond the spread of single random draws, 0.17, by half: no draw to be mistaken for one.
+    assert abs(structured - predicted_cosine(gradients, 0.2)) > 0.25
 
 
 def test_a_chance_near_zero_has_an_error_of_zero_where_nothing_varies():
