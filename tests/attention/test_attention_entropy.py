@@ -20,6 +20,7 @@ from tokenweights.attention.statistics import Logits, Request
 
 HEADS = ("mean_distribution", "mean_entropy", "none")
 TOLERANCE = 1e-5
+MASSES = (0.5, 0.8, 0.9, 0.95)
 
 
 def assert_close(actual, expected, tolerance=TOLERANCE):
@@ -292,11 +293,15 @@ def test_support_sizes_with_and_without_numpy(monkeypatch, missing):
             raise RuntimeError("Numpy is not available")
 
         monkeypatch.setattr(torch.Tensor, "numpy", refusal)
-    statistics = attention_statistics(query, key, top_k=9)
+    statistics = attention_statistics(query, key, top_k=9, support_mass=MASSES)
     monkeypatch.undo()
     expected = attention_statistics(query, key, top_k=9, backend="reference")
-    assert torch.equal(statistics.support_size, expected.support_size)
     assert_close(statistics.topk, expected.topk)
+    fewest, most = (  # the sizes of thresholds that differ by the rounding of a cumulative mass
+        attention_statistics(query, key, support_mass=masses, backend="reference").support_size
+        for masses in ([m - TOLERANCE for m in MASSES], [m + TOLERANCE for m in MASSES])
+    )
+    assert ((fewest <= statistics.support_size) & (statistics.support_size <= most)).all()
 
 
 @pytest.mark.parametrize("workspace_bytes", [1, 20_000])
@@ -519,7 +524,8 @@ def test_statistics_hold_what_was_asked_for_and_nothing_else():
     everything = attention_statistics(query, key)
     for kind in STATISTIC_KINDS:
         statistics = attention_statistics(query, key, kinds=(kind,))
-        assert torch.equal(getattr(statistics, kind), getattr(everything, kind))
+        # A kernel may be another where more is asked for, so only rounding may differ.
+        assert_close(getattr(statistics, kind), getattr(everything, kind), 2e-6)
         given = [
             f.name
             for f in dataclasses.fields(statistics)

@@ -55,14 +55,21 @@ def test_forward_mode_agrees_with_jacobians():
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("tolerance", [1e-4, 1e-5])
-def test_float32_differences_agree_with_float64_jacobians(checkpointed, tolerance):
+@pytest.mark.parametrize(
+    # The last step is too long for one pass: it needs the combination of two.
+    "options",
+    [{"tolerance": 1e-4}, {"tolerance": 2e-5}, {"step": 0.1}],
+    ids=["default", "tighter", "combined"],
+)
+@pytest.mark.parametrize("order", range(4))
+def test_float32_differences_agree_with_float64_jacobians(checkpointed, options, order):
     expected, _ = exact_inner(tiny_policy.Batch())
     batch = tiny_policy.Batch(dtype=torch.float32)
-    model = tiny_policy.policy(torch.float32, checkpointed=checkpointed)
-    alignment = aligned(batch, model, compare_steps=True, tolerance=tolerance)
+    # Another order of hidden units is the same function with other rounding, as another processor.
+    model = tiny_policy.policy(torch.float32, checkpointed=checkpointed, order=order)
+    alignment = aligned(batch, model, compare_steps=True, **options)
     error = relative_error(alignment.inner, batch.mask, expected)
-    assert error < 1e-3 and 1e-12 < alignment.sum_error < tolerance
+    assert error < 1e-3 and 1e-12 < alignment.sum_error < options.get("tolerance", 1e-4)
     assert float(alignment.projection_ratio.sum()) == pytest.approx(1, abs=1e-9)
     assert error / 10 < alignment.step_error < 1e-3
 
@@ -76,18 +83,58 @@ def test_the_step_follows_the_scale_of_the_loss(scale):
     assert relative_error(alignment.inner, batch.mask, expected * scale**2) < 1e-3
 
 
-@pytest.mark.parametrize("step", [0.3, 1e-4])
-def test_a_bad_step_is_mended_by_a_second_one_or_refused(step):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_step_that_is_far_too_long_is_mended_by_shorter_ones(dtype):
+    batch = tiny_policy.Batch(dtype=dtype)
+    expected, _ = exact_inner(tiny_policy.Batch())
+    raw, mended = (
+        aligned(batch, tiny_policy.policy(dtype), step=1.0, tolerance=tolerance)
+        for tolerance in (0.9, 1e-4)
+    )
+    assert raw.step_error is None and raw.step == 1.0 and raw.sum_error > 0.03
+    assert mended.step_error is not None and mended.step < 1.0 and mended.sum_error < 1e-4
+    assert relative_error(mended.inner, batch.mask, expected) < 1e-3
+
+
+def test_a_step_that_rounding_swallows_is_mended_by_longer_ones():
+    """By hand: losses w x at w = 0, of which changes of w below 0.3 are rounded away."""
+    weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    inputs = torch.tensor([[1.0, 2.0, 9.0]], dtype=torch.float64)
+    model, mask = nn.ParameterList([weight]), torch.tensor([[True, True, False]])
+
+    def loss():
+        rounded = torch.where(weight.abs() > 0.3, weight, 0.0)
+        return (weight + (rounded - weight).detach()) * inputs
+
+    # The gradient is 3/2, so these steps first move w by 0.225 and by 0.00015.
+    alignment = tw.token_alignment(loss, model, mask=mask, step=0.15)
+    assert alignment.inner.tolist() == [[1.5, 3.0, 0.0]]
+    assert (alignment.step, alignment.step_error) == (0.3, 0.0)
+    with pytest.raises(TokenWeightsError, match="sum to one"):
+        tw.token_alignment(loss, model, mask=mask, step=1e-4)
+    assert weight.item() == 0
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (1e3, "sum to one"),
+        (1e-30, "`step` that moves the parameters, got 1e-30"),
+        *((step, "`step` finite and > 0") for step in (0.0, -1.0, float("inf"), float("nan"))),
+    ],
+)
+def test_a_step_that_nothing_can_mend_is_refused(step, message):
     batch = tiny_policy.Batch(dtype=torch.float32)
-    model = tiny_policy.policy(torch.float32)
-    try:
-        alignment = aligned(batch, model, step=step)
-    except TokenWeightsError as error:
-        assert "sum to one" in str(error)
-    else:
-        expected, _ = exact_inner(tiny_policy.Batch())
-        assert alignment.step_error is not None
-        assert relative_error(alignment.inner, batch.mask, expected) < 1e-3
+    with pytest.raises(TokenWeightsError, match=message):
+        aligned(batch, tiny_policy.policy(torch.float32), step=step)
+
+
+def test_losses_of_size_zero_have_a_step():
+    """Log-ratios are 0 at their own policy, and their gradients are not."""
+    batch, model = tiny_policy.Batch(), tiny_policy.policy()
+    start = batch.loss(model).detach()
+    alignment = tw.token_alignment(lambda: batch.loss(model) - start, model, mask=batch.mask)
+    assert relative_error(alignment.inner, batch.mask, exact_inner(batch)[0]) < 1e-3
 
 
 def test_two_steps_cancel_the_first_term_of_the_truncation():
@@ -229,6 +276,20 @@ def test_losses_off_the_mask_do_not_matter():
         torch.testing.assert_close(alignment.inner, aligned(batch, model, method=method).inner)
 
 
+def test_a_gradient_that_is_not_finite_is_refused():
+    """The square root of 0 has a value and no derivative."""
+    model, mask = nn.Linear(2, 1), torch.ones(1, 3, dtype=torch.bool)
+    inputs = torch.randn(1, 3, 2)
+
+    def loss():
+        return (model(inputs)[..., 0] * torch.tensor([0.0, 1.0, 1.0])).abs().sqrt()
+
+    with pytest.raises(TokenWeightsError, match="with a finite gradient, got nan"):
+        tw.token_alignment(loss, model, mask=mask)
+    with pytest.raises(TokenWeightsError, match="with a finite gradient, got nan"):
+        tw.GradientProbe(model).geometry(loss, torch.zeros(1, 3).long(), mask=mask, count=1)
+
+
 def test_kernels_without_a_forward_mode_are_named():
     class Opaque(torch.autograd.Function):
         @staticmethod
@@ -261,6 +322,11 @@ def test_nonsense_is_refused():
         tw.token_alignment(lambda: batch.loss(model)[:, :2], model, mask=batch.mask)
     with pytest.raises(TokenWeightsError, match="finite"):
         tw.token_alignment(lambda: batch.loss(model) * torch.nan, model, mask=batch.mask)
+    with pytest.raises(TokenWeightsError, match="`token_loss` with a callable, got none"):
+        tw.token_alignment([], model, mask=batch.mask)
+    for found, got in ((batch.loss(model).mean(), r"\(\)"), (1.0, "float"), (None, "NoneType")):
+        with pytest.raises(TokenWeightsError, match=f"unreduced|got {got}"):
+            tw.token_alignment(lambda found=found: found, model, mask=batch.mask)
     for tolerance in (0.0, 1.0, float("nan")):
         with pytest.raises(TokenWeightsError, match="tolerance"):
             aligned(batch, model, tolerance=tolerance)

@@ -25,6 +25,15 @@ def test_equations_4_to_6_agree_with_numpy(seed, tensors):
     assert geometry.projection_ratio == pytest.approx(s @ g / norm_g**2)
 
 
+@given(st.integers(0, 2**31), st.sampled_from([1e-30, 1.0, 1e15]), st.booleans())
+def test_the_cosine_of_parallel_gradients_is_one_and_not_beyond(seed, scale, opposite):
+    generator = torch.Generator().manual_seed(seed)
+    gradient = torch.randn(7, generator=generator, dtype=torch.float64) * scale
+    sign = -1 if opposite else 1
+    geometry = tw.gradient_geometry([gradient * (sign / 3)], [gradient])
+    assert abs(geometry.cosine) <= 1 and geometry.cosine == pytest.approx(sign, abs=1e-15)
+
+
 def test_half_precision_does_not_overflow():
     large = torch.full((10,), 3e4, dtype=torch.float16)
     assert tw.gradient_geometry([large], [large]) == tw.GradientGeometry(1.0, 1.0, 1.0)
@@ -40,3 +49,5 @@ def test_zero_gradients_have_documented_values():
 def test_other_shapes_are_refused():
     with pytest.raises(TokenWeightsError, match="same shapes"):
         tw.gradient_geometry([torch.ones(2)], [torch.ones(3)])
+    with pytest.raises(TokenWeightsError, match="`full` with a tensor, got none"):
+        tw.gradient_geometry([], [])

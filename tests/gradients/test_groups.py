@@ -63,3 +63,5 @@ def test_nonsense_is_refused():
         tw.group_gradients(token_loss.detach(), groups, model.parameters(), mask=mask)
     with pytest.raises(TokenWeightsError, match="parameters"):
         tw.group_gradients(token_loss, groups, [torch.zeros(1)], mask=mask)
+    with pytest.raises(TokenWeightsError, match="`groups` >= -1, got -2"):
+        tw.group_gradients(token_loss, groups - 2, model.parameters(), mask=mask)

@@ -188,3 +188,17 @@ def test_nonsense_is_refused():
         probed(batch, model, count=9)
     with pytest.raises(TokenWeightsError, match="count"):
         probed(batch, model, count=None)
+    nothing = tiny_policy.Batch()
+    nothing.mask &= False
+    with pytest.raises(TokenWeightsError, match="count"):
+        probed(nothing, model, count=-1)
+    for tolerance in (0.0, math.nan):
+        with pytest.raises(TokenWeightsError, match="tolerance"):
+            probed(batch, model, tolerance=tolerance)
+    with pytest.raises(TokenWeightsError, match="`token_loss` with a callable, got none"):
+        tw.GradientProbe(model).geometry([], batch.deciles, mask=batch.mask, count=10)
+    with pytest.raises(TokenWeightsError, match=r"a regular expression, got '\(' \(missing \)"):
+        tw.selected_parameters(model, pattern="(")
+    for layers in ([2], [0, 2], [-1]):
+        with pytest.raises(TokenWeightsError, match=r"`layers` among \[0, 1\], got"):
+            tw.selected_parameters(model, layers=layers)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from gradients import tiny_policy
@@ -53,8 +55,21 @@ def test_what_is_no_partition_is_refused():
     fewer[0] = False
     with pytest.raises(TokenWeightsError, match="sums to one"):
         tw.group_projection_ratios(FOUND.projection_ratio, BATCH.deciles, fewer, count=10)
+    for options in ({"count": 0}, {"count": -1}, {"count": 10, "tolerance": float("nan")}):
+        with pytest.raises(TokenWeightsError, match=f"`{list(options)[-1]}` >"):
+            tw.group_projection_ratios(FOUND.projection_ratio, BATCH.deciles, BATCH.mask, **options)
     with pytest.raises(TokenWeightsError, match="ten"):
         tw.band_shares(torch.ones(9))
+    with pytest.raises(TokenWeightsError, match="sum other than 0"):
+        tw.band_shares(torch.tensor([1.0, -1.0] * 5))
+
+
+def test_a_zero_gradient_has_no_ratios_and_no_shares():
+    ratios = tw.group_projection_ratios(
+        torch.full(BATCH.mask.shape, torch.nan), BATCH.deciles, BATCH.mask, count=10
+    )
+    assert ratios.isnan().all() and len(ratios) == 10
+    assert all(math.isnan(share) for share in vars(tw.band_shares(ratios)).values())
 
 
 def test_extreme_tokens_are_sorted_and_valid():
@@ -63,3 +78,9 @@ def test_extreme_tokens_are_sorted_and_valid():
     assert tw.extreme_tokens(ratios, mask, count=3).tolist() == [[1, 0], [0, 1], [1, 2]]
     assert tw.extreme_tokens(ratios, mask, count=1, largest=True).tolist() == [[1, 1]]
     assert len(tw.extreme_tokens(ratios, mask, count=99)) == 5
+    assert tw.extreme_tokens(ratios, mask, count=0).shape == (0, 2)
+    ratios[1, 1] = torch.nan
+    assert tw.extreme_tokens(ratios, mask, count=1, largest=True).tolist() == [[0, 0]]
+    assert len(tw.extreme_tokens(ratios, mask, count=99)) == 4
+    with pytest.raises(TokenWeightsError, match="`count` >= 0, got -1"):
+        tw.extreme_tokens(ratios, mask, count=-1)

@@ -48,9 +48,34 @@ class Policy(nn.Module):
         return self.head(hidden)
 
 
-def policy(dtype: torch.dtype = torch.float64, **options) -> Policy:
+def policy(dtype: torch.dtype = torch.float64, *, order: int = 0, **options) -> Policy:
+    """A policy; another order of its hidden units makes another rounding and nothing else."""
     torch.manual_seed(3)
-    return Policy(**options).to(dtype)
+    model = Policy(**options)
+    if order:
+        reorder(model, order)
+    return model.to(dtype)
+
+
+@torch.no_grad()
+def reorder(model: Policy, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    width, inner, query, value = (
+        torch.randperm(size, generator=generator) for size in (WIDTH, 2 * WIDTH, WIDTH, WIDTH)
+    )
+    attended = torch.cat([query, WIDTH + query, 2 * WIDTH + value])
+    changes = [(model.embedding.weight, None, width), (model.head.weight, None, width)]
+    for layer in model.layers:
+        for linear, rows, columns in (
+            (layer.attention, attended, width),
+            (layer.output, width, value),
+            (layer.up, inner, width),
+            (layer.down, width, inner),
+        ):
+            changes += [(linear.weight, rows, columns), (linear.bias, rows, None)]
+    for parameter, rows, columns in changes:
+        values = parameter if rows is None else parameter[rows]
+        parameter.copy_(values if columns is None else values[:, columns])
 
 
 class Batch:

@@ -1,5 +1,6 @@
 """How far every single token's gradient goes along the gradient of all tokens."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +14,12 @@ from tokenweights._errors import invalid
 from tokenweights._typing import typed
 from tokenweights.distributed import global_sum
 from tokenweights.gradients.differences import central_differences
-from tokenweights.gradients.evaluation import LossEvaluation, TokenLoss, taken_gradients
+from tokenweights.gradients.evaluation import (
+    LossEvaluation,
+    TokenLoss,
+    finite_square,
+    taken_gradients,
+)
 from tokenweights.gradients.forward_mode import forward_derivative
 from tokenweights.gradients.preserved import preserved
 from tokenweights.gradients.selection import selected_parameters
@@ -72,14 +78,16 @@ def token_alignment(
     two forward passes each, and combined (Richardson); if they still do not, this raises. In
     float32 the default usually takes the first two passes only and leaves a relative error of about
     $10^{-4}$ (root mean square over tokens); a `tolerance` of 1e-5 takes two more and leaves about
-    $2 \cdot 10^{-5}$. Since the sum is known exactly from the backward pass, differences that
-    passed are at last scaled to it by one common factor, so that the ratios of any partition sum to
-    one. Parameters below float32 round the step: give them a larger `tolerance`, or probe in
-    float32.
+    $2 \cdot 10^{-5}$, where rounding leaves a step that passes. The check is of one number, which
+    a step of your own that is far too small may pass by luck: `compare_steps` tells.
+    Since the sum is known exactly from the backward pass, differences that passed are at last
+    scaled to it by one common factor, so that the ratios of any partition sum to one. Parameters
+    below float32 round the step: give them a larger `tolerance`, or probe in float32.
 
-    Parameters, buffers, gradients and random state are bitwise unchanged afterwards, also after an
-    exception. Memory beside the model: the backward pass, then one copy of the parameters, which
-    first holds the gradient and then the values to restore.
+    Parameters, buffers, gradients and the global random state of torch, Python and NumPy are
+    bitwise unchanged afterwards, also after an exception. Memory beside the model: the backward
+    pass, then one copy of the parameters, which first holds the gradient and then the values to
+    restore.
 
     Args:
         token_loss: Callable without arguments that computes unreduced losses, `batch token`, from
@@ -87,7 +95,7 @@ def token_alignment(
         model: The module whose parameters the callable uses, with its wrapper if it has one.
         mask: True for valid response tokens.
         method: See above.
-        step: $h$; chosen if None.
+        step: $h$, > 0; chosen if None.
         compare_steps: Always take a second step size, at two more forward passes, for `step_error`.
         tolerance: Largest distance of the sum of the projection ratios from one, before they are
             scaled to it; below 1.
@@ -99,9 +107,10 @@ def token_alignment(
         One number for each token.
 
     Raises:
-        TokenWeightsError: If the projection ratios do not sum to one, a kernel has no forward mode,
-            `tolerance` is not in (0, 1), or the losses are not finite, not `batch token`, or
-            without a graph.
+        TokenWeightsError: If the projection ratios do not sum to one, the gradient is not finite, a
+            kernel has no forward mode, `tolerance` is not in (0, 1), `step` is not above 0 or moves
+            nothing, two parameters to be moved share memory, or the losses are not finite, not
+            `batch token`, or without a graph.
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -112,12 +121,15 @@ def token_alignment(
     """
     if not 0 < tolerance < 1:
         raise invalid("token_alignment", "tolerance", "in (0, 1)", tolerance, "Try 1e-4.")
+    if step is not None and not 0 < step < math.inf:
+        hint = "Leave it out, and one is chosen."
+        raise invalid("token_alignment", "step", "finite and > 0", step, hint)
     parameters = list(selected_parameters(model, pattern=pattern, layers=layers).values())
     with preserved("token_alignment", model) as rewind:
         losses = LossEvaluation("token_alignment", token_loss, mask, rewind=rewind, group=group)
         values = losses.backward()
         gradient = taken_gradients(parameters, model)
-        full_square = inner_product(gradient, gradient)
+        full_square = finite_square("token_alignment", inner_product(gradient, gradient))
         if full_square == 0 or losses.count == 0:
             zero = torch.zeros_like(values)
             return TokenAlignment(zero, zero / 0, 0.0, int(losses.count), float("nan"), None, 0.0)

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tokenweights._errors import invalid
 from tokenweights.distributed import global_sum
 from tokenweights.gradients.displacement import Displacement
 from tokenweights.gradients.evaluation import LossEvaluation
@@ -46,14 +47,21 @@ def central_differences(
 
     Returns:
         Derivatives, the step, and the relative difference of two step sizes' results or None.
+
+    Raises:
+        TokenWeightsError: If parameters share memory, or their precision rounds the step away.
     """
-    wanted = _share(parameters, tolerance) * _root_sum_square(values, group)
     tokens = losses.count**0.5
+    # Losses that are all 0, as log-ratios at their own policy, have no size: take that of one nat.
+    wanted = _share(parameters, tolerance) * (_root_sum_square(values, group) or tokens)
 
     with torch.no_grad(), Displacement(parameters, gradient) as displacement:
         # A first guess: tokens move about twice as much as their mean, which moves by step * |g|^2.
         used = wanted / tokens / full_square / 2 if step is None else step
         went = displacement.start(used) / full_square
+        if not went > 0:
+            hint = "Their precision rounds it away: pass a larger one, or probe in float32."
+            raise invalid("token_alignment", "step", "that moves the parameters", used, hint)
 
         def difference(factor: float) -> Tensor:
             displacement.move_to(factor)

@@ -1,11 +1,13 @@
 """Moves parameters along a direction and back, with one extra copy of them in all."""
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
+from tokenweights._errors import invalid
 from tokenweights.gradients.shards import inner_product, local_shard
 
 
@@ -14,6 +16,9 @@ class Displacement:
 
     The memory of `direction` is reused: once the parameters have moved, it holds their old values,
     and the way they went is the difference. So the context needs no copy beyond the direction.
+
+    Raises:
+        TokenWeightsError: If two parameters share memory, which would move twice.
     """
 
     def __init__(self, parameters: Sequence[Tensor], direction: Sequence[Tensor]):
@@ -21,6 +26,9 @@ class Displacement:
         self._pairs = [
             (local_shard(p), local_shard(d)) for p, d in zip(parameters, direction, strict=True)
         ]
+        if _overlap([parameter for parameter, _ in self._pairs]):
+            hint = "Tie them by using one `nn.Parameter` twice, or take method='forward'."
+            raise invalid("token_alignment", "model", "without shared memory", "two that do", hint)
         self._moved = 0
         self._factor = 1.0
 
@@ -59,3 +67,21 @@ class Displacement:
         with torch.no_grad():
             for parameter, origin in self._pairs[: self._moved]:
                 parameter.copy_(origin)
+
+
+def _overlap(tensors: Sequence[Tensor]) -> bool:
+    """Whether the memory of one tensor, from its first element to its last, reaches into another's.
+
+    Disjoint parts of one buffer, as flattened weights are, do not overlap.
+    """
+    spans = []
+    for tensor in tensors:
+        if tensor.numel():
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            length = 1 + sum((size - 1) * stride for size, stride in steps)
+            start = tensor.data_ptr()
+            spans.append((str(tensor.device), start, start + length * tensor.element_size()))
+    spans.sort()
+    return any(
+        one == other and stop > start for (one, _, stop), (other, start, _) in pairwise(spans)
+    )

@@ -77,10 +77,10 @@ def _random_error(
 ) -> float:
     if not 0 < probability <= 1:
         raise invalid(function, "probability", "in (0, 1]", probability, "Pass a chance.")
-    if tokens < 1:
-        raise invalid(function, "tokens", ">= 1", tokens, "Pass the number of valid tokens.")
+    if not 1 <= tokens < 2**63:
+        raise invalid(function, "tokens", "in [1, 2^63)", tokens, "Pass the number of tokens.")
     if not 0 <= mean_squared_norm < math.inf:
         raise invalid(
             function, "mean_squared_norm", "finite and >= 0", mean_squared_norm, "Pass a mean."
         )
-    return (1 - probability) / (probability * tokens) * mean_squared_norm
+    return (1 - probability) * mean_squared_norm / (probability * tokens)

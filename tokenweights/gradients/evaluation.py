@@ -1,5 +1,6 @@
 """Token losses as a function of the parameters, evaluated again and again under the same noise."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -32,6 +33,9 @@ class LossEvaluation:
     ):
         self._function = function
         self._parts = [token_loss] if callable(token_loss) else list(token_loss)
+        if not self._parts:
+            hint = "Pass one callable for each micro-batch of rows."
+            raise invalid(function, "token_loss", "with a callable", "none", hint)
         self._mask = mask
         self._rewind = rewind
         # Wrappers average gradients over the ranks that share the batch; here they add up.
@@ -105,16 +109,36 @@ class LossEvaluation:
         return self.joined(parts)
 
     def _checked(self, loss: Tensor, start: int) -> int:
-        rows = len(loss)
-        if loss.shape != self._mask[start : start + rows].shape:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        rows = len(loss) if isinstance(loss, Tensor) and loss.dim() == 2 else 0
+        if shape != tuple(self._mask[start : start + rows].shape):
             raise invalid(
                 self._function,
                 "token_loss",
                 f"to return `batch token` losses, rows of the mask {tuple(self._mask.shape)}",
-                tuple(loss.shape),
+                shape,
                 "Return unreduced losses; several callables cover consecutive rows of the mask.",
             )
         return rows
+
+
+def finite_square(function: str, square: float) -> float:
+    """The squared norm of a full gradient, or an error where it has none.
+
+    Args:
+        function: Name of the public function, for the error.
+        square: The squared norm; the same on every rank.
+
+    Returns:
+        `square`.
+
+    Raises:
+        TokenWeightsError: If it is NaN or infinite.
+    """
+    if not math.isfinite(square):
+        hint = "A loss is finite but not its derivative: mask that token, or probe in float32."
+        raise invalid(function, "token_loss", "with a finite gradient", square, hint)
+    return square
 
 
 def taken_gradients(parameters: Sequence[Tensor], model: nn.Module) -> list[Tensor]:
@@ -132,6 +156,8 @@ def taken_gradients(parameters: Sequence[Tensor], model: nn.Module) -> list[Tens
         gradient = parameter.grad
         if gradient is None:
             gradient = torch.zeros_like(parameter)
+        elif gradient.layout != torch.strided:
+            gradient = gradient.to_dense().to(parameter.dtype)
         elif in_bucket(gradient) or gradient.dtype != parameter.dtype:
             gradient = gradient.to(parameter.dtype, copy=True)
         taken.append(gradient.detach())

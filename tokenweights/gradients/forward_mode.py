@@ -42,7 +42,7 @@ def forward_derivative(
         except (NotImplementedError, RuntimeError) as error:
             if "forward AD" not in str(error) and "jvp" not in str(error):
                 raise
-            reason = f"'forward', where {str(error).splitlines()[0]}"
+            reason = f"'forward', where {str(error).splitlines()[0].rstrip('.')}"
             raise invalid("token_alignment", "method", "'differences'", reason, hint) from error
         tangents = [forward_ad.unpack_dual(part).tangent for part in parts]
         return losses.joined(

@@ -17,7 +17,7 @@ class GradientGeometry:
 
     Attributes:
         norm_ratio: Its length in units of the full gradient's (Eq. 4), >= 0.
-        cosine: Agreement of the directions (Eq. 5), in [-1, 1].
+        cosine: Agreement of the directions (Eq. 5), in [-1, 1]; beyond only where it is sketched.
         projection_ratio: Its contribution along the full gradient (Eq. 6). Under the all-token
             mean the projection ratios of any partition sum to one.
     """
@@ -49,13 +49,16 @@ def gradient_geometry(
         Three Python floats.
 
     Raises:
-        TokenWeightsError: If the two do not have the same shapes.
+        TokenWeightsError: If the two do not have the same shapes, or hold no tensor.
 
     Example:
         >>> import torch
         >>> gradient_geometry([torch.tensor([3.0, 0.0])], [torch.tensor([3.0, 4.0])])
         GradientGeometry(norm_ratio=0.6, cosine=0.6, projection_ratio=0.36)
     """
+    if not full:
+        hint = "Pass a tensor for each parameter."
+        raise invalid("gradient_geometry", "full", "with a tensor", "none", hint)
     shapes = [tuple(tensor.shape) for tensor in full]
     if [tuple(tensor.shape) for tensor in subset] != shapes:
         raise invalid(
@@ -72,13 +75,17 @@ def gradient_geometry(
     )
 
 
-def geometry_of(*, inner: float, subset_square: float, full_square: float) -> GradientGeometry:
+def geometry_of(
+    *, inner: float, subset_square: float, full_square: float, sketched: bool = False
+) -> GradientGeometry:
     """Eq. 4-6 from an inner product and two squared norms.
 
     Args:
         inner: Of the subset's gradient and the full one.
         subset_square: Squared norm of the subset's gradient.
         full_square: Squared norm of the full gradient.
+        sketched: Whether `inner` is an estimate, which a bound would bias. Otherwise a cosine
+            leaves [-1, 1] by rounding alone.
 
     Returns:
         The three ratios, with NaN where a direction is missing.
@@ -87,8 +94,10 @@ def geometry_of(*, inner: float, subset_square: float, full_square: float) -> Gr
     if full_square == 0:
         return GradientGeometry(nan, nan, nan)
     subset_norm, full_norm = subset_square**0.5, full_square**0.5
+    cosine = inner / (subset_norm * full_norm) if subset_square > 0 else nan
     return GradientGeometry(
         norm_ratio=subset_norm / full_norm,
-        cosine=inner / (subset_norm * full_norm) if subset_square > 0 else nan,
+        # In this order NaN stays NaN.
+        cosine=cosine if sketched else max(min(cosine, 1.0), -1.0),
         projection_ratio=inner / full_square,
     )

@@ -52,7 +52,8 @@ def group_gradients(
         Gradients; zeros where a parameter does not enter the loss.
 
     Raises:
-        TokenWeightsError: If `token_loss` has no graph, or no parameter needs a gradient.
+        TokenWeightsError: If `token_loss` has no graph, no parameter needs a gradient, or a group
+            number is below -1.
 
     Example:
         >>> parameter = torch.tensor([1.0, 1.0], requires_grad=True)
@@ -89,6 +90,9 @@ def group_gradients(
         )
 
     valid = groups[mask]
+    if valid.numel() and valid.min() < -1:
+        hint = "-1 stands for no group."
+        raise invalid("group_gradients", "groups", ">= -1", int(valid.min()), hint)
     count = int(valid.max()) + 1 if valid.numel() else 0
     return GroupGradients(
         groups=tuple(gradient(groups == number) for number in range(count)),

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
-from tokenweights.gradients.evaluation import LossEvaluation, TokenLoss, taken_gradients
+from tokenweights.gradients.evaluation import (
+    LossEvaluation,
+    TokenLoss,
+    finite_square,
+    taken_gradients,
+)
 from tokenweights.gradients.geometry import GradientGeometry, geometry_of
 from tokenweights.gradients.preserved import preserved
 from tokenweights.gradients.selection import selected_parameters
@@ -126,9 +131,12 @@ class GradientProbe:
             The geometry of every group; an empty group has norm ratio 0.
 
         Raises:
-            TokenWeightsError: If the projection ratios of a partition do not sum to one, or the
-                losses are not finite, not `batch token`, or without a graph.
+            TokenWeightsError: If the projection ratios of a partition do not sum to one, the
+                gradient or the losses are not finite, the losses are not `batch token` or without
+                a graph, or `tolerance` is not positive.
         """
+        if not tolerance > 0:
+            raise invalid("GradientProbe", "tolerance", "> 0", tolerance, "Try 1e-5.")
         subsets = _subsets(groups, mask, count)
         engine = self.gradients is not None  # its hooks are how it collects gradients
         with preserved("GradientProbe", self.model, hooks_allowed=engine) as rewind:
@@ -136,7 +144,7 @@ class GradientProbe:
                 "GradientProbe", token_loss, mask, rewind=rewind, group=self.group
             )
             full = self._measured(losses, None, losses.count)
-            full_square = full.square
+            full_square = finite_square("GradientProbe", full.square)
             inner, squares, shares = [], [], []
             for members in subsets:
                 total = losses.count
@@ -152,7 +160,7 @@ class GradientProbe:
         if float(once) == losses.count and full_square > 0:
             own = full.inner_product(full)
             total = sum(i * share for i, share in zip(inner, shares, strict=True)) / own
-            if abs(total - 1) > tolerance:
+            if not abs(total - 1) <= tolerance:
                 raise invalid(
                     "GradientProbe",
                     "token_loss",
@@ -162,7 +170,12 @@ class GradientProbe:
                 )
         return ProbeGeometry(
             groups=tuple(
-                geometry_of(inner=i, subset_square=square, full_square=full_square)
+                geometry_of(
+                    inner=i,
+                    subset_square=square,
+                    full_square=full_square,
+                    sketched=self.sketch_width is not None,
+                )
                 for i, square in zip(inner, squares, strict=True)
             ),
             full_norm=full_square**0.5,
@@ -191,7 +204,7 @@ def _subsets(groups: Tensor, mask: Tensor, count: int | None) -> Tensor:
     """One mask for each group, `group batch token`."""
     if groups.dtype == torch.bool:
         return groups & mask
-    if count is None or bool((mask & ((groups >= count) | (groups < -1))).any()):
+    if count is None or count < 0 or bool((mask & ((groups >= count) | (groups < -1))).any()):
         hint = "Pass the number of groups; -1 stands for no group."
         raise invalid("GradientProbe", "count", "above every group number", count, hint)
     numbers = torch.arange(count, device=groups.device)

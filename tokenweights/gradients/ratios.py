@@ -42,13 +42,19 @@ def group_projection_ratios(
         was zero.
 
     Raises:
-        TokenWeightsError: If a valid token has no group below `count`, or the sum is not one.
+        TokenWeightsError: If a valid token has no group below `count`, the sum is not one, or
+            `count` or `tolerance` is not positive.
 
     Example:
         >>> ratios, mask = torch.tensor([[0.5, 0.75, -0.25]]), torch.ones(1, 3, dtype=torch.bool)
         >>> group_projection_ratios(ratios, torch.tensor([[0, 1, 1]]), mask, count=2)
         tensor([0.5000, 0.5000], dtype=torch.float64)
     """
+    if count < 1:
+        hint = "Pass the number of groups."
+        raise invalid("group_projection_ratios", "count", ">= 1", count, hint)
+    if not tolerance > 0:
+        raise invalid("group_projection_ratios", "tolerance", "> 0", tolerance, "Try 1e-5.")
     outside = mask & ~((groups >= 0) & (groups < count))
     if bool(outside.any()):
         place = tuple(outside.nonzero()[0].tolist())
@@ -97,10 +103,10 @@ def band_shares(decile_ratios: Float[Tensor, " decile"]) -> BandShares:
         decile_ratios: Projection ratios of deciles 0 to 9.
 
     Returns:
-        Three shares, which may be negative, as projection ratios may.
+        Three shares, which may be negative, as projection ratios may; NaN where a ratio is.
 
     Raises:
-        TokenWeightsError: If there are not ten.
+        TokenWeightsError: If there are not ten, or they sum to zero.
 
     Example:
         >>> band_shares(torch.tensor([1.0, 1.0, 0.0, 2.0, 0.0, 0.0, 2.0, 0.0, 1.0, 1.0]))
@@ -111,6 +117,9 @@ def band_shares(decile_ratios: Float[Tensor, " decile"]) -> BandShares:
             "band_shares", "decile_ratios", "ten", len(decile_ratios), "Use ten quantile bins."
         )
     wide = decile_ratios.double()
+    if not wide.sum():
+        hint = "The projection ratios of a partition sum to one."
+        raise invalid("band_shares", "decile_ratios", "with a sum other than 0", 0.0, hint)
     parts = wide[: BANDS[0]], wide[BANDS[0] : BANDS[1]], wide[BANDS[1] :]
     return BandShares(*(float(part.sum() / wide.sum()) for part in parts))
 
@@ -128,16 +137,23 @@ def extreme_tokens(
     Args:
         projection_ratio: From `token_alignment`.
         mask: True for valid response tokens.
-        count: Number of tokens; fewer if there are fewer valid ones.
+        count: Number of tokens, >= 0; fewer if there are fewer valid ones with a ratio, which NaN
+            is not.
         largest: False for the most negative ratios, True for the most positive.
 
     Returns:
         Row and position of each token, the most extreme first; of equal ones the earlier first.
+
+    Raises:
+        TokenWeightsError: If `count` is negative.
 
     Example:
         >>> ratios, mask = torch.tensor([[0.5, 0.75, -0.25]]), torch.ones(1, 3, dtype=torch.bool)
         >>> extreme_tokens(ratios, mask, count=1)
         tensor([[0, 2]])
     """
-    order = projection_ratio[mask].sort(stable=True, descending=largest).indices
-    return mask.nonzero()[order[:count]]
+    if count < 0:
+        raise invalid("extreme_tokens", "count", ">= 0", count, "Pass a number of tokens.")
+    known = mask & ~projection_ratio.isnan()
+    order = projection_ratio[known].sort(stable=True, descending=largest).indices
+    return known.nonzero()[order[:count]]

@@ -21,30 +21,39 @@ def selected_parameters(
     Args:
         model: Any module, wrapped or not.
         pattern: Regular expression that is searched in the name; None keeps every name.
-        layers: Numbers of the layers to keep; None keeps all, and what belongs to no layer.
+        layers: Numbers of the layers to keep, from 0; None keeps all, and what belongs to no layer.
 
     Returns:
         Parameters by name, in the model's order, each once.
 
     Raises:
-        TokenWeightsError: If nothing is left.
+        TokenWeightsError: If `pattern` is no regular expression, the model has no layer of a given
+            number, or nothing is left.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
         >>> list(selected_parameters(model, pattern="weight"))
         ['0.weight', '1.weight']
     """
-
-    def wanted(name: str) -> bool:
-        if pattern is not None and not re.search(pattern, name):
-            return False
-        layer = LAYER.search(name)
-        return layers is None or (layer is not None and int(layer[1]) in layers)
-
+    try:
+        expression = re.compile(pattern or "")
+    except re.error as error:
+        hint = "Escape what stands for itself: `re.escape` does."
+        got = f"{pattern!r} ({error})"
+        raise invalid(
+            "selected_parameters", "pattern", "a regular expression", got, hint
+        ) from error
+    numbers = {name: _layer(name) for name, _ in model.named_parameters()}
+    known = sorted({number for number in numbers.values() if number is not None})
+    if layers is not None and not set(layers) <= set(known):
+        hint = "Layers count from 0."
+        raise invalid("selected_parameters", "layers", f"among {known}", list(layers), hint)
     kept: dict[str, Tensor] = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and wanted(name)
+        if parameter.requires_grad
+        and expression.search(name)
+        and (layers is None or numbers[name] in layers)
     }
     if not kept:
         raise invalid(
@@ -55,3 +64,8 @@ def selected_parameters(
             f"The first names are {[name for name, _ in model.named_parameters()][:3]}.",
         )
     return kept
+
+
+def _layer(name: str) -> int | None:
+    found = LAYER.search(name)
+    return None if found is None else int(found[1])

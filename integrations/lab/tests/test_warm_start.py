@@ -84,6 +84,9 @@ def test_a_written_policy_loads_again(tmp_path):
     write_policy(model, SHORT, tmp_path / "policy")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy")
+    for left, right in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert torch.equal(left, right)
     ids = tokenizer("a-0?1>", return_tensors="pt").input_ids
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    # A mapped file is aligned otherwise in memory, where a processor may choose another kernel.
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
     assert json.loads(SHORT.to_json())["seed"] == 3

@@ -37,7 +37,7 @@ def outcomes(folder: Path) -> list[dict]:
             env=os.environ | {"PYTHONPATH": paths},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=1800,
         )
         assert done.returncode == 0, done.stderr[-4000:]
         results.append(json.loads(path.read_text()))

@@ -34,7 +34,7 @@ def cli(*arguments, ranks=1):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     launcher = [sys.executable, *(torchrun if ranks > 1 else [])]
     command = [*launcher, "-m", "tokenweights_trl.train", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
 
 
 @pytest.mark.parametrize(
