@@ -22,7 +22,7 @@ def _contiguous(tensor: Tensor) -> Tensor:
 
 
 def _transposed(tensor: Tensor) -> Tensor:
-    return tensor.movedim(0, -1).contiguous().movedim(-1, 0) if tensor.dim() else tensor.clone()
+    return _contiguous(tensor.movedim(0, -1)).movedim(-1, 0)
 
 
 def _strided(tensor: Tensor) -> Tensor:
@@ -152,6 +152,21 @@ def scored_masks(
     mask = draw(masks(max_batch, max_token))
     scores = draw(values(mask.shape, draw(st.sampled_from(dtypes))))
     return draw(views(poisoned(scores, mask, draw(poisons)))), mask
+
+
+@st.composite
+def score_stacks(
+    draw: st.DrawFn,
+    layers: int,
+    max_batch: int = 4,
+    max_token: int = 12,
+    *,
+    dtypes: Sequence[torch.dtype] = (torch.float64,),
+) -> tuple[Tensor, Tensor]:
+    """Several scores of the same tokens, `layers batch token`, and their mask."""
+    mask, dtype = draw(masks(max_batch, max_token)), draw(st.sampled_from(dtypes))
+    drawn = [draw(values(mask.shape, dtype)) for _ in range(layers)]
+    return draw(views(poisoned(torch.stack(drawn), mask, draw(poisons)))), mask
 
 
 # Identities and layouts of a batch.
