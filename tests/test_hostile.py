@@ -286,13 +286,13 @@ CASES = {
         lambda b: tw.attention_weights(b.query, b.key, key_mask=b.mask, sinks=b.sinks),
         "batch token token",
     ),
-    "back_fraction": Case(lambda b: tw.back_fraction(b.mask)),
+    "back_fraction": Case(lambda b: tw.back_fraction(b.mask, fraction=0.5)),
     "band_shares": Case(lambda b: tw.band_shares(b.vector + 0.125), "bands"),
     "bernoulli_subset": Case(
         lambda b: tw.bernoulli_subset(b.mask, probability=0.4, seed=7, sample_ids=b.sample_ids)
     ),
     "bootstrap_interval": Case(lambda b: tw.bootstrap_interval(b.vector, seed=3), ""),
-    "bottom_fraction": Case(lambda b: tw.bottom_fraction(b.scores, b.mask)),
+    "bottom_fraction": Case(lambda b: tw.bottom_fraction(b.scores, b.mask, fraction=0.5)),
     "clipped_surrogate_loss": Case(lambda b: surrogate(b, b.log_probs)),
     "clipped_surrogate_loss gradient": Case(
         lambda b: gradient(lambda x: surrogate(b, x), b.log_probs)
@@ -306,7 +306,7 @@ CASES = {
         lambda b: b.scores[tuple(tw.extreme_tokens(b.scores, b.mask, count=3).T)], ""
     ),
     "first_tokens": Case(lambda b: tw.first_tokens(b.mask, count=2)),
-    "front_fraction": Case(lambda b: tw.front_fraction(b.mask)),
+    "front_fraction": Case(lambda b: tw.front_fraction(b.mask, fraction=0.5)),
     "gathered": Case(lambda b: tw.gathered(b.vector, torch.arange(10), dim=0), "entry"),
     "global_extrema": Case(lambda b: tw.global_extrema(b.number, b.number), ""),
     "global_sum": Case(lambda b: tw.global_sum(b.vector), "entry"),
@@ -390,7 +390,7 @@ CASES = {
     "token_weight_metrics": Case(
         lambda b: tw.token_weight_metrics(b.scores, b.weights, b.mask), ""
     ),
-    "top_fraction": Case(lambda b: tw.top_fraction(b.scores, b.mask)),
+    "top_fraction": Case(lambda b: tw.top_fraction(b.scores, b.mask, fraction=0.5)),
     "unclipped_losses": Case(unclipped),
     "weight_statistics": Case(lambda b: tw.weight_statistics(b.weights, b.mask, bins=b.bins), ""),
     "weighted_rollout": Case(every_recipe),
