@@ -14,7 +14,7 @@ TIMELESS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("tokenweights", derandomize="CI" in os.environ, **TIMELESS)
 # `make fuzz`: more draws, each round from a seed of its own, nothing kept.
 settings.register_profile(
-    "fuzz", derandomize=False, database=None, max_examples=500, print_blob=True, **TIMELESS
+    "fuzz", derandomize=False, database=None, max_examples=200, print_blob=True, **TIMELESS
 )
 settings.load_profile("tokenweights")
 
