@@ -62,11 +62,10 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def views(tensor: Tensor) -> st.SearchStrategy[Tensor]:
+@st.composite
+def views(draw: st.DrawFn, tensor: Tensor) -> Tensor:
     """The same values in another memory layout."""
-    if not tensor.dim():
-        return st.just(tensor)
-    return st.sampled_from(list(VIEWS)).map(lambda name: VIEWS[name](tensor))
+    return VIEWS[draw(st.sampled_from(list(VIEWS)))](tensor) if tensor.dim() else tensor
 
 
 # Masks and values.
@@ -183,9 +182,7 @@ def lengths(
     max_batch: int = 4, max_token: int = 12, *, min_batch: int = 1, min_token: int = 1
 ) -> st.SearchStrategy[list[int]]:
     """Numbers of tokens of the sequences of a batch."""
-    return st.lists(
-        st.integers(min_token, max_token), min_size=min_batch, max_size=max_batch
-    )  # fmt: skip
+    return st.lists(st.integers(min_token, max_token), min_size=min_batch, max_size=max_batch)
 
 
 def boundaries(lengths: Sequence[int]) -> Tensor:
@@ -242,12 +239,8 @@ def layouts(draw: st.DrawFn, batch: int) -> Layout:
 
 def splits(batch: int) -> st.SearchStrategy[list[slice]]:
     """Micro-batches of consecutive rows, some of them empty."""
-    cuts = st.lists(st.integers(0, batch), max_size=3).map(sorted)
-    return cuts.map(
-        lambda inner: [
-            slice(*pair) for pair in zip([0, *inner], [*inner, batch], strict=True)
-        ]
-    )  # fmt: skip
+    cuts = st.lists(st.integers(0, batch), max_size=3).map(lambda inner: [0, *sorted(inner), batch])
+    return cuts.map(lambda bounds: list(map(slice, bounds[:-1], bounds[1:])))
 
 
 # Queries and keys.

@@ -1,7 +1,7 @@
 """Every public function that takes tensors, on hostile ones.
 
-Poison under a False mask changes no bit of a result; views of other tensors, other orders of rows
-and more columns of padding change nothing but the rounding of sums.
+Poison under a False mask changes no bit of a result; views of other tensors, other orders of rows,
+more columns of padding and micro-batches change nothing but the rounding of sums.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from strategies import (
     poisons,
     positions,
     sample_ids,
+    splits,
 )
 from torch import Tensor
 
@@ -166,10 +167,10 @@ def batches(draw: st.DrawFn, *, exact: bool) -> Batch:
 
 
 class Case(NamedTuple):
-    """A call, and the axes of all that it returns; None where rows or padding have to show."""
+    """A call, and the axes of all that it returns."""
 
     call: Callable[[Batch], Any]
-    axes: str | None = "batch token"
+    axes: str = "batch token"
 
 
 def of_valid(result: Tensor, b: Batch) -> Tensor:
@@ -409,6 +410,16 @@ CASES = {
         lambda b: RECIPE.token_weights(b.scores, b.mask, step=30, sample_ids=b.sample_ids)
     ),
 }
+# A row's result depends on the others here: on their extrema, their mass or their number.
+OF_THE_WHOLE_BATCH = {
+    "Recipe.token_weights",
+    "aggregate_loss gradient",
+    "endpoint_weights",
+    "masked_mean gradient",
+    "match_mass",
+    "weighted_rollout",
+    "weighted_token_mean gradient",
+}
 # Functions of a model and of what it computes, whose suites have layouts of their own.
 OF_A_MODEL = {
     "CapturedAttention.entropy",
@@ -500,3 +511,26 @@ def test_order_of_rows_and_padding_do_not_show(name, batch, poison, data):
     moved = case.call(batch.changed(lambda field, tensor: layout.moved(tensor, AXES[field])))
     result = [layout.restored(part, case.axes) for part in tensors(moved)]
     assert_same(result, list(tensors(case.call(batch))))
+
+
+ROW_BY_ROW = [
+    name
+    for name, case in CASES.items()
+    if case.axes.startswith("batch") and name not in OF_THE_WHOLE_BATCH
+]
+
+
+@pytest.mark.parametrize("name", ROW_BY_ROW)
+@FEW
+@given(batch=batches(exact=False), poison=poisons, data=st.data())
+def test_micro_batches_give_the_rows_of_the_batch(name, batch, poison, data):
+    batch, parts = batch.poisoned(poison), []
+    for rows in data.draw(splits(len(batch.mask))):
+
+        def taken(field: str, tensor: Tensor, rows: slice = rows) -> Tensor:
+            dim = AXES[field].split().index("batch") if "batch" in AXES[field] else None
+            return tensor if dim is None else tensor[(slice(None),) * dim + (rows,)]
+
+        parts.append(list(tensors(CASES[name].call(batch.changed(taken)))))
+    joined = [torch.cat(part) for part in zip(*parts, strict=True)]
+    assert_same(joined, list(tensors(CASES[name].call(batch))))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from strategies import attention_inputs, normal
+from strategies import attention_inputs, lengths, normal
 
 from tokenweights import TokenWeightsError
 from tokenweights.attention import (
@@ -262,7 +262,7 @@ def test_bounded_workspace_changes_nothing(workspace_bytes):
 
 @settings(deadline=None, max_examples=40)
 @given(
-    st.lists(st.integers(1, 150), min_size=1, max_size=4),
+    lengths(max_token=150),
     st.data(),
     st.sampled_from(ENTROPY_KINDS),
     st.sampled_from(HEADS),
