@@ -7,6 +7,8 @@ BIN    := $(VENV)/bin
 SUITES := core lab trl
 # Adapters whose pins clash with the others': each has an environment of its own, .venv-NAME.
 APART  := verl openrlhf
+# How long `make fuzz` runs.
+MINUTES ?= 5
 
 # Small models run many times faster on one thread; nothing here may reach for a model hub.
 export OMP_NUM_THREADS ?= 1
@@ -15,7 +17,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test lint format bench bench-gpu docs policy clean $(APART:%=test-%)
+.PHONY: help setup demo test fuzz lint format bench bench-gpu docs policy clean $(APART:%=test-%)
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -51,6 +53,9 @@ test-verl:  ## Run only the suite of the VeRL adapter, in its own environment
 test-openrlhf:  ## Run only the suite of the OpenRLHF adapter, in its own environment
 $(APART:%=test-%): test-%: .venv-%/.ready
 	@PATH="$(abspath .venv-$*/bin):$$PATH" sh .ci/suites $*
+
+fuzz: $(READY)  ## Run the property tests with fresh random seeds for MINUTES=5
+	@$(BIN)/python .ci/fuzz.py $(MINUTES)
 
 lint: $(READY)  ## Check style and types
 	@$(BIN)/ruff check .

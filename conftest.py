@@ -5,12 +5,17 @@ import os
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# One thread: small tensors are many times faster without a thread pool. No deadline: a test never
-# asserts wall-clock time.
+# One thread: small tensors are many times faster without a thread pool. A test never asserts
+# wall-clock time, and neither does hypothesis.
 torch.set_num_threads(1)
-settings.register_profile("tokenweights", deadline=None, derandomize="CI" in os.environ)
+TIMELESS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("tokenweights", derandomize="CI" in os.environ, **TIMELESS)
+# `make fuzz`: more draws, each round from a seed of its own, nothing kept.
+settings.register_profile(
+    "fuzz", derandomize=False, database=None, max_examples=200, print_blob=True, **TIMELESS
+)
 settings.load_profile("tokenweights")
 
 # Doctests import every file; the kernels can be imported only where triton is installed.

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from strategies import attention_inputs, lengths, normal
 
 from tokenweights import TokenWeightsError
 from tokenweights.attention import (
@@ -26,11 +27,6 @@ MASSES = (0.5, 0.8, 0.9, 0.95)
 def assert_close(actual, expected, tolerance=TOLERANCE):
     error = (actual.double() - expected.double()).abs() / expected.double().abs().clamp_min(1.0)
     assert error.numel() == 0 or float(error.max()) <= tolerance
-
-
-def normal(*shape, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).to(dtype)
 
 
 def log_sum_exp(query, key, *, sinks=None, scale=None, window=None):
@@ -135,54 +131,6 @@ def test_statistics_of_equal_weights_are_counted_by_hand():
 
 
 # Agreement with the float64 reference.
-
-
-@st.composite
-def attention_inputs(draw):
-    kv_heads, group = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 4]))
-    batch, keys = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 7, 33, 140]))
-    queries = draw(st.one_of(st.just(keys), st.integers(1, keys)))
-    dim = draw(st.sampled_from([1, 8, 16]))
-    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
-    seed = draw(st.integers(0, 2**16))
-    # Scores of a few tens at most: beyond, rounding of the scores themselves dominates.
-    spread = draw(st.sampled_from([0.0, 0.3, 2.0, 8.0]))
-    heads = kv_heads * group
-    query = (normal(batch, heads, queries, dim, seed=seed) * spread).to(dtype)
-    key = normal(batch, kv_heads, keys, dim, seed=seed + 1).to(dtype)
-    causal = draw(st.booleans())
-    arguments = {
-        "causal": causal,
-        "window": draw(st.sampled_from([None, 1, 5, 40])) if causal else None,
-        "softcap": draw(st.sampled_from([None, 3.0])),
-        "sinks": normal(heads, seed=seed + 2) if draw(st.booleans()) else None,
-        "top_k": draw(st.sampled_from([1, 4, 300])),
-        "fixed_k": draw(st.sampled_from([1, 4, 300])),
-        "scale": draw(st.sampled_from([None, 0.25])),
-        "key_mask": draw(key_masks(batch, keys, seed)),
-    }
-    mask = arguments["key_mask"]
-    if mask is not None:
-        query, key = query.clone(), key.clone()
-        key.transpose(1, 2)[~mask] = torch.nan
-        query.transpose(1, 2)[~mask[:, keys - queries :]] = torch.inf
-    return query, key, arguments
-
-
-@st.composite
-def key_masks(draw, batch, keys, seed):
-    side = draw(st.sampled_from(["none", "left", "right", "both", "holes"]))
-    if side == "none":
-        return None
-    if side == "holes":
-        return normal(batch, keys, seed=seed) > -0.5
-    mask = torch.ones(batch, keys, dtype=torch.bool)
-    for row in range(batch):
-        if side in ("left", "both"):
-            mask[row, : draw(st.integers(0, keys))] = False
-        if side in ("right", "both"):
-            mask[row, draw(st.integers(0, keys)) :] = False
-    return mask
 
 
 @settings(deadline=None, max_examples=120)
@@ -319,7 +267,7 @@ def test_bounded_workspace_changes_nothing(workspace_bytes):
 
 @settings(deadline=None, max_examples=40)
 @given(
-    st.lists(st.integers(1, 150), min_size=1, max_size=4),
+    lengths(max_token=150),
     st.data(),
     st.sampled_from(ENTROPY_KINDS),
     st.sampled_from(HEADS),

@@ -3,17 +3,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import scored_masks
+from strategies import FLOATS, score_stacks
 
 import tokenweights as tw
 from tokenweights import TokenWeightsError
 
 
-@given(scored_masks(), st.integers(0, 1000), st.sampled_from([0.2, 0.5]))
-def test_agreement_is_that_of_every_pair(case, seed, fraction):
-    first, mask = case
-    noise = torch.rand(2, *mask.shape, generator=torch.Generator().manual_seed(seed)).double()
-    layers = torch.stack([first, *(first + noise)])
+@given(score_stacks(3, dtypes=FLOATS), st.sampled_from([0.2, 0.5]))
+def test_agreement_is_that_of_every_pair(case, fraction):
+    layers, mask = case
     agreement = tw.layer_agreement(layers, mask, fraction=fraction)
     for i in range(3):
         for j in range(3):

@@ -3,18 +3,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import scored_masks
+from strategies import score_stacks
 
 import tokenweights as tw
 from tokenweights import TokenWeightsError
 
 
-@given(scored_masks(max_token=20), st.integers(0, 1000), st.sampled_from([0.0, 1e6]))
-def test_moments_agree_with_numpy(case, seed, offset):
-    first, mask = case
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.rand(2, *mask.shape, generator=generator, dtype=torch.float64)
-    scores = torch.stack([first + offset, *(first + noise)])
+@given(score_stacks(3, max_token=20), st.sampled_from([0.0, 1e6]))
+def test_moments_agree_with_numpy(case, offset):
+    scores, mask = case
+    scores = torch.cat([scores[:1] + offset, scores[1:]])
     moments = tw.score_moments(scores, mask)
     values = scores[:, mask].numpy()
     assert moments.count == values.shape[1]
@@ -22,7 +20,7 @@ def test_moments_agree_with_numpy(case, seed, offset):
         np.testing.assert_allclose(moments.mean, values.mean(1), rtol=1e-12)
         expected = np.cov(values, bias=True) * values.shape[1]
         np.testing.assert_allclose(moments.products, expected, atol=1e-8)
-    if values.shape[1] > 2 and np.ptp(values[0]):
+    if values.shape[1] > 2 and np.ptp(values, axis=1).min() > 1e-3:
         np.testing.assert_allclose(moments.correlation, np.corrcoef(values), atol=1e-6)
 
 

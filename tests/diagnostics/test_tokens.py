@@ -4,17 +4,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import scored_masks
+from strategies import FLOATS, score_stacks
 
 import tokenweights as tw
 from tokenweights import TokenWeightsError
 
 
-@given(scored_masks(max_token=20), st.integers(0, 1000))
+@given(score_stacks(2, max_token=20, dtypes=FLOATS), st.integers(0, 1000))
 def test_counts_agree_with_counters(case, seed):
-    first, mask = case
+    (first, second), mask = case
     generator = torch.Generator().manual_seed(seed)
-    second = torch.rand(mask.shape, generator=generator)
     ids = torch.randint(0, 5, mask.shape, generator=generator)
     ids = torch.where(mask, ids, -100)  # as trainers pad
     quadrants = tw.median_quadrants(first, second, mask)
