@@ -1,17 +1,17 @@
 """Settings that hold for every test of the repository."""
 
 import importlib.util
-import os
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 # One thread: small tensors are many times faster without a thread pool. A test never asserts
-# wall-clock time, and neither does hypothesis.
+# wall-clock time, and neither does hypothesis. Its draws are the same on every machine, so that
+# what passed for us passes for everyone; what is random has a target of its own, `make fuzz`.
 torch.set_num_threads(1)
 TIMELESS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("tokenweights", derandomize="CI" in os.environ, **TIMELESS)
+settings.register_profile("tokenweights", derandomize=True, **TIMELESS)
 # `make fuzz`: more draws, each round from a seed of its own, nothing kept.
 settings.register_profile(
     "fuzz", derandomize=False, database=None, max_examples=200, print_blob=True, **TIMELESS

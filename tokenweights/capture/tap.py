@@ -188,7 +188,7 @@ def _tappable_stack(model: nn.Module) -> AttentionStack:
         raise invalid(
             "capture_attention",
             "model",
-            "a transformers (5.0 or newer) model whose attention goes through its attention "
+            "a transformers (5.1 or newer) model whose attention goes through its attention "
             "interface",
             type(model).__name__,
             "Models with attention code of their own cannot be tapped.",
