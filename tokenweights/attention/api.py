@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tokenweights._typing import typed
 from tokenweights.attention.checks import (
+    check_batch_scores,
     check_bounds,
     check_finite,
     check_heads,
@@ -37,6 +38,7 @@ from tokenweights.attention.statistics import (
     Logits,
     Request,
     StatisticKind,
+    layer_logits,
 )
 
 
@@ -123,7 +125,7 @@ def attention_entropy(
         query,
         key,
         Request((kind,), top_k, fixed_k),
-        _logits(query, scale, softcap, causal, window),
+        layer_logits(query.shape[-1], scale, softcap, causal, window),
         key_mask=key_mask,
         sinks=sinks,
         lse=lse,
@@ -218,11 +220,12 @@ def attention_entropy_varlen(
     for sequence in batch.sequences:
         check_positions(function, sequence.query.shape[1], sequence.key.shape[1])
     request = Request((kind,), top_k, fixed_k)
-    logits = _logits(query, scale, softcap, causal, window)
+    logits = layer_logits(query.shape[-1], scale, softcap, causal, window)
     check_request(function, request, heads)
     check_logits(function, logits)
     check_workspace(function, workspace_bytes)
-    check_finite(function, batch)
+    check_finite(function, batch, sinks)
+    request, logits = request.bounded(key.shape[0]), logits.bounded(key.shape[0])
     per_head = heads != "mean_distribution"
     shape = (1, query.shape[1] if per_head else 1, query.shape[0])
     used = backend_used(function, backend, query, key)
@@ -323,7 +326,7 @@ def attention_statistics(
         query,
         key,
         Request(tuple(kinds), top_k, fixed_k, tuple(support_mass), local_window),
-        _logits(query, scale, softcap, causal, window),
+        layer_logits(query.shape[-1], scale, softcap, causal, window),
         key_mask=key_mask,
         sinks=sinks,
         lse=lse,
@@ -353,24 +356,14 @@ def _padded(
     check_logits(function, logits)
     check_workspace(function, workspace_bytes)
     batch = padded_batch(query, key, key_mask, lse)
-    check_finite(function, batch)
+    check_finite(function, batch, sinks)
+    request, logits = request.bounded(key.shape[2]), logits.bounded(key.shape[2])
     per_head = heads != "mean_distribution"
     used = backend_used(function, backend, query, key)
-    if used == "reference":
-        results = reference_statistics(
-            query,
-            key,
-            request,
-            logits,
-            key_mask=key_mask,
-            sinks=sinks,
-            per_head=per_head,
-            lse=lse,
-            function=function,
-        )
-    else:
-        rows, all_heads, queries, _ = query.shape
-        results = empty_results(request, (rows, all_heads if per_head else 1, queries), query)
+    rows, all_heads, queries, _ = query.shape
+    shape = (rows, all_heads if per_head else 1, queries)
+    if used != "reference":
+        results = empty_results(request, shape, query)
         sweep(
             function,
             used,
@@ -382,16 +375,20 @@ def _padded(
             sinks=sinks,
             workspace_bytes=workspace_bytes,
         )
+    elif not batch.sequences:
+        results = empty_results(request, shape, query, torch.float64)
+    else:
+        check_batch_scores(function, batch, logits.scale)
+        results = reference_statistics(
+            query,
+            key,
+            request,
+            logits,
+            key_mask=key_mask,
+            sinks=sinks,
+            per_head=per_head,
+            lse=lse,
+            function=function,
+        )
     check_results(function, results)
     return over_heads(results, heads)
-
-
-def _logits(
-    query: Tensor, scale: float | None, softcap: float | None, causal: bool, window: int | None
-) -> Logits:
-    return Logits(
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        softcap=softcap,
-        causal=causal,
-        window=window,
-    )
