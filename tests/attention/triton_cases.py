@@ -288,7 +288,7 @@ def test_rows_without_representable_mass_are_computed_from_logarithms():
 def test_overflow_and_non_finite_values_are_refused(kinds):
     query, key = normal(1, 2, 20, 64), normal(1, 2, 20, 64, seed=1)
     arguments = {"kinds": kinds, "backend": "triton"}
-    with pytest.raises(TokenWeightsError, match="finite inner products, got an overflow"):
+    with pytest.raises(TokenWeightsError, match=r"inner products of at most 8\.6e\+09, got"):
         attention_statistics(query * 1e37, key * 1e37, **arguments)
     for bad in (torch.nan, torch.inf):
         broken = query.clone()

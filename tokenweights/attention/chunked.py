@@ -28,6 +28,7 @@ from tokenweights.attention.scores import (
     score_range,
 )
 from tokenweights.attention.statistics import Logits, Request
+from tokenweights.masked import accumulator_dtype
 
 # On a CPU a tile should stay in a core's cache; an accelerator wants few, large launches.
 CPU_ROWS, CPU_TILE_BYTES = 128, 2**20
@@ -88,6 +89,11 @@ class _Scores:
     logits: Logits
     workspace: Workspace
 
+    @property
+    def wide(self) -> torch.dtype:
+        """The type of products that float32 does not resolve, of sinks and of denominators."""
+        return accumulator_dtype(self.query.device)
+
     def tiles(self) -> Iterator[slice]:
         """Heads that are worked on together, one tile after another."""
         heads, group = self.query.shape[0], self.query.shape[0] // self.key.shape[0]
@@ -142,7 +148,7 @@ class _Scores:
                 tile = self.masked_logits(taken, torch.float32, bounds)
             else:
                 # What is left after the shift is small where it matters: float32 holds it.
-                wide = self.masked_logits(taken, torch.float64, bounds)
+                wide = self.masked_logits(taken, self.wide, bounds)
                 shift = wide.amax(-1, keepdim=True)
                 tile = self.workspace.buffer("narrow", *wide.shape).copy_(wide.sub_(shift))
             if self.lse is not None:
@@ -180,11 +186,11 @@ class _Scores:
         return mean
 
     def log_weights(self, *, per_head: bool) -> Float[Tensor, "heads query key"]:
-        """Float64 logarithms of the weights, or of their mean over heads."""
+        """Logarithms of the weights, or of their mean over heads, in the widest type."""
         parts: list[Tensor] = []
         bounds = self.bounds()
         for taken in self.tiles():
-            tile = self.masked_logits(taken, torch.float64, bounds)
+            tile = self.masked_logits(taken, self.wide, bounds)
             lse = tile.logsumexp(-1, keepdim=True) if self.lse is None else self.lse[taken]
             if self.lse is None and self.sinks is not None:
                 lse = torch.logaddexp(lse, self.sinks[taken])
@@ -239,8 +245,9 @@ def sequence_statistics(
         query, key = query.float(), key.float()
     cap = torch.inf if logits.softcap is None else logits.softcap
     small = tuple(min(size, cap) <= SMALL_SCORE for size in scores.largest)
-    sinks = None if sinks is None else sinks.double()[:, None, None]
-    lse = None if lse is None else lse.double()[:, :, None]
+    wide = accumulator_dtype(query.device)
+    sinks = None if sinks is None else sinks.to(wide)[:, None, None]
+    lse = None if lse is None else lse.to(wide)[:, :, None]
     queries, keys = query.shape[1], key.shape[1]
     rows = _row_count(query.device, keys, request, rows, workspace_bytes)
     results = []

@@ -21,6 +21,7 @@ from tokenweights.attention.results import write_results
 from tokenweights.attention.scores import ACCELERATOR_FLOAT32_SCORE, score_range
 from tokenweights.attention.statistics import Logits, Request
 from tokenweights.attention.triton_configuration import triton_refusal
+from tokenweights.masked import accumulator_dtype
 
 Backend = Literal["auto", "chunked", "reference", "triton"]
 UsedBackend = Literal["chunked", "reference", "triton"]
@@ -175,5 +176,6 @@ def _sink_share(
     if sinks is None:
         share = torch.zeros_like(lse, dtype=torch.float32)
     else:
-        share = (sinks.double()[:, None] - lse.double()).exp().float()
+        wide = accumulator_dtype(lse.device)
+        share = (sinks.to(wide)[:, None] - lse.to(wide)).exp().float()
     return share if per_head else share.mean(0, keepdim=True)

@@ -16,6 +16,7 @@ from tokenweights.attention.layout import token_slots
 from tokenweights.attention.results import empty_results, joined, over_heads, write_results
 from tokenweights.attention.rows import is_first_key, row_blocks, row_statistics
 from tokenweights.attention.statistics import EntropyKind, Heads, Logits, Request
+from tokenweights.masked import sum_dtype
 
 ROWS = 128
 
@@ -75,7 +76,7 @@ def attention_entropy_from_weights(
         raise invalid(function, "weights", "to have at least one head", all_heads, hint)
     check_positions(function, queries, keys)
     check_shape(function, "key_mask", key_mask, (batch, keys))
-    wide = torch.promote_types(weights.dtype, torch.float32)
+    wide = sum_dtype(weights.dtype)
     shares = heads == "mean_distribution"
     results = empty_results(request, (batch, 1 if shares else all_heads, queries), weights)
     for slots in token_slots(batch, queries, keys, key_mask):

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokenweights.attention.statistics import Logits, Request
+from tokenweights.masked import accumulator_dtype
 
 # The smallest positive normal float32: where a weight is zero, its `p log p` must be zero too.
 TINY = torch.finfo(torch.float32).tiny
@@ -192,8 +193,10 @@ def _fixed_entropy(
         weights = weights[..., :fixed_k]
     else:
         weights = weights * is_first_key(block, fixed_k)
-    entropy = _renormalized_entropy(weights, block.visible_count.clamp_max(fixed_k))
-    return torch.where(weights.sum(-1) > least_mass, entropy, torch.nan)
+    # Normalized at once: logarithms of a faint mass would cancel, and their digits with them.
+    mass = weights.sum(-1, keepdim=True)
+    entropy = _renormalized_entropy(weights / mass, block.visible_count.clamp_max(fixed_k))
+    return torch.where(mass[..., 0] > least_mass, entropy, torch.nan)
 
 
 def is_first_key(block: RowBlock, fixed_k: int) -> Bool[Tensor, "query key"]:
@@ -246,12 +249,12 @@ def support_sizes(
     error of a sum of small weights is small beside each weight that follows; that of a sum which
     starts with the large ones may be worth hundreds of the small.
     """
-    rest = torch.tensor([1.0 - share for share in shares], dtype=torch.float64)
-    cumulative = ascending.cumsum(-1, dtype=torch.float64)
-    left = cumulative[..., -1:] * rest.to(ascending.device)
-    size = ascending.shape[-1] - torch.searchsorted(cumulative, left, right=True)
-    # Hidden keys are zeros, and so may visible ones be: all of the mass is all that is visible.
-    size = torch.where(rest.to(size.device) > 0, size, count[:, None])
+    wide, device = accumulator_dtype(ascending.device), ascending.device
+    rest = torch.tensor([1.0 - share for share in shares], dtype=wide, device=device)
+    cumulative = ascending.cumsum(-1, dtype=wide)
+    left_out = torch.searchsorted(cumulative, cumulative[..., -1:] * rest, right=True)
+    # Visible weights may be zeros too: all of the mass is all that is visible.
+    size = torch.where(rest > 0, ascending.shape[-1] - left_out, count[:, None])
     return torch.minimum(size.clamp_min(1), count[:, None])
 
 

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenweights._errors import invalid
+from tokenweights.masked import accumulator_dtype
 
 # An error in a score is an error in its weight: float32 products of this size move a statistic by
 # up to 1e-5 on a CPU and, where double precision may be slow, by up to 1e-4 on an accelerator.
@@ -40,15 +41,16 @@ def score_range(
     scale: float,
 ) -> ScoreRange:
     """The range of all scores, padding included; no bound is a number where some input is not."""
+    wide = accumulator_dtype(query.device)
     lengths = [_longest(query, torch.float32), _longest(key, torch.float32)]
     ordinary = _all_between(lengths, *ORDINARY_LENGTH)
     if not ordinary:
         # Zeros, or squares that float32 does not hold.
-        lengths = [_longest(query, torch.float64), _longest(key, torch.float64)]
+        lengths = [_longest(query, wide), _longest(key, wide)]
         ordinary = _all_between([length[length != 0] for length in lengths], *ORDINARY_LENGTH)
     least_scale, most_scale = ORDINARY_SCALE
     ordinary = ordinary and least_scale <= abs(scale) <= most_scale
-    largest_query, largest_key = (length.double() for length in lengths)
+    largest_query, largest_key = (length.to(wide) for length in lengths)
     group = query.shape[-3] // key.shape[-3]
     largest = largest_query * largest_key.repeat_interleave(group) * abs(scale)
     return ScoreRange(tuple(largest.tolist()), ordinary)
