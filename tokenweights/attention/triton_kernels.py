@@ -348,13 +348,13 @@ def selections(
 
     mass = tl.zeros([ROWS], tl.float32)
     largest = tl.zeros([ROWS], tl.float32)
-    # Where nothing is left to load, -1 is below every threshold.
-    weight = tl.load(start[:, None] + lane[None, :], mask=lane[None, :] < key_stop, other=-1.0)
+    # Where nothing is left to load, a zero adds nothing and is below every threshold that counts.
+    weight = tl.load(start[:, None] + lane[None, :], mask=lane[None, :] < key_stop, other=0.0)
     for piece in range(PIECES):
         if PIECES > 1:
             column = lane + piece * BLOCK
-            weight = tl.load(start[:, None] + column[None, :], mask=column < key_stop, other=-1.0)
-        mass += tl.sum(tl.maximum(weight, 0.0), axis=1)
+            weight = tl.load(start[:, None] + column[None, :], mask=column < key_stop, other=0.0)
+        mass += tl.sum(weight, axis=1)
         largest = tl.maximum(largest, tl.max(weight, axis=1))
     rest = tl.load(rests + slot)
     target = -rest * mass[:, None]
@@ -372,7 +372,7 @@ def selections(
             if PIECES > 1:
                 column = lane + piece * BLOCK
                 weight = tl.load(
-                    start[:, None] + column[None, :], mask=column < key_stop, other=-1.0
+                    start[:, None] + column[None, :], mask=column < key_stop, other=0.0
                 )
             for index in tl.static_range(TARGETS):
                 bound = tl.sum(tl.where(slot == index, level, 0.0), axis=1)
@@ -380,7 +380,7 @@ def selections(
                 if TOP_K and index == 0:
                     value = tl.sum(tl.where(kept, 1.0, 0.0), axis=1)
                 else:
-                    value = -tl.sum(tl.where(kept, 0.0, tl.maximum(weight, 0.0)), axis=1)
+                    value = -tl.sum(tl.where(kept, 0.0, weight), axis=1)
                 reached += tl.where(slot == index, value[:, None], 0.0)
         enough = reached >= target
         low = tl.where(enough, middle, low)
@@ -388,13 +388,12 @@ def selections(
 
     bound = low.to(tl.float32, bitcast=True)
     count = tl.zeros([ROWS, SLOTS], tl.float32)
-    ties = tl.zeros([ROWS, SLOTS], tl.float32)
     beyond = tl.zeros([ROWS, SLOTS], tl.float32)
     plogp = tl.zeros([ROWS], tl.float32)
     for piece in range(PIECES):
         if PIECES > 1:
             column = lane + piece * BLOCK
-            weight = tl.load(start[:, None] + column[None, :], mask=column < key_stop, other=-1.0)
+            weight = tl.load(start[:, None] + column[None, :], mask=column < key_stop, other=0.0)
         for index in tl.static_range(TARGETS):
             here = tl.sum(tl.where(slot == index, bound, 0.0), axis=1)
             more = tl.sum(tl.where(weight > here[:, None], 1.0, 0.0), axis=1)
@@ -403,9 +402,7 @@ def selections(
                 part = tl.where(weight > here[:, None], weight, 0.0)
                 plogp += tl.sum(part * tl.log2(tl.maximum(part, TINY)), axis=1)
             else:
-                part = tl.where(weight < here[:, None], tl.maximum(weight, 0.0), 0.0)
-                same = tl.sum(tl.where(weight == here[:, None], 1.0, 0.0), axis=1)
-                ties += tl.where(slot == index, same[:, None], 0.0)
+                part = tl.where(weight > here[:, None], 0.0, weight)
             beyond += tl.where(slot == index, tl.sum(part, axis=1)[:, None], 0.0)
 
     out = batch * query_slots + query_slot + first_row + real
@@ -416,18 +413,18 @@ def selections(
     if WINDOW:
         visible = tl.minimum(visible, window)
     if TOP_K:
-        taken = tl.cast(top_k, tl.float32) - tl.sum(tl.where(slot == 0, count, 0.0), axis=1)
+        ties = tl.cast(top_k, tl.float32) - tl.sum(tl.where(slot == 0, count, 0.0), axis=1)
         tie = tl.sum(tl.where(slot == 0, bound, 0.0), axis=1)
-        kept_mass = tl.sum(tl.where(slot == 0, beyond, 0.0), axis=1) + taken * tie
-        plogp += taken * tie * tl.log2(tl.maximum(tie, TINY))
+        kept_mass = tl.sum(tl.where(slot == 0, beyond, 0.0), axis=1) + ties * tie
+        plogp += ties * tie * tl.log2(tl.maximum(tie, TINY))
         value = (tl.log2(kept_mass) - plogp / kept_mass) * LN2
         most = tl.log2(tl.minimum(visible, top_k).to(tl.float32)) * LN2
         value = tl.where(value < 0.0, 0.0, tl.where(value > most, most, value))
         tl.store(entropy + out, value, mask=live)
-    left_out = tl.minimum(tl.floor((-target - beyond) / tl.maximum(bound, TINY)), ties)
+    missing = tl.ceil((beyond + target) / tl.maximum(bound, TINY))
     # A weight may underflow to zero: all of the mass is all that is visible.
     most_keys = visible.to(tl.float32)[:, None]
-    size = tl.where(rest > 0.0, tl.maximum(count + ties - left_out, 1.0), most_keys)
+    size = tl.where(rest > 0.0, tl.maximum(count + missing, 1.0), most_keys)
     size = tl.minimum(size, most_keys)
     wanted = slot
     shares_asked = TARGETS
