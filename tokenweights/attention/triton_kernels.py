@@ -402,7 +402,7 @@ def selections(
                 part = tl.where(weight > here[:, None], weight, 0.0)
                 plogp += tl.sum(part * tl.log2(tl.maximum(part, TINY)), axis=1)
             else:
-                part = tl.where(weight > here[:, None], 0.0, weight)
+                part = tl.where(weight <= here[:, None], weight, 0.0)
             beyond += tl.where(slot == index, tl.sum(part, axis=1)[:, None], 0.0)
 
     out = batch * query_slots + query_slot + first_row + real
@@ -424,7 +424,7 @@ def selections(
     missing = tl.ceil((beyond + target) / tl.maximum(bound, TINY))
     # A weight may underflow to zero: all of the mass is all that is visible.
     most_keys = visible.to(tl.float32)[:, None]
-    size = tl.where(rest > 0.0, tl.maximum(count + missing, 1.0), most_keys)
+    size = tl.where(target < 0.0, tl.maximum(count + missing, 1.0), most_keys)
     size = tl.minimum(size, most_keys)
     wanted = slot
     shares_asked = TARGETS
