@@ -284,7 +284,8 @@ def attention_statistics(
     sum of the weights before renormalization. Ranges: support sizes in $[1, N_t]$, shares in
     $[0, 1]$. A support size may be off by one where the cumulative mass meets the threshold within
     float32 rounding; all of the mass is held by all visible keys. Only what is asked for is
-    computed; `support_size` and `topk` cost most, as they order the weights. No gradient. Memory as in `attention_entropy`.
+    computed; `support_size` and `topk` cost most, as they order the weights. No gradient. Memory as
+    in `attention_entropy`.
 
     Args:
         query: As in `attention_entropy`.
