@@ -33,7 +33,7 @@ POINTERS = {
     "sinks": "*fp32",
     "sums": "*fp32",
     "workspace": "*fp32",
-    "shares": "*fp32",
+    "rests": "*fp32",
     "entropy": "*fp32",
     "sizes": "*i32",
     "sequences": "*i32",

@@ -105,7 +105,7 @@ def test_its_own_lse_is_taken_and_a_row_without_a_visible_key_is_zero(backend):
 
 def test_overflow_of_finite_values_is_refused():
     query = torch.full((1, 1, 3, 4), 3e38)
-    with pytest.raises(TokenWeightsError, match="finite inner products, got an overflow"):
+    with pytest.raises(TokenWeightsError, match=r"inner products of at most 8\.6e\+09, got"):
         attention_entropy(query, torch.ones(1, 1, 3, 4), scale=2.0)
     # The sum of these overflows, the scores do not.
     assert attention_entropy(query, torch.zeros(1, 1, 3, 4)).shape == (1, 3)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tokenweights._typing import typed
 from tokenweights.attention.checks import (
+    check_batch_scores,
     check_bounds,
     check_finite,
     check_heads,
@@ -37,6 +38,7 @@ from tokenweights.attention.statistics import (
     Logits,
     Request,
     StatisticKind,
+    layer_logits,
 )
 
 
@@ -72,9 +74,11 @@ def attention_entropy(
 
     The queries are the last positions of the keys. Positions count real tokens, so every layout of
     the same tokens gives the same numbers; a query at a padded position has value 0, and padded
-    positions are never read. Scores, softmax and sums are float32 whatever the input's type; the
-    products follow torch's float32 matmul precision. The result carries no gradient. Memory is a
-    block of rows by the number of keys (a float32 copy of half-precision inputs aside).
+    positions are never read. Softmax and sums are float32 whatever the input's type, and so are
+    products, which follow torch's float32 matmul precision; where queries and keys are long enough
+    for scores above 64 (1024 on an accelerator), products are float64. Results are right to 1e-5 of
+    float64 (to 1e-4 between these two bounds). The result carries no gradient. Memory is a block of
+    rows by the number of keys (a float32 copy of half-precision inputs aside).
 
     Args:
         query: Queries after rotary embedding, as the attention layer uses them.
@@ -87,12 +91,13 @@ def attention_entropy(
         key_mask: True at real keys; None if all are. A query is real where its own key is.
         window: Number of keys a query sees, itself included (sliding-window attention).
         softcap: Bounds the scaled scores: `softcap * tanh(score / softcap)`.
-        sinks: One extra logit per head in the denominator. The averaged weights are then
-            renormalized over the visible keys.
+        sinks: One extra logit per head in the denominator, -inf for none. The averaged weights are
+            then renormalized over the visible keys.
         lse: Natural log of the softmax denominators of these logits, sinks included, as flash
             attention returns it. Saves work, above all for `fixed`, which then reads `fixed_k` keys
             per query. It is verified: the weights of each row must sum to one within 1e-3 (for
-            `fixed` alone this is tested on the last query of each row). `reference` ignores it.
+            `fixed` alone this is tested on the last query of each row). `reference` ignores it, and
+            so does `chunked` where it is float32 and above 256, too coarse to be of use.
         heads: `mean_distribution` averages probabilities, as the paper does; `mean_entropy`
             averages the entropies of the heads; `none` returns `batch heads query`.
         backend: `triton` (NVIDIA GPUs, compute capability 8.0 or above), `chunked` (torch, any
@@ -105,8 +110,9 @@ def attention_entropy(
 
     Raises:
         TokenWeightsError: If shapes or parameters do not fit together, if `query` or `key` is not
-            finite at real positions, if `lse` belongs to other queries and keys, or if `backend`
-            cannot serve the request.
+            finite at real positions, if scores or `sinks` may exceed 2**33, which float64 does not
+            resolve, if `lse` belongs to other queries and keys, or if `backend` cannot serve the
+            request.
 
     Example:
         Equal scores spread the attention evenly over all visible keys:
@@ -123,7 +129,7 @@ def attention_entropy(
         query,
         key,
         Request((kind,), top_k, fixed_k),
-        _logits(query, scale, softcap, causal, window),
+        layer_logits(query.shape[-1], scale, softcap, causal, window),
         key_mask=key_mask,
         sinks=sinks,
         lse=lse,
@@ -218,11 +224,12 @@ def attention_entropy_varlen(
     for sequence in batch.sequences:
         check_positions(function, sequence.query.shape[1], sequence.key.shape[1])
     request = Request((kind,), top_k, fixed_k)
-    logits = _logits(query, scale, softcap, causal, window)
+    logits = layer_logits(query.shape[-1], scale, softcap, causal, window)
     check_request(function, request, heads)
     check_logits(function, logits)
     check_workspace(function, workspace_bytes)
-    check_finite(function, batch)
+    check_finite(function, batch, sinks)
+    request, logits = request.bounded(key.shape[0]), logits.bounded(key.shape[0])
     per_head = heads != "mean_distribution"
     shape = (1, query.shape[1] if per_head else 1, query.shape[0])
     used = backend_used(function, backend, query, key)
@@ -276,8 +283,9 @@ def attention_statistics(
     distances below `local_window`, and `nonlocal_mass`, the rest; `max_weight`; and `row_mass`, the
     sum of the weights before renormalization. Ranges: support sizes in $[1, N_t]$, shares in
     $[0, 1]$. A support size may be off by one where the cumulative mass meets the threshold within
-    float32 rounding. Only what is asked for is computed; `support_size` and `topk` cost most, as
-    they order the weights. No gradient. Memory as in `attention_entropy`.
+    float32 rounding; all of the mass is held by all visible keys. Only what is asked for is
+    computed; `support_size` and `topk` cost most, as they order the weights. No gradient. Memory as
+    in `attention_entropy`.
 
     Args:
         query: As in `attention_entropy`.
@@ -323,7 +331,7 @@ def attention_statistics(
         query,
         key,
         Request(tuple(kinds), top_k, fixed_k, tuple(support_mass), local_window),
-        _logits(query, scale, softcap, causal, window),
+        layer_logits(query.shape[-1], scale, softcap, causal, window),
         key_mask=key_mask,
         sinks=sinks,
         lse=lse,
@@ -353,24 +361,14 @@ def _padded(
     check_logits(function, logits)
     check_workspace(function, workspace_bytes)
     batch = padded_batch(query, key, key_mask, lse)
-    check_finite(function, batch)
+    check_finite(function, batch, sinks)
+    request, logits = request.bounded(key.shape[2]), logits.bounded(key.shape[2])
     per_head = heads != "mean_distribution"
     used = backend_used(function, backend, query, key)
-    if used == "reference":
-        results = reference_statistics(
-            query,
-            key,
-            request,
-            logits,
-            key_mask=key_mask,
-            sinks=sinks,
-            per_head=per_head,
-            lse=lse,
-            function=function,
-        )
-    else:
-        rows, all_heads, queries, _ = query.shape
-        results = empty_results(request, (rows, all_heads if per_head else 1, queries), query)
+    rows, all_heads, queries, _ = query.shape
+    shape = (rows, all_heads if per_head else 1, queries)
+    if used != "reference":
+        results = empty_results(request, shape, query)
         sweep(
             function,
             used,
@@ -382,16 +380,20 @@ def _padded(
             sinks=sinks,
             workspace_bytes=workspace_bytes,
         )
+    elif not batch.sequences:
+        results = empty_results(request, shape, query, torch.float64)
+    else:
+        check_batch_scores(function, batch, logits.scale)
+        results = reference_statistics(
+            query,
+            key,
+            request,
+            logits,
+            key_mask=key_mask,
+            sinks=sinks,
+            per_head=per_head,
+            lse=lse,
+            function=function,
+        )
     check_results(function, results)
     return over_heads(results, heads)
-
-
-def _logits(
-    query: Tensor, scale: float | None, softcap: float | None, causal: bool, window: int | None
-) -> Logits:
-    return Logits(
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        softcap=softcap,
-        causal=causal,
-        window=window,
-    )

@@ -1,6 +1,6 @@
 """Refusals: every argument that a type annotation cannot judge."""
 
-import math
+import sys
 
 import torch
 from jaxtyping import Bool, Float
@@ -8,9 +8,14 @@ from torch import Tensor
 
 from tokenweights._errors import invalid
 from tokenweights.attention.layout import TokenBatch
+from tokenweights.attention.scores import LARGEST_SCORE, check_scores, score_range
 from tokenweights.attention.statistics import ENTROPY_KINDS, Heads, Logits, Request
 
 MASS_TOLERANCE = 1e-3
+FOREIGN_LSE = (
+    "This lse does not belong to these q and k: check scale, softcap, window, masks and sinks, and "
+    "keep it in float32; or leave it out."
+)
 
 
 def check_request(function: str, request: Request, heads: Heads) -> None:
@@ -26,6 +31,9 @@ def check_request(function: str, request: Request, heads: Heads) -> None:
             raise invalid(function, "kinds", condition, repr(kind), hint)
     if not request.kinds:
         raise invalid(function, "kinds", "to name a statistic", "none", "Ask for at least one.")
+    if "support_size" in request.kinds and not request.support_mass:
+        hint = "Pass shares of the mass, or leave support_size out of `kinds`."
+        raise invalid(function, "support_mass", "to name a share", "none", hint)
     for mass in request.support_mass:
         if not 0 < mass <= 1:
             raise invalid(
@@ -41,7 +49,8 @@ def check_logits(function: str, logits: Logits) -> None:
     if logits.window is not None and not logits.causal:
         hint = "A window counts keys back from the query; drop it or pass causal=True."
         raise invalid(function, "window", "to be None when causal=False", logits.window, hint)
-    if not math.isfinite(logits.scale):
+    # Written for NaN, and for integers beyond any float.
+    if not abs(logits.scale) <= sys.float_info.max:
         raise invalid(function, "scale", "to be finite", logits.scale, "Pass a number or None.")
     if logits.softcap is not None and not logits.softcap > 0:
         hint = "Pass None for no softcap."
@@ -55,6 +64,9 @@ def check_heads(
     if dim != key_dim:
         hint = "Query and key must come from the same attention layer."
         raise invalid(function, "key", f"to have the query's dim {dim}", key_dim, hint)
+    if dim == 0:
+        hint = "Heads without a width have no scores."
+        raise invalid(function, "query", "to have a dim of at least 1", dim, hint)
     if heads == 0 or kv_heads == 0 or heads % kv_heads:
         hint = "Grouped-query attention needs a whole number of query heads per key head."
         got = f"{heads} query heads and {kv_heads} key heads"
@@ -120,39 +132,49 @@ def check_workspace(function: str, workspace_bytes: int) -> None:
         raise invalid(function, "workspace_bytes", "to be >= 1", workspace_bytes, hint)
 
 
-def check_finite(function: str, batch: TokenBatch) -> None:
-    """Refuse non-finite numbers at real positions."""
+def check_finite(function: str, batch: TokenBatch, sinks: Float[Tensor, " heads"] | None) -> None:
+    """Refuse numbers that are not finite at real positions; a sink of -inf is none."""
+    if sinks is not None and not bool((sinks <= LARGEST_SCORE).all()):
+        condition = f"to be at most {LARGEST_SCORE:.2g}"
+        hint = "Pass the sink logits of the layer; -inf is no sink."
+        raise invalid(function, "sinks", condition, sinks.tolist(), hint)
+    if batch.lse is not None and batch.lse.dtype not in (torch.float32, torch.float64):
+        raise invalid(function, "lse", "to be float32 or float64", batch.lse.dtype, FOREIGN_LSE)
     # A sum is one cheap pass and finite only if all its terms are. Padding may hold anything, and
     # sums may overflow: only then the sequences are looked at one by one.
-    totals = [values.sum(dtype=torch.float32) for values in (batch.query, batch.key)]
+    given = [values for values in (batch.query, batch.key, batch.lse) if values is not None]
+    totals = [values.sum(dtype=torch.float32) for values in given]
     if bool(torch.stack(totals).isfinite().all()):
         return
-    for argument in ("query", "key"):
+    for argument in ("query", "key", "lse"):
         values = [getattr(sequence, argument) for sequence in batch.sequences]
-        if not all(bool(value.isfinite().all()) for value in values):
+        if not all(value is None or bool(value.isfinite().all()) for value in values):
             hint = "A real position holds NaN or infinity: mask it, or repair what produced it."
             condition = "to be finite at real positions"
+            hint = FOREIGN_LSE if argument == "lse" else hint
             raise invalid(function, argument, condition, "NaN or infinity", hint)
 
 
+def check_batch_scores(function: str, batch: TokenBatch, scale: float) -> None:
+    """Refuse scores of real positions that float64 cannot tell apart."""
+    for sequence in batch.sequences:
+        check_scores(function, score_range(sequence.query, sequence.key, scale))
+
+
 def check_results(function: str, results: dict[str, Tensor]) -> None:
-    """Refuse scores that overflow although their factors are finite."""
+    """Refuse results that are not numbers, whatever made them so."""
     # All at once: on a GPU every answer is a wait.
     if not bool(torch.stack([value.isfinite().all() for value in results.values()]).all()):
-        hint = "Inner products overflow float32: rescale the inputs, or check `scale`."
+        hint = "Inner products overflow: rescale the inputs, or check `scale`."
         condition = "and `key` to have finite inner products"
         raise invalid(function, "query", condition, "an overflow", hint)
 
 
 def check_total_mass(function: str, total: Float[Tensor, " row"]) -> None:
     """Refuse an `lse` under which the weights of a row, sink included, do not sum to one."""
-    worst = float((total - 1.0).abs().max())
+    worst = float((total - 1.0).abs().max()) if total.numel() else 0.0
     # Written so that a NaN fails too.
     if not worst <= MASS_TOLERANCE:
         condition = "to be the log of the softmax denominators of `query` and `key`"
         got = f"weights whose sums miss 1 by {worst:.2g}"
-        hint = (
-            "This lse does not belong to these q and k: check scale, softcap, window, masks and "
-            "sinks, and keep it in float32; or leave it out."
-        )
-        raise invalid(function, "lse", condition, got, hint)
+        raise invalid(function, "lse", condition, got, FOREIGN_LSE)

@@ -21,7 +21,14 @@ from tokenweights.attention.rows import (
     row_blocks,
     row_statistics,
 )
+from tokenweights.attention.scores import (
+    ACCELERATOR_FLOAT32_SCORE,
+    CPU_FLOAT32_SCORE,
+    check_scores,
+    score_range,
+)
 from tokenweights.attention.statistics import Logits, Request
+from tokenweights.masked import accumulator_dtype
 
 # On a CPU a tile should stay in a core's cache; an accelerator wants few, large launches.
 CPU_ROWS, CPU_TILE_BYTES = 128, 2**20
@@ -43,94 +50,124 @@ FAINT_MASS = 1e-16
 
 
 class Workspace:
-    """Float32 buffers that live through all blocks of one call."""
+    """Buffers that live through all blocks of one call."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self._flat: dict[str, Tensor] = {}
 
-    def buffer(self, name: str, *shape: int) -> Tensor:
-        """An uninitialized contiguous tensor, overwritten by the next call with this name."""
+    def buffer(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """An uninitialized contiguous tensor, overwritten by the next call with this name.
+
+        A name keeps the type of its first call.
+        """
         size = math.prod(shape)
         flat = self._flat.get(name)
         if flat is None or flat.numel() < size:
             # Causal blocks grow one after another; new memory for each would cost page faults.
             grown = size if flat is None else max(size, 2 * flat.numel())
-            flat = torch.empty(grown, device=self.device)
+            flat = torch.empty(grown, dtype=dtype, device=self.device)
             self._flat[name] = flat
         return flat[:size].view(shape)
 
 
 @dataclass(frozen=True)
 class _Scores:
-    """Float32 queries and keys of one block, and how to turn them into masked logits."""
+    """Queries and keys of one block, and how to turn them into masked logits.
+
+    `small` and `in_float32` say for each head whether its exponentials need no shift, and whether
+    float32 resolves its scores; the other heads are multiplied in float64.
+    """
 
     query: Float[Tensor, "heads query dim"]
     key: Float[Tensor, "kv_heads key dim"]
     sinks: Float[Tensor, "heads 1 1"] | None
     lse: Float[Tensor, "heads query 1"] | None
     small: tuple[bool, ...]
+    in_float32: tuple[bool, ...]
     block: RowBlock
     logits: Logits
     workspace: Workspace
 
-    def tiles(
-        self, hidden_score: float = HIDDEN
-    ) -> Iterator[tuple[slice, Float[Tensor, "tile query key"]]]:
-        """Masked logits of some heads after another, in a buffer that the next tile overwrites."""
+    @property
+    def wide(self) -> torch.dtype:
+        """The type of products that float32 does not resolve, of sinks and of denominators."""
+        return accumulator_dtype(self.query.device)
+
+    def tiles(self) -> Iterator[slice]:
+        """Heads that are worked on together, one tile after another."""
         heads, group = self.query.shape[0], self.query.shape[0] // self.key.shape[0]
         step = _heads_per_tile(heads, group, self.block)
-        cap = self.logits.softcap
-        # Where a key is hidden, the smaller of score and bound is the bound.
-        bounds = []
-        for columns, hidden in self.block.hidden:
-            bound = torch.full(hidden.shape, torch.inf, device=hidden.device)
-            bounds.append((columns, bound.masked_fill_(hidden, hidden_score)))
         for first in range(0, heads, step):
-            taken = slice(first, min(first + step, heads))
-            kv = slice(first // group, (taken.stop - 1) // group + 1)
-            kv_heads = kv.stop - kv.start
-            tile = self.workspace.buffer(
-                "tile", taken.stop - first, self.block.queries, self.block.keys
-            )
-            # The query heads of one key head are stacked as rows: keys are never repeated.
-            stacked = tile.view(kv_heads, -1, self.block.keys)
-            torch.baddbmm(
-                stacked,
-                self.query[taken].reshape(kv_heads, -1, self.query.shape[2]),
-                self.key[kv].transpose(1, 2),
-                beta=0,
-                alpha=self.logits.scale if cap is None else self.logits.scale / cap,
-                out=stacked,
-            )
-            if cap is not None:
-                tile.tanh_().mul_(cap)
-            for columns, bound in bounds:
-                corner = tile[..., columns]
-                torch.minimum(corner, bound, out=corner)
-            yield taken, tile
+            yield slice(first, min(first + step, heads))
+
+    def bounds(self, hidden_score: float = HIDDEN) -> list[tuple[slice, Float[Tensor, "..."]]]:
+        """Column ranges with hidden keys; where one is, the smaller of score and bound is this."""
+        everywhere = torch.tensor(torch.inf, dtype=torch.float32, device=self.block.device)
+        return [
+            (columns, torch.where(hidden, hidden_score, everywhere))
+            for columns, hidden in self.block.hidden
+        ]
+
+    def masked_logits(
+        self, taken: slice, dtype: torch.dtype, bounds: list[tuple[slice, Tensor]]
+    ) -> Float[Tensor, "tile query key"]:
+        """The logits of some heads, in a buffer that the next tile of this type overwrites."""
+        group, cap = self.query.shape[0] // self.key.shape[0], self.logits.softcap
+        kv = slice(taken.start // group, (taken.stop - 1) // group + 1)
+        kv_heads, size = kv.stop - kv.start, taken.stop - taken.start
+        tile = self.workspace.buffer(
+            f"tile {dtype}", size, self.block.queries, self.block.keys, dtype=dtype
+        )
+        # The query heads of one key head are stacked as rows: keys are never repeated.
+        stacked = tile.view(kv_heads, -1, self.block.keys)
+        torch.baddbmm(
+            stacked,
+            self.query[taken].to(dtype).reshape(kv_heads, -1, self.query.shape[2]),
+            self.key[kv].to(dtype).transpose(1, 2),
+            beta=0,
+            alpha=self.logits.scale,
+            out=stacked,
+        )
+        if cap is not None:
+            tile.div_(cap).tanh_().mul_(cap)
+        for columns, bound in bounds:
+            corner = tile[..., columns]
+            torch.minimum(corner, bound, out=corner)
+        return tile
 
     def weights(
         self,
     ) -> Iterator[tuple[Float[Tensor, "tile query key"], Float[Tensor, "tile query 1"] | None]]:
         """Tile after tile as `(tile, factor)`: the weights are `tile * factor`, if there is one."""
         # Only for speed: the exponential of HIDDEN would be 0 as well, but slow.
-        low = FLOOR if self.lse is None and all(self.small) else HIDDEN
-        for taken, tile in self.tiles(low):
+        bounds = self.bounds(FLOOR if self.lse is None and all(self.small) else HIDDEN)
+        for taken in self.tiles():
+            shift = None
+            if all(self.in_float32[taken]):
+                tile = self.masked_logits(taken, torch.float32, bounds)
+            else:
+                # What is left after the shift is small where it matters: float32 holds it.
+                wide = self.masked_logits(taken, self.wide, bounds)
+                shift = wide.amax(-1, keepdim=True)
+                tile = self.workspace.buffer("narrow", *wide.shape).copy_(wide.sub_(shift))
             if self.lse is not None:
-                yield tile.sub_(self.lse[taken]).clamp_min_(FLOOR).exp_(), None
+                lse = self.lse[taken] if shift is None else self.lse[taken] - shift
+                yield tile.sub_(lse.float()).clamp_min_(FLOOR).exp_(), None
                 continue
-            shift = torch.zeros((), device=tile.device)
-            if not all(self.small[taken]):
+            if shift is None and not all(self.small[taken]):
                 shift = tile.amax(-1, keepdim=True)
-                tile.sub_(shift).clamp_min_(FLOOR)
+                tile.sub_(shift)
+            if shift is not None:
+                tile.clamp_min_(FLOOR)
             if self.sinks is None:
                 # On a CPU one call of softmax takes less than torch.exp alone.
                 yield torch.softmax(tile, -1, out=self.workspace.buffer("soft", *tile.shape)), None
                 continue
             total = tile.exp_().sum(-1, keepdim=True)
             # A sink that overflows here leaves its head no weight, which is then exact.
-            total += (self.sinks[taken] - shift).exp_()
+            sinks = self.sinks[taken] if shift is None else self.sinks[taken] - shift
+            total += sinks.float().exp_()
             yield tile, total.reciprocal_()
 
     def mean_weights(self) -> Float[Tensor, "1 query key"]:
@@ -149,9 +186,11 @@ class _Scores:
         return mean
 
     def log_weights(self, *, per_head: bool) -> Float[Tensor, "heads query key"]:
-        """Logarithms of the weights, or of their mean over heads, which cannot underflow."""
+        """Logarithms of the weights, or of their mean over heads, in the widest type."""
         parts: list[Tensor] = []
-        for taken, tile in self.tiles():
+        bounds = self.bounds()
+        for taken in self.tiles():
+            tile = self.masked_logits(taken, self.wide, bounds)
             lse = tile.logsumexp(-1, keepdim=True) if self.lse is None else self.lse[taken]
             if self.lse is None and self.sinks is not None:
                 lse = torch.logaddexp(lse, self.sinks[taken])
@@ -176,6 +215,7 @@ def sequence_statistics(
     workspace: Workspace | None = None,
     rows: int | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
+    function: str = "attention_statistics",
 ) -> dict[str, Tensor]:
     """The requested statistics of one unpadded sequence, queries being its last positions.
 
@@ -190,35 +230,44 @@ def sequence_statistics(
         workspace: Buffers to reuse from sequence to sequence.
         rows: Query rows per block; fewer are taken where `workspace_bytes` demands it.
         workspace_bytes: Bound on the memory of one block.
+        function: Public name for error messages.
 
     Returns:
         One tensor `heads query` per kind, with a single head unless `per_head`.
     """
     workspace = Workspace(query.device) if workspace is None else workspace
-    # Products of half-precision numbers are exact in float32.
-    query, key = query.float(), key.float()
-    sinks = None if sinks is None else sinks.float()[:, None, None]
-    lse = None if lse is None else lse.float()[:, :, None]
+    scores = score_range(query, key, logits.scale)
+    check_scores(function, scores)
+    on_cpu = query.device.type == "cpu"
+    in_float32 = scores.in_float32(CPU_FLOAT32_SCORE if on_cpu else ACCELERATOR_FLOAT32_SCORE)
+    if all(in_float32):
+        # Products of half-precision numbers are exact in float32.
+        query, key = query.float(), key.float()
+    cap = torch.inf if logits.softcap is None else logits.softcap
+    small = tuple(min(size, cap) <= SMALL_SCORE for size in scores.largest)
+    wide = accumulator_dtype(query.device)
+    sinks = None if sinks is None else sinks.to(wide)[:, None, None]
+    lse = None if lse is None else lse.to(wide)[:, :, None]
     queries, keys = query.shape[1], key.shape[1]
     rows = _row_count(query.device, keys, request, rows, workspace_bytes)
-    small = _small_heads(query, key, logits)
     results = []
     for taken, block in row_blocks(
         queries=queries, keys=keys, rows=rows, logits=logits, device=query.device
     ):
         if reads_first_keys(request, lse):
             block = first_keys(block, request.fixed_k)
-        scores = _Scores(
+        block_scores = _Scores(
             query=query[:, taken],
             key=key[:, block.key_slice],
             sinks=sinks,
             lse=None if lse is None else lse[:, taken],
             small=small,
+            in_float32=in_float32,
             block=block,
             logits=logits,
             workspace=workspace,
         )
-        results.append(_block_statistics(scores, request, per_head=per_head))
+        results.append(_block_statistics(block_scores, request, per_head=per_head))
     return joined(results, 1)
 
 
@@ -268,29 +317,14 @@ def _faint_rows(results: dict[str, Tensor], scores: _Scores) -> Bool[Tensor, "he
     return faint
 
 
-def _small_heads(
-    query: Float[Tensor, "heads query dim"],
-    key: Float[Tensor, "kv_heads key dim"],
-    logits: Logits,
-) -> tuple[bool, ...]:
-    """Whether no score of a head can leave the small range, by the Cauchy-Schwarz inequality."""
-    longest_query = torch.linalg.vector_norm(query, dim=-1).amax(-1)
-    longest_key = torch.linalg.vector_norm(key, dim=-1).amax(-1)
-    group = query.shape[0] // key.shape[0]
-    bound = longest_query * longest_key.repeat_interleave(group) * abs(logits.scale)
-    if logits.softcap is not None:
-        bound = bound.clamp_max(logits.softcap)
-    return tuple((bound <= SMALL_SCORE).tolist())
-
-
 def _row_count(
     device: torch.device, keys: int, request: Request, rows: int | None, workspace_bytes: int
 ) -> int:
     if rows is None:
         rows = CPU_ROWS if device.type == "cpu" else ACCELERATOR_ROWS
-    # Scores, weights, mean and logarithm are float32; sorting adds values, positions and a running
-    # sum.
-    bytes_per_key = 36 if {"topk", "support_size"} & set(request.kinds) else 16
+    # Scores, weights, mean and logarithm are float32; sorting adds values, positions and a float64
+    # running sum.
+    bytes_per_key = 40 if {"topk", "support_size"} & set(request.kinds) else 16
     affordable = workspace_bytes // (bytes_per_key * max(keys, 1))
     return max(min(rows, affordable), 1)
 

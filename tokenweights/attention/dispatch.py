@@ -1,5 +1,6 @@
 """Which implementation computes a sweep over unpadded sequences, and the checks around it."""
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -7,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenweights._errors import invalid
-from tokenweights.attention.checks import check_total_mass
+from tokenweights.attention.checks import check_batch_scores, check_total_mass
 from tokenweights.attention.chunked import (
     WORKSPACE_BYTES,
     Workspace,
@@ -17,11 +18,16 @@ from tokenweights.attention.chunked import (
 from tokenweights.attention.layout import TokenBatch
 from tokenweights.attention.reference import reference_statistics
 from tokenweights.attention.results import write_results
+from tokenweights.attention.scores import ACCELERATOR_FLOAT32_SCORE, score_range
 from tokenweights.attention.statistics import Logits, Request
 from tokenweights.attention.triton_configuration import triton_refusal
+from tokenweights.masked import accumulator_dtype
 
 Backend = Literal["auto", "chunked", "reference", "triton"]
 UsedBackend = Literal["chunked", "reference", "triton"]
+
+# Above this, the rounding of a float32 logarithm is an error of its weights that shows.
+COARSE_LSE = 256.0
 
 
 def backend_used(function: str, backend: Backend, query: Tensor, key: Tensor) -> UsedBackend:
@@ -63,7 +69,7 @@ def sweep(
     if not batch.sequences:
         return
     run = chunked_sweep
-    if backend == "triton":
+    if backend == "triton" and _in_float32(batch, logits.scale):
         # Imported when needed: triton is large, and not everywhere.
         from tokenweights.attention.triton_backend import triton_sweep as run
     run(
@@ -91,36 +97,28 @@ def chunked_sweep(
 ) -> None:
     """As `sweep`, one sequence after another in plain torch."""
     workspace = Workspace(batch.query.device)
+    statistics = partial(
+        sequence_statistics,
+        logits=logits,
+        workspace=workspace,
+        workspace_bytes=workspace_bytes,
+        function=function,
+    )
     totals: list[Tensor] = []
     for sequence in batch.sequences:
         query, key, lse = sequence.query, sequence.key, sequence.lse
         asked = request
-        if lse is not None and reads_first_keys(request, lse):
-            # The sweep will not see whole rows: one row per sequence is summed for the check.
-            last = sequence_statistics(
-                query[:, -1:],
-                key,
-                request.only("row_mass"),
-                logits,
-                per_head=True,
-                lse=lse[:, -1:],
-                workspace=workspace,
-                workspace_bytes=workspace_bytes,
-            )
-            totals.append(last["row_mass"] + _sink_share(sinks, lse[:, -1:], per_head=True))
+        coarse = lse is not None and _is_coarse(lse)
+        if lse is not None and (coarse or reads_first_keys(request, lse)):
+            # The sweep will not sum whole rows with this lse: some are summed for the check.
+            rows = slice(None) if coarse else slice(-1, None)
+            checked, known = query[:, rows], lse[:, rows]
+            found = statistics(checked, key, request.only("row_mass"), per_head=True, lse=known)
+            totals.append(found["row_mass"] + _sink_share(sinks, known, per_head=True))
+            lse = None if coarse else lse
         elif lse is not None:
             asked = request.only(*dict.fromkeys((*request.kinds, "row_mass")))
-        found = sequence_statistics(
-            query,
-            key,
-            asked,
-            logits,
-            per_head=per_head,
-            sinks=sinks,
-            lse=lse,
-            workspace=workspace,
-            workspace_bytes=workspace_bytes,
-        )
+        found = statistics(query, key, asked, per_head=per_head, sinks=sinks, lse=lse)
         if lse is not None and "row_mass" in found:
             totals.append(found["row_mass"] + _sink_share(sinks, lse, per_head=per_head))
         write_results(results, {kind: found[kind] for kind in request.kinds}, sequence.slots)
@@ -139,6 +137,7 @@ def packed_reference(
     sinks: Float[Tensor, " heads"] | None,
 ) -> None:
     """Write the reference's statistics of each sequence alone into `results`."""
+    check_batch_scores(function, batch, logits.scale)
     for sequence in batch.sequences:
         found = reference_statistics(
             sequence.query[None],
@@ -153,6 +152,20 @@ def packed_reference(
         write_results(results, {kind: value[0] for kind, value in found.items()}, sequence.slots)
 
 
+def _in_float32(batch: TokenBatch, scale: float) -> bool:
+    """Whether kernels that multiply in float32 resolve all scores of the batch."""
+    limit = ACCELERATOR_FLOAT32_SCORE
+    if all(score_range(batch.query, batch.key, scale).in_float32(limit)):
+        return True
+    # Padding may hold anything: only then the sequences are looked at one by one.
+    ranges = (score_range(part.query, part.key, scale) for part in batch.sequences)
+    return all(all(scores.in_float32(limit)) for scores in ranges)
+
+
+def _is_coarse(lse: Float[Tensor, "heads query"]) -> bool:
+    return lse.dtype == torch.float32 and bool((lse.abs() > COARSE_LSE).any())
+
+
 def _sink_share(
     sinks: Float[Tensor, " heads"] | None,
     lse: Float[Tensor, "heads query"],
@@ -163,5 +176,6 @@ def _sink_share(
     if sinks is None:
         share = torch.zeros_like(lse, dtype=torch.float32)
     else:
-        share = (sinks.float()[:, None] - lse.float()).exp()
+        wide = accumulator_dtype(lse.device)
+        share = (sinks.to(wide)[:, None] - lse.to(wide)).exp().float()
     return share if per_head else share.mean(0, keepdim=True)

@@ -5,9 +5,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokenweights._typing import typed
-from tokenweights.attention.checks import check_logits, check_padded
+from tokenweights.attention.checks import (
+    check_batch_scores,
+    check_finite,
+    check_logits,
+    check_padded,
+)
+from tokenweights.attention.layout import padded_batch
 from tokenweights.attention.reference import attention_logits, denominators, visible_keys
-from tokenweights.attention.statistics import Logits
+from tokenweights.attention.statistics import layer_logits
 
 
 @typed
@@ -27,7 +33,7 @@ def attention_weights(
 
     $\bar a_{t,j}$, the distribution that `attention_entropy` measures, in float32: shares of the
     visible mass, 0 where a query does not look, and an empty row for a padded query. Detached.
-    Computed in float64, one head at a time; the result and two float64 copies of it are all the
+    Computed in float64, one head at a time; the result and a few float64 copies of it are all the
     memory. Pass few queries: they are the last positions of `key`, so rows further up are had by
     cutting both.
 
@@ -52,21 +58,28 @@ def attention_weights(
         tensor([[[1.0000, 0.0000],
                  [0.5000, 0.5000]]])
     """
-    logits = Logits(query.shape[-1] ** -0.5 if scale is None else scale, softcap, causal, window)
-    check_padded("attention_weights", query, key, key_mask, None, sinks)
-    check_logits("attention_weights", logits)
+    function = "attention_weights"
+    logits = layer_logits(query.shape[-1], scale, softcap, causal, window)
+    check_padded(function, query, key, key_mask, None, sinks)
+    check_logits(function, logits)
+    sequences = padded_batch(query, key, key_mask, None)
+    check_finite(function, sequences, sinks)
+    check_batch_scores(function, sequences, logits.scale)
     batch, heads, queries, _ = query.shape
+    logits = logits.bounded(key.shape[2])
     if key_mask is None:
         key_mask = torch.ones(batch, key.shape[2], dtype=torch.bool, device=key.device)
-    visible = visible_keys(key_mask, queries=queries, causal=causal, window=window)
+    visible = visible_keys(key_mask, queries=queries, causal=causal, window=logits.window)
     group = heads // key.shape[1]
-    total = torch.zeros(visible.shape, dtype=torch.float64, device=key.device)
+    total = torch.full(visible.shape, -torch.inf, dtype=torch.float64, device=key.device)
     for head in range(heads):
         own = slice(head // group, head // group + 1)
         sink = None if sinks is None else sinks[head : head + 1]
         one = query[:, head : head + 1]
         score = attention_logits(one, key[:, own], visible, logits)
-        weights = (score - denominators(score, sink)[..., None]).exp()[:, 0]
-        total += weights.masked_fill(~visible, 0.0)  # a padded query's row is not a number
-    mass = total.sum(-1, keepdim=True)
-    return (total / mass.where(mass > 0, 1.0)).float()
+        log_weights = (score - denominators(score, sink)[..., None])[:, 0]
+        # A padded query's row is not a number. Sums in logarithms, since a sink may leave the keys
+        # less than a number can hold.
+        total = torch.logaddexp(total, log_weights.masked_fill_(~visible, -torch.inf))
+    weights = (total - total.logsumexp(-1, keepdim=True)).exp()
+    return weights.masked_fill(~visible, 0.0).float()

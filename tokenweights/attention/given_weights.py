@@ -14,8 +14,9 @@ from tokenweights.attention.checks import (
 )
 from tokenweights.attention.layout import token_slots
 from tokenweights.attention.results import empty_results, joined, over_heads, write_results
-from tokenweights.attention.rows import row_blocks, row_statistics
+from tokenweights.attention.rows import is_first_key, row_blocks, row_statistics
 from tokenweights.attention.statistics import EntropyKind, Heads, Logits, Request
+from tokenweights.masked import sum_dtype
 
 ROWS = 128
 
@@ -55,7 +56,7 @@ def attention_entropy_from_weights(
 
     Raises:
         TokenWeightsError: If a visible weight is negative or not finite, or if a real query has no
-            weight on any visible key.
+            weight on any visible key (for `fixed`, on the first `fixed_k` of them).
 
     Example:
         >>> import torch
@@ -64,39 +65,49 @@ def attention_entropy_from_weights(
         tensor([[0., 1.]])
     """
     function = "attention_entropy_from_weights"
-    batch, _, queries, keys = weights.shape
+    batch, all_heads, queries, keys = weights.shape
     request = Request((kind,), top_k, fixed_k)
     logits = Logits(scale=1.0, causal=causal, window=window)
     check_request(function, request, heads)
     check_logits(function, logits)
+    request, logits = request.bounded(keys), logits.bounded(keys)
+    if not all_heads:
+        hint = "Pass the weights of one layer."
+        raise invalid(function, "weights", "to have at least one head", all_heads, hint)
     check_positions(function, queries, keys)
     check_shape(function, "key_mask", key_mask, (batch, keys))
+    wide = sum_dtype(weights.dtype)
     shares = heads == "mean_distribution"
-    results = empty_results(request, (batch, 1 if shares else weights.shape[1], queries), weights)
+    results = empty_results(request, (batch, 1 if shares else all_heads, queries), weights)
     for slots in token_slots(batch, queries, keys, key_mask):
         own = weights[slots.row][:, slots.query][:, :, slots.key]
         parts = []
         for taken, block in row_blocks(
             queries=own.shape[1], keys=own.shape[2], rows=ROWS, logits=logits, device=own.device
         ):
-            part = own[:, taken, block.key_slice].to(torch.float32, copy=True)
+            part = own[:, taken, block.key_slice].to(wide, copy=True)
             for columns, hidden in block.hidden:
                 part[..., columns].masked_fill_(hidden, 0.0)
             _check_weights(function, part)
-            part = part.mean(0, keepdim=True) if shares else part
-            found = row_statistics(part, block, request)
-            if bool(found[kind].isnan().any()):
-                condition = f"to have mass on the first {fixed_k} visible keys of every row"
+            if kind == "fixed":
+                part.masked_fill_(~is_first_key(block, request.fixed_k), 0.0)
+            # As shares of the largest, so that the smallest numbers of a type do, and the largest.
+            largest = part.amax((0, 2) if shares else 2, keepdim=True)
+            if not bool((largest > 0).all()):
+                condition = f"to have mass on the first {request.fixed_k} visible keys of every row"
                 hint = "The fixed-position entropy is undefined there; compute it from q and k."
                 raise invalid(function, "weights", condition, "a row with none", hint)
-            parts.append(found)
+            part = part.div_(largest).float()
+            part = part.mean(0, keepdim=True) if shares else part
+            parts.append(row_statistics(part, block, request))
         write_results(results, joined(parts, 1), slots)
     return over_heads(results, heads)[kind]
 
 
 def _check_weights(function: str, weights: Float[Tensor, "heads query key"]) -> None:
     # Written so that a NaN fails too.
-    if not bool((weights >= 0).all() & (weights.sum(-1) > 0).all() & weights.isfinite().all()):
+    largest = weights.amax(-1)
+    if not bool((weights >= 0).all() & (largest > 0).all() & largest.isfinite().all()):
         hint = "Pass probabilities after the softmax, with the causal, window and mask they had."
         got = "a negative, non-finite or empty row"
         condition = "to be finite, >= 0 and not all zero over the visible keys"

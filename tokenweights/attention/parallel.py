@@ -79,7 +79,7 @@ def sequence_parallel_entropy(
     mask = None
     if key_mask is not None:
         mask = gathered(key_mask.to(torch.uint8), positions, dim=1, group=group).bool()
-    entropy = torch.zeros(query.shape[0], query.shape[2], device=query.device)
+    entropy = query.new_zeros(query.shape[0], query.shape[2], dtype=torch.float32)
     order = positions.argsort()
     for start, stop in _runs(positions[order]):
         rows = order[start:stop]

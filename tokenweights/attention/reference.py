@@ -19,12 +19,13 @@ def visible_keys(
 ) -> Bool[Tensor, "batch query key"]:
     """True where a query, one of the last `queries` positions, sees a key."""
     position = key_mask.cumsum(1) - 1  # counts real tokens, so padding shifts nothing
-    distance = position[:, -queries:, None] - position[:, None, :]
-    visible = key_mask[:, -queries:, None] & key_mask[:, None, :]
+    asked = slice(key_mask.shape[1] - queries, None)
+    distance = position[:, asked, None] - position[:, None, :]
+    visible = key_mask[:, asked, None] & key_mask[:, None, :]
     if causal:
         visible &= distance >= 0
     if window is not None:
-        visible &= distance < window
+        visible &= distance < min(window, key_mask.shape[1])
     return visible
 
 
@@ -90,18 +91,18 @@ def reference_statistics(
     if not per_head:
         heads = query.shape[1]
         log_weights = log_weights.logsumexp(1, keepdim=True) - math.log(heads)
-    weights = log_weights.exp()
-    seen = visible[:, None]
-    row_mass = weights.sum(-1)
-    share = weights / row_mass.where(row_mass > 0, 1.0)[..., None]
+    seen, real = visible[:, None], visible.any(-1)[:, None]
+    row_mass = log_weights.logsumexp(-1)
+    # In logarithms, since a sink may leave the keys less than a number can hold.
+    share = (log_weights - row_mass.where(real, 0.0)[..., None]).exp()
     count = visible.sum(-1)[:, None]
     raw = entropy(log_weights)
     log_count = count.double().log()
     largest = log_weights.sort(dim=-1, descending=True).values
-    descending = share.sort(dim=-1, descending=True).values
     first = seen & (seen.cumsum(-1) <= request.fixed_k)
     position = key_mask.cumsum(1) - 1
-    distance = (position[:, -queries:, None] - position[:, None, :]).abs()[:, None]
+    asked = slice(key_mask.shape[1] - queries, None)
+    distance = (position[:, asked, None] - position[:, None, :]).abs()[:, None]
     local = (share * (distance < request.local_window)).sum(-1)
     results = {
         "raw": raw,
@@ -110,13 +111,20 @@ def reference_statistics(
         "fixed": entropy(log_weights.masked_fill(~first, -torch.inf)),
         "mean_distance": (share * distance).sum(-1),
         "local_mass": local,
-        "nonlocal_mass": torch.where(row_mass > 0, 1.0 - local, 0.0),
-        "max_weight": descending[..., 0],
-        "row_mass": row_mass,
+        "nonlocal_mass": torch.where(real, 1.0 - local, 0.0),
+        "max_weight": share.amax(-1),
+        "row_mass": row_mass.exp(),
     }
     if "support_size" in request.kinds:
-        cumulative = descending.cumsum(-1)
-        sizes = [1 + (cumulative < mass).sum(-1) for mass in request.support_mass]
+        # What the share leaves is compared with the sum of the smallest weights, which rounds less
+        # than that of the largest.
+        left_out = share.sort(dim=-1).values.cumsum(-1)
+        sizes = [
+            torch.where(real, share.shape[-1] - (left_out <= 1.0 - mass).sum(-1), 0).clamp_min(1)
+            if mass < 1
+            else count.expand_as(raw)
+            for mass in request.support_mass
+        ]
         size = torch.stack([torch.minimum(s, count.expand_as(s)) for s in sizes], dim=-1)
         results["support_size"] = size
     return {kind: results[kind] for kind in request.kinds}

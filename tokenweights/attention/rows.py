@@ -1,6 +1,6 @@
 """Statistics of a block of attention rows: from weights over keys to one number per query."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokenweights.attention.statistics import Logits, Request
+from tokenweights.masked import accumulator_dtype
 
 # The smallest positive normal float32: where a weight is zero, its `p log p` must be zero too.
 TINY = torch.finfo(torch.float32).tiny
@@ -161,7 +162,7 @@ def row_statistics(
     if "fixed" in kinds:
         results["fixed"] = _fixed_entropy(weights, block, request.fixed_k, least_mass)
     if kinds & {"topk", "support_size"}:
-        results |= _selections(weights, mass, count, request)
+        results |= _selections(weights, count, request)
     if kinds & {"mean_distance", "local_mass", "nonlocal_mass"}:
         results |= _distances(weights, mass, block, request)
     return {kind: results[kind] for kind in request.kinds}
@@ -171,14 +172,14 @@ def log_row_statistics(
     log_weights: Float[Tensor, "heads query key"], block: RowBlock, request: Request
 ) -> dict[str, Tensor]:
     """As `row_statistics`, from finite log-weights of any size; without `row_mass`."""
-    shifted = log_weights - log_weights.amax(-1, keepdim=True)
+    shifted = (log_weights - log_weights.amax(-1, keepdim=True)).float()
     others = set(request.kinds) - {"fixed", "row_mass"}
     results = row_statistics(shifted.exp(), block, request.only(*others))
     if "fixed" in request.kinds:
         # Shifted by their own largest, so that the first keys keep a mass.
-        hidden = ~_is_first_key(block, request.fixed_k)
-        first = log_weights.masked_fill(hidden, torch.finfo(log_weights.dtype).min / 2)
-        first = (first - first.amax(-1, keepdim=True)).exp()
+        hidden = ~is_first_key(block, request.fixed_k)
+        first = log_weights.masked_fill(hidden, torch.finfo(torch.float32).min / 2)
+        first = (first - first.amax(-1, keepdim=True)).float().exp()
         bound = block.visible_count.clamp_max(request.fixed_k)
         results["fixed"] = _renormalized_entropy(first, bound)
     return results
@@ -191,12 +192,15 @@ def _fixed_entropy(
         # Every row starts at the same key, so the columns can be cut instead of masked.
         weights = weights[..., :fixed_k]
     else:
-        weights = weights * _is_first_key(block, fixed_k)
-    entropy = _renormalized_entropy(weights, block.visible_count.clamp_max(fixed_k))
-    return torch.where(weights.sum(-1) > least_mass, entropy, torch.nan)
+        weights = weights * is_first_key(block, fixed_k)
+    # Normalized at once: logarithms of a faint mass would cancel, and their digits with them.
+    mass = weights.sum(-1, keepdim=True)
+    entropy = _renormalized_entropy(weights / mass, block.visible_count.clamp_max(fixed_k))
+    return torch.where(mass[..., 0] > least_mass, entropy, torch.nan)
 
 
-def _is_first_key(block: RowBlock, fixed_k: int) -> Bool[Tensor, "query key"]:
+def is_first_key(block: RowBlock, fixed_k: int) -> Bool[Tensor, "query key"]:
+    """Whether a key is one of the first `fixed_k` that a query sees, or lies before them."""
     return block.key_position < (block.first_visible + fixed_k)[:, None]
 
 
@@ -218,20 +222,13 @@ def _clamp_entropy(
     return torch.minimum(entropy.clamp_min(0.0), bound.float().log())
 
 
-def _selections(
-    weights: Tensor, mass: Tensor, count: Tensor, request: Request
-) -> dict[str, Tensor]:
+def _selections(weights: Tensor, count: Tensor, request: Request) -> dict[str, Tensor]:
     keys = weights.shape[-1]
     results: dict[str, Tensor] = {}
     if "support_size" in request.kinds:
-        ordered = _ascending(weights).flip(-1)
-        cumulative = ordered.cumsum(-1)
-        thresholds = torch.tensor(request.support_mass, device=weights.device)
-        targets = (mass[..., None] * thresholds).contiguous()
-        reached = torch.searchsorted(cumulative, targets)
-        # Rounding can leave the total a hair below the target, never the support beyond N_t.
-        results["support_size"] = torch.minimum(reached + 1, count[:, None])
-        largest = ordered[..., : request.top_k]
+        ordered = _ascending(weights)
+        results["support_size"] = support_sizes(ordered, count, request.support_mass)
+        largest = ordered[..., -request.top_k :]
     elif request.top_k < keys:
         largest = weights.topk(request.top_k, -1, sorted=False).values
     else:
@@ -239,6 +236,26 @@ def _selections(
     if "topk" in request.kinds:
         results["topk"] = _renormalized_entropy(largest, count.clamp_max(request.top_k))
     return results
+
+
+def support_sizes(
+    ascending: Float[Tensor, "heads query key"],
+    count: Int[Tensor, " query"],
+    shares: Sequence[float],
+) -> Int[Tensor, "heads query mass"]:
+    """The least number of keys that hold each share of the mass, from weights in order.
+
+    The keys that can be left out are counted: their sum must not exceed what the share leaves. The
+    error of a sum of small weights is small beside each weight that follows; that of a sum which
+    starts with the large ones may be worth hundreds of the small.
+    """
+    wide, device = accumulator_dtype(ascending.device), ascending.device
+    rest = torch.tensor([1.0 - share for share in shares], dtype=wide, device=device)
+    cumulative = ascending.cumsum(-1, dtype=wide)
+    left_out = torch.searchsorted(cumulative, cumulative[..., -1:] * rest, right=True)
+    # Visible weights may be zeros too: all of the mass is all that is visible.
+    size = torch.where(rest > 0, ascending.shape[-1] - left_out, count[:, None])
+    return torch.minimum(size.clamp_min(1), count[:, None])
 
 
 def _ascending(weights: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ StatisticKind = Literal[
 ENTROPY_KINDS: tuple[EntropyKind, ...] = get_args(EntropyKind)
 STATISTIC_KINDS: tuple[StatisticKind, ...] = get_args(StatisticKind)
 
+SOFTCAPS = (1e-15, 1e18)
+
 
 @dataclass(frozen=True)
 class AttentionStatistics:
@@ -72,6 +74,14 @@ class Request:
         """The same parameters with other statistics."""
         return dataclasses.replace(self, kinds=kinds)
 
+    def bounded(self, keys: int) -> "Request":
+        """The same request of rows of `keys` keys, in counts that fit any integer type."""
+        counts = {
+            name: min(getattr(self, name), max(keys, 1))
+            for name in ("top_k", "fixed_k", "local_window")
+        }
+        return dataclasses.replace(self, **counts)
+
 
 @dataclass(frozen=True)
 class Logits:
@@ -85,3 +95,27 @@ class Logits:
     softcap: float | None = None
     causal: bool = True
     window: int | None = None
+
+    def bounded(self, keys: int) -> "Logits":
+        """The same logits of rows of `keys` keys, in numbers that fit any type.
+
+        A window beyond all keys is none. A softcap far above any score is none, and one far below
+        1 leaves equal logits, however far below it is.
+        """
+        least, most = SOFTCAPS
+        window, softcap = self.window, self.softcap
+        return dataclasses.replace(
+            self,
+            scale=float(self.scale),
+            window=None if window is None or window >= keys else window,
+            softcap=None if softcap is None or softcap > most else max(softcap, least),
+        )
+
+
+def layer_logits(
+    dim: int, scale: float | None, softcap: float | None, causal: bool, window: int | None
+) -> Logits:
+    """The logits of a layer whose heads are `dim` wide, as its arguments say."""
+    # A width of 0 is refused with the shapes.
+    factor = float(max(dim, 1)) ** -0.5 if scale is None else scale
+    return Logits(factor, softcap, causal, window)

@@ -172,7 +172,7 @@ class _Sweep:
 
     def _denominators(self) -> Float[Tensor, "heads row"]:
         tiles = self.configuration.denominators
-        lse = torch.empty(self.heads, self.all_rows, device=self.device)
+        lse = torch.empty(self.heads, self.all_rows, dtype=torch.float32, device=self.device)
         units = unit_table(self.sequences_host, self.logits, rows=tiles.rows)
         _KERNELS.log_sum_exp[(len(units), self.heads)](
             self._loaded(self.query, tiles.rows),
@@ -197,19 +197,20 @@ class _Sweep:
         longest = int(widths(self._units(tiles.rows)).max())
         rows = affordable_rows(longest, tiles.rows, tiles.keys, self.workspace_bytes)
         units = self._units(rows)
-        total = torch.zeros(8, self.out_heads * self.all_rows, device=self.device)
+        total = self._zeros(8, self.out_heads * self.all_rows)
         shares = self.request.support_mass if "support_size" in self.request.kinds else ()
         with_top_k = "topk" in self.request.kinds
-        targets = torch.tensor([0.0] * with_top_k + list(shares), device=self.device)
-        slots = 1 << max(len(targets) - 1, 0).bit_length()
-        targets = torch.cat([targets, targets.new_zeros(slots - len(targets))])
+        targets = with_top_k + len(shares)
+        slots = 1 << max(targets - 1, 0).bit_length()
+        rests = [0.0] * with_top_k + [1.0 - share for share in shares] + [0.0] * (slots - targets)
+        rests = torch.tensor(rests, dtype=torch.float32, device=self.device)
         shape = (self.out_heads, self.all_rows)
-        entropy = torch.zeros(shape, device=self.device)
+        entropy = self._zeros(*shape)
         sizes = torch.zeros(*shape, len(shares), dtype=torch.int32, device=self.device)
         workspace = None
         for chunk, size in workspace_chunks(units, tiles.keys, self.workspace_bytes):
             if workspace is None or workspace.numel() < size:
-                workspace = torch.empty(size, device=self.device)
+                workspace = torch.empty(size, dtype=torch.float32, device=self.device)
             # Sums of this chunk alone: few rows, which may be cut into as many parts as keep the
             # device busy.
             count = row_counts(chunk)
@@ -221,16 +222,16 @@ class _Sweep:
             selection = self.configuration.selection(int(widths(chunk).max()), rows)
             _KERNELS.selections[(len(chunk), -(-rows // selection.rows))](
                 workspace,
-                targets,
+                rests,
                 entropy,
                 sizes,
                 self.sequences,
                 self._on_device(chunk),
                 self.query_slots,
                 self.all_rows,
-                min(self.request.top_k, 2**24),
+                self.request.top_k,
                 self.logits.window or 0,
-                TARGETS=with_top_k + len(shares),
+                TARGETS=targets,
                 SLOTS=slots,
                 TOP_K=with_top_k,
                 CAUSAL=self.logits.causal,
@@ -268,7 +269,7 @@ class _Sweep:
         """Row sums of units, put together from parts; each unit's rows begin at its place."""
         span = part_span(units, tiles.keys, most_parts)
         parts = -(-int(widths(units).max()) // span)
-        sums = torch.zeros(parts, 8, size, device=self.device)
+        sums = self._zeros(parts, 8, size)
         self._launch(tiles, item_table(with_sum_rows(units, place), span), request, sums, workspace)
         return _added(sums)
 
@@ -371,6 +372,9 @@ class _Sweep:
             "num_stages": tiles.stages,
         }
 
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float32, device=self.device)
+
     def _on_device(self, table: Tensor) -> Tensor:
         if self.device.type == "cpu":
             return table
@@ -444,7 +448,8 @@ def _repair(
 ) -> None:
     """Rows whose keys hold next to no mass, again by the chunked backend, which takes logarithms.
 
-    Sequences are cut to the stretch from their first to their last faint row.
+    Sequences are cut to the stretch from their first to their last faint row. Their denominators
+    are not taken from the given ones, which may be coarse.
     """
     for sequence, target in zip(batch.sequences, original.sequences, strict=True):
         rows = faint[sequence.slots.row][:, sequence.slots.query].any(0).nonzero().flatten()
@@ -461,7 +466,6 @@ def _repair(
             logits,
             per_head=per_head,
             sinks=sinks,
-            lse=None if sequence.lse is None else sequence.lse[:, first:end],
         )
         slots = target.slots
         part = torch.arange(queries, device=faint.device)[first:end]

@@ -306,7 +306,7 @@ def mean_weights(
 @triton.jit
 def selections(
     workspace,
-    shares,
+    rests,
     entropy,
     sizes,
     sequences,
@@ -328,7 +328,8 @@ def selections(
 
     Non-negative floats are ordered as their bits are, so halving an interval of bit patterns finds
     the exact weight at which a count or a mass is reached; ties are counted, not listed. With
-    `TOP_K` the first target is the count, the others are shares of the mass.
+    `TOP_K` the first target is the count. The others are what shares leave of the mass: the sum of
+    the smallest weights, which rounds less than that of the largest.
     """
     item = items + tl.program_id(0) * ITEM_COLUMNS
     sequence = sequences + tl.load(item) * SEQUENCE_COLUMNS
@@ -347,16 +348,16 @@ def selections(
 
     mass = tl.zeros([ROWS], tl.float32)
     largest = tl.zeros([ROWS], tl.float32)
-    # Where nothing is left to load, -1 is below every threshold.
-    weight = tl.load(start[:, None] + lane[None, :], mask=lane[None, :] < key_stop, other=-1.0)
+    # Where nothing is left to load, a zero adds nothing and is below every threshold that counts.
+    weight = tl.load(start[:, None] + lane[None, :], mask=lane[None, :] < key_stop, other=0.0)
     for piece in range(PIECES):
         if PIECES > 1:
             column = lane + piece * BLOCK
-            weight = tl.load(start[:, None] + column[None, :], mask=column < key_stop, other=-1.0)
-        mass += tl.sum(tl.maximum(weight, 0.0), axis=1)
+            weight = tl.load(start[:, None] + column[None, :], mask=column < key_stop, other=0.0)
+        mass += tl.sum(weight, axis=1)
         largest = tl.maximum(largest, tl.max(weight, axis=1))
-    share = tl.load(shares + slot)
-    target = share * mass[:, None]
+    rest = tl.load(rests + slot)
+    target = -rest * mass[:, None]
     if TOP_K:
         target = tl.where(slot == 0, tl.cast(top_k, tl.float32), target)
 
@@ -371,7 +372,7 @@ def selections(
             if PIECES > 1:
                 column = lane + piece * BLOCK
                 weight = tl.load(
-                    start[:, None] + column[None, :], mask=column < key_stop, other=-1.0
+                    start[:, None] + column[None, :], mask=column < key_stop, other=0.0
                 )
             for index in tl.static_range(TARGETS):
                 bound = tl.sum(tl.where(slot == index, level, 0.0), axis=1)
@@ -379,7 +380,7 @@ def selections(
                 if TOP_K and index == 0:
                     value = tl.sum(tl.where(kept, 1.0, 0.0), axis=1)
                 else:
-                    value = tl.sum(tl.where(kept, weight, 0.0), axis=1)
+                    value = -tl.sum(tl.where(kept, 0.0, weight), axis=1)
                 reached += tl.where(slot == index, value[:, None], 0.0)
         enough = reached >= target
         low = tl.where(enough, middle, low)
@@ -387,20 +388,22 @@ def selections(
 
     bound = low.to(tl.float32, bitcast=True)
     count = tl.zeros([ROWS, SLOTS], tl.float32)
-    above = tl.zeros([ROWS, SLOTS], tl.float32)
+    beyond = tl.zeros([ROWS, SLOTS], tl.float32)
     plogp = tl.zeros([ROWS], tl.float32)
     for piece in range(PIECES):
         if PIECES > 1:
             column = lane + piece * BLOCK
-            weight = tl.load(start[:, None] + column[None, :], mask=column < key_stop, other=-1.0)
+            weight = tl.load(start[:, None] + column[None, :], mask=column < key_stop, other=0.0)
         for index in tl.static_range(TARGETS):
             here = tl.sum(tl.where(slot == index, bound, 0.0), axis=1)
-            kept = tl.where(weight > here[:, None], weight, 0.0)
             more = tl.sum(tl.where(weight > here[:, None], 1.0, 0.0), axis=1)
             count += tl.where(slot == index, more[:, None], 0.0)
-            above += tl.where(slot == index, tl.sum(kept, axis=1)[:, None], 0.0)
             if TOP_K and index == 0:
-                plogp += tl.sum(kept * tl.log2(tl.maximum(kept, TINY)), axis=1)
+                part = tl.where(weight > here[:, None], weight, 0.0)
+                plogp += tl.sum(part * tl.log2(tl.maximum(part, TINY)), axis=1)
+            else:
+                part = tl.where(weight <= here[:, None], weight, 0.0)
+            beyond += tl.where(slot == index, tl.sum(part, axis=1)[:, None], 0.0)
 
     out = batch * query_slots + query_slot + first_row + real
     out += tl.load(item + 6) * all_rows
@@ -412,14 +415,17 @@ def selections(
     if TOP_K:
         ties = tl.cast(top_k, tl.float32) - tl.sum(tl.where(slot == 0, count, 0.0), axis=1)
         tie = tl.sum(tl.where(slot == 0, bound, 0.0), axis=1)
-        kept_mass = tl.sum(tl.where(slot == 0, above, 0.0), axis=1) + ties * tie
+        kept_mass = tl.sum(tl.where(slot == 0, beyond, 0.0), axis=1) + ties * tie
         plogp += ties * tie * tl.log2(tl.maximum(tie, TINY))
         value = (tl.log2(kept_mass) - plogp / kept_mass) * LN2
         most = tl.log2(tl.minimum(visible, top_k).to(tl.float32)) * LN2
         value = tl.where(value < 0.0, 0.0, tl.where(value > most, most, value))
         tl.store(entropy + out, value, mask=live)
-    missing = tl.ceil((target - above) / tl.maximum(bound, TINY))
-    size = tl.minimum(tl.maximum(count + missing, 1.0), visible.to(tl.float32)[:, None])
+    missing = tl.ceil((beyond + target) / tl.maximum(bound, TINY))
+    # A weight may underflow to zero: all of the mass is all that is visible.
+    most_keys = visible.to(tl.float32)[:, None]
+    size = tl.where(target < 0.0, tl.maximum(count + missing, 1.0), most_keys)
+    size = tl.minimum(size, most_keys)
     wanted = slot
     shares_asked = TARGETS
     if TOP_K:
