@@ -23,8 +23,9 @@ from tokenweights.capture import (
     middle_layer,
 )
 from tokenweights.losses import Denominator, loss_denominator
-from tokenweights.masked import masked_ranks
+from tokenweights.masked import masked_ranks, sum_dtype
 from tokenweights.partition import (
+    MAX_BINS,
     back_fraction,
     bernoulli_subset,
     bottom_fraction,
@@ -36,6 +37,7 @@ from tokenweights.partition import (
 )
 from tokenweights.recipes.description import recipe_description
 from tokenweights.schedules import (
+    MAX_WEIGHT,
     Endpoints,
     Schedule,
     constant_schedule,
@@ -128,12 +130,14 @@ class Recipe:
         _check(self, "warmup_steps", self.warmup_steps >= 0, ">= 0")
         _check(self, "temperature", 0 < self.temperature < math.inf, "positive and finite")
         _check(self, "eps", 0 < self.eps < math.inf, "positive and finite")
-        for name in ("position_bins", "top_k", "fixed_k"):
+        _check(self, "position_bins", 1 <= self.position_bins <= MAX_BINS, f"in [1, {MAX_BINS}]")
+        for name in ("top_k", "fixed_k"):
             _check(self, name, getattr(self, name) >= 1, ">= 1")
         for name in ("low", "high"):
             pair = getattr(self, name)
-            fits = len(pair) == 2 and all(0 <= value < math.inf for value in pair)
-            _check(self, name, fits, "two finite weights >= 0: at the start and at the end")
+            fits = len(pair) == 2 and all(0 <= value <= MAX_WEIGHT for value in pair)
+            condition = f"two weights in [0, {MAX_WEIGHT:g}]: at the start and at the end"
+            _check(self, name, fits, condition)
         _check(self, "layers", self.layers is None or len(self.layers) > 0, "not empty")
         scored = self.rule in _SCORED_RULES
         _check(
@@ -299,7 +303,8 @@ class Recipe:
             mask: True for valid response tokens.
 
         Returns:
-            Their mean, or the mean of their within-response ranks over `T - 1`.
+            Their mean, or the mean of their within-response ranks over `T - 1`, of the dtype of
+            the scores but float32 for half precision and for ranks.
         """
         if not scores:
             raise invalid(
@@ -307,10 +312,11 @@ class Recipe:
             )
         if self.layer_reduction == "rank_mean":
             last = (mask.sum(-1, keepdim=True) - 1).clamp(min=1)
-            scores = [masked_ranks(layer, mask) / last for layer in scores]
+            scores = [masked_ranks(layer, mask).float() / last for layer in scores]
         elif len(scores) == 1:
-            return scores[0]
-        return torch.stack(list(scores)).mean(0)
+            return scores[0].to(sum_dtype(scores[0].dtype))
+        layers = torch.stack(list(scores))
+        return layers.mean(0, dtype=sum_dtype(layers.dtype))
 
     def endpoints(self, step: int) -> Endpoints:
         """Weights of the lowest-scored and of the highest-scored token at a training step.
@@ -355,9 +361,11 @@ class Recipe:
             Weights, 0 off the mask.
 
         Raises:
-            TokenWeightsError: If scores or token groups are missing, or a valid score is not
-                finite.
+            TokenWeightsError: If `step` is negative, scores or token groups are missing, or a
+                valid score is not finite.
         """
+        if step < 0:
+            raise invalid("Recipe.token_weights", "step", ">= 0", step, "Count steps from 0.")
         if self.signal != "none" and scores is None:
             raise invalid(
                 "Recipe.token_weights",
@@ -406,7 +414,7 @@ class Recipe:
             otherwise, and 0 where that is 0.
         """
         if self.denominator == "all_tokens":
-            return torch.ones((), device=weights.device)
+            return torch.ones((), dtype=torch.float32, device=weights.device)
         count = loss_denominator(mask, group=group)
         own = loss_denominator(mask, weights, denominator=self.denominator, group=group)
         return torch.where(own > 0, count / own.where(own > 0, 1), 0.0).float()
