@@ -39,15 +39,13 @@ def batch_total(
     Raises:
         TokenWeightsError: If it is negative or not finite; no check under `torch.compile`.
     """
-    if not isinstance(value, Tensor):
-        try:
-            value = float(value)
-        except OverflowError:
-            value = torch.inf
-    if not torch.compiler.is_compiling() and not 0 <= float(value) < torch.inf:
+    if isinstance(value, int) and value > 2**1023:
+        value = torch.inf
+    total = torch.as_tensor(value, dtype=accumulator_dtype(device), device=device)
+    if not torch.compiler.is_compiling() and not 0 <= float(total.detach()) < torch.inf:
         hint = "Take it over the whole batch."
-        raise invalid(function, argument, "finite and >= 0", float(value), hint)
-    return torch.as_tensor(value, dtype=accumulator_dtype(device), device=device)
+        raise invalid(function, argument, "finite and >= 0", float(total.detach()), hint)
+    return total
 
 
 def row_chunks(shape: torch.Size) -> Iterator[slice]:

@@ -134,10 +134,15 @@ def extreme_tokens(
     Returns:
         Row and position of each token, the most extreme first; of equal ones the earlier first.
 
+    Raises:
+        TokenWeightsError: If `count` is negative.
+
     Example:
         >>> ratios, mask = torch.tensor([[0.5, 0.75, -0.25]]), torch.ones(1, 3, dtype=torch.bool)
         >>> extreme_tokens(ratios, mask, count=1)
         tensor([[0, 2]])
     """
+    if count < 0:
+        raise invalid("extreme_tokens", "count", ">= 0", count, "Pass a number of tokens.")
     order = projection_ratio[mask].sort(stable=True, descending=largest).indices
-    return mask.nonzero()[order[:count]]
+    return mask.nonzero()[order[: min(count, len(order))]]
