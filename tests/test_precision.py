@@ -454,6 +454,7 @@ def test_half_precision_is_widened_before_it_adds_up(name, dtype):
             assert value == other, path
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by torch
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("room", COMPILED)
 def test_compiling_changes_nothing(room):

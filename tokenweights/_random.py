@@ -21,13 +21,7 @@ Word = tuple[Tensor, Tensor]
 def random_keys(
     seed: int, sample_ids: Int[Tensor, " batch"], positions: Int[Tensor, "batch token"]
 ) -> Int[Tensor, "batch token"]:
-    """Uniform integers in `[0, 2**53)`, one for each (seed, sample id, position).
-
-    Args:
-        seed: Any integer, read modulo `2**64`.
-        sample_ids: Any int64 numbers.
-        positions: In `[-1, 2**31)`.
-    """
+    """Uniform integers in `[0, 2**53)`, one for each (seed, sample id, position)."""
     start = (seed + 1) * _GOLDEN
     high, low = _mixed(
         (sample_ids >> 32) + (start >> 32 & _HALF), (sample_ids & _HALF) + (start & _HALF)
@@ -35,8 +29,8 @@ def random_keys(
     keys = torch.empty_like(positions)
     for rows in row_chunks(positions.shape):
         steps = positions[rows] + 1
-        upper, lower = _signed_halves(_GOLDEN)
-        top, bottom = _mixed(high[rows, None] + steps * upper, low[rows, None] + steps * lower)
+        upper, lower = _product((steps >> 32, steps & _HALF), _GOLDEN)
+        top, bottom = _mixed(high[rows, None] + upper, low[rows, None] + lower)
         keys[rows] = top << (KEY_BITS - 32) | bottom >> (64 - KEY_BITS)
     return keys
 

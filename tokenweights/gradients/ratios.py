@@ -110,7 +110,7 @@ def band_shares(decile_ratios: Float[Tensor, " decile"]) -> BandShares:
         raise invalid(
             "band_shares", "decile_ratios", "ten", len(decile_ratios), "Use ten quantile bins."
         )
-    wide = decile_ratios.double()
+    wide = decile_ratios.detach().double()
     parts = wide[: BANDS[0]], wide[BANDS[0] : BANDS[1]], wide[BANDS[1] :]
     return BandShares(*(float(part.sum() / wide.sum()) for part in parts))
 
