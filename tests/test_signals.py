@@ -29,6 +29,39 @@ def test_predictive_entropy_of_forbidden_tokens_and_low_precision():
     assert tw.predictive_entropy(certain).item() == 0.0
 
 
+@pytest.mark.parametrize("shape", [(1, 9, 7), (9, 1, 7), (4, 5, 7), (2, 3, 400)])
+@pytest.mark.parametrize("room", [1, 21, 100])
+def test_blocks_of_any_size_are_views_and_give_the_same(monkeypatch, shape, room):
+    monkeypatch.setattr("tokenweights.signals.CPU_CHUNK_LOGITS", room)
+    whole = torch.randn(shape[0], shape[1] + 1, shape[2])
+    logits = whole[:, 1:]
+    expected = torch.distributions.Categorical(logits=logits.double()).entropy()
+    blocks = []
+    own = tw.signals._softmax_entropy
+    monkeypatch.setattr(
+        "tokenweights.signals._softmax_entropy", lambda block: blocks.append(block) or own(block)
+    )
+    entropy = tw.predictive_entropy(logits)
+    torch.testing.assert_close(entropy.double(), expected, rtol=0, atol=1e-6)
+    storage = logits.untyped_storage().data_ptr()
+    assert all(block.untyped_storage().data_ptr() == storage for block in blocks)
+    assert max(block.numel() for block in blocks) <= max(room, shape[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_predictive_entropy_of_the_widest_logits(dtype):
+    top = torch.finfo(dtype).max
+    logits = torch.tensor([[[top, -top], [top, top], [-top, -top]]], dtype=dtype)
+    torch.testing.assert_close(
+        tw.predictive_entropy(logits), torch.tensor([[0.0, math.log(2), math.log(2)]])
+    )
+
+
+def test_a_row_without_a_distribution_has_no_entropy():
+    logits = torch.tensor([[[-math.inf] * 2, [math.inf, 0.0], [math.nan, 0.0], [0.0, 0.0]]])
+    assert tw.predictive_entropy(logits).isnan().tolist() == [[True, True, True, False]]
+
+
 def test_predictive_entropy_leaves_its_input_alone():
     logits = torch.randn(1, 3, 5, requires_grad=True)
     before = logits.detach().clone()
@@ -73,6 +106,7 @@ def test_nothing_to_align():
     "make",
     [
         lambda: tw.predictive_entropy(torch.rand(1, 1, 2), chunk_tokens=0),
+        lambda: tw.predictive_entropy(torch.rand(1, 1, 0)),
         lambda: tw.align_to_decision(torch.rand(1, 3), response_length=3),
         lambda: tw.align_to_own(torch.rand(1, 3), response_length=4),
         lambda: tw.align_to_own(torch.rand(1, 3), response_length=-1),

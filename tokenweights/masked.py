@@ -39,8 +39,8 @@ def batch_total(
     Raises:
         TokenWeightsError: If it is negative or not finite; no check under `torch.compile`.
     """
-    if isinstance(value, int) and value > 2**1023:
-        value = torch.inf
+    if isinstance(value, int) and abs(value) > 2**1023:
+        value = torch.inf if value > 0 else -torch.inf
     total = torch.as_tensor(value, dtype=accumulator_dtype(device), device=device)
     if not torch.compiler.is_compiling() and not 0 <= float(total.detach()) < torch.inf:
         hint = "Take it over the whole batch."
