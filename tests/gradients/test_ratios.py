@@ -62,4 +62,6 @@ def test_extreme_tokens_are_sorted_and_valid():
     mask = torch.tensor([[True, True, False], [True, True, True]])
     assert tw.extreme_tokens(ratios, mask, count=3).tolist() == [[1, 0], [0, 1], [1, 2]]
     assert tw.extreme_tokens(ratios, mask, count=1, largest=True).tolist() == [[1, 1]]
-    assert len(tw.extreme_tokens(ratios, mask, count=99)) == 5
+    assert len(tw.extreme_tokens(ratios, mask, count=2**70)) == 5
+    with pytest.raises(TokenWeightsError, match="`count` >= 0"):
+        tw.extreme_tokens(ratios, mask, count=-1)
