@@ -36,7 +36,7 @@ print(status("VmHWM") - before)
 
 
 def logits(dtype, *, sliced):
-    """Rows of a prompt and a response, of which the response is wanted; some tokens forbidden."""
+    """The response of longer rows, as a slice of them or on its own."""
     generator = torch.Generator().manual_seed(0)
     whole = torch.empty(2, TOKENS // 2 + 8, VOCABULARY, dtype=dtype)
     for row in whole:
