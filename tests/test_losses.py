@@ -141,6 +141,57 @@ def test_half_precision_adds_up_in_float32(dtype):
     assert tw.aggregate_loss(token_loss, mask, mode="seq-mean-token-mean").item() == 0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
+def test_sums_of_half_precision_weights_do_not_overflow(dtype, mode):
+    ones = torch.ones(1, 4096, dtype=dtype)
+    weights = ones * 100
+    loss = tw.aggregate_loss(ones, ones.bool(), weights, mode=mode, denominator="weight_sum")
+    assert loss.item() == 1.0
+    product = tw.aggregate_loss(weights * 10, ones.bool(), weights, mode=mode)
+    assert product.item() == 1e5  # more than float16 holds
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("advantage", [-1.5, 0.0, 1.5])
+def test_ratios_of_half_precision_do_not_overflow(dtype, advantage):
+    log_probs = torch.tensor([[-1.0, -1.0, 11.0]], dtype=dtype, requires_grad=True)
+    old = torch.tensor([[-1.0, 11.0, -1.0]], dtype=dtype)
+    advantages = torch.tensor([[advantage]], dtype=dtype)
+    loss = tw.clipped_surrogate_loss(log_probs, old, advantages)
+    ratios = [1.0, math.exp(-12), math.exp(12)]
+    expected = [-min(r * advantage, min(max(r, 0.8), 1.28) * advantage) for r in ratios]
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, torch.tensor([expected]))
+    (gradient,) = torch.autograd.grad(loss.sum(), log_probs)
+    assert not gradient.isnan().any()
+
+
+@pytest.mark.parametrize("size", [1e-40, 1e-45, 1e-200, 1e-320])
+def test_a_mean_by_tiny_weights_is_that_by_large_ones(size):
+    """Down to the denormal numbers; the weights are whole multiples of the smallest."""
+    unit = torch.tensor(size, dtype=torch.float32 if size > 1e-46 else torch.float64)
+    weights = unit * torch.tensor([[1.0, 2.0, 5.0]], dtype=unit.dtype)
+    token_loss, mask = torch.tensor([[0.3, -0.7, 0.9]]), torch.ones(1, 3, dtype=torch.bool)
+    expected = (0.3 * 1 - 0.7 * 2 + 0.9 * 5) / 8
+    for mode in ("token-mean", "seq-mean-token-mean"):
+        loss = tw.aggregate_loss(token_loss, mask, weights, mode=mode, denominator="weight_sum")
+        assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [torch.tensor(4), torch.tensor(4, dtype=torch.int16), 4, 4.0])
+def test_counts_may_be_integers(count):
+    token_loss, mask = torch.tensor([[1.0, 3.0]]), torch.ones(1, 2, dtype=torch.bool)
+    assert tw.weighted_token_mean(token_loss, mask, count=count).item() == 1.0
+    assert tw.aggregate_loss(token_loss, mask, mode="seq-mean-token-sum", count=count).item() == 1.0
+
+
+def test_any_count_that_a_float_holds_is_right():
+    token_loss, mask = torch.tensor([[1.0, 3.0]]).double(), torch.ones(1, 2, dtype=torch.bool)
+    assert tw.weighted_token_mean(token_loss, mask, count=2**70).item() == 4 / 2**70
+    assert tw.weighted_token_mean(token_loss, mask, count=0.1).item() == 4 / 0.1
+
+
 def test_a_large_ratio_does_not_turn_weight_zero_into_nan():
     log_probs = torch.tensor([[100.0]], requires_grad=True)
     loss = tw.clipped_surrogate_loss(log_probs, torch.zeros(1, 1), torch.zeros(1, 1))
@@ -174,11 +225,15 @@ LOSS = torch.rand(1, 2)
         lambda: tw.aggregate_loss(LOSS, ONE, mode="seq-mean-token-sum-norm"),
         lambda: tw.aggregate_loss(LOSS, ONE, mode="seq-mean-token-sum", max_length=3),
         lambda: tw.aggregate_loss(LOSS, ONE, mode="seq-mean-token-sum-norm", max_length=0),
+        lambda: tw.aggregate_loss(LOSS, ONE, mode="seq-mean-token-sum-norm", max_length=2**70),
+        lambda: tw.aggregate_loss(LOSS, ONE, max_length=5),
         lambda: tw.aggregate_loss(LOSS, ONE, -LOSS),
         lambda: tw.aggregate_loss(LOSS, ONE, mode="seq-mean-token-sum", count=math.nan),
         lambda: tw.weighted_token_mean(LOSS, ONE, -LOSS, denominator="weight_sum"),
         lambda: tw.weighted_token_mean(LOSS, ONE, count=math.nan),
         lambda: tw.weighted_token_mean(LOSS, ONE, count=-3.0),
+        lambda: tw.weighted_token_mean(LOSS, ONE, count=10**400),
+        lambda: tw.weighted_token_mean(LOSS, ONE, count=-(10**400)),
         lambda: tw.aggregate_loss(LOSS, ONE, mode="seq-mean-token-sum", denominator="weight_sum"),
     ],
 )

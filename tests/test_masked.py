@@ -43,10 +43,19 @@ def test_masked_tokens_get_no_gradient():
     assert values.grad is not None and values.grad.tolist() == [[1.0, 0.0]]
 
 
-def test_integers_with_the_largest_value_still_rank_before_masked_tokens():
-    top = torch.iinfo(torch.int64).max
-    order = masked_order(torch.tensor([[0, top, 5]]), torch.tensor([[False, True, True]]))
-    assert order[0, 0] == 2
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
+def test_integers_with_the_largest_value_still_rank_before_masked_tokens(dtype):
+    top = torch.iinfo(dtype).max
+    values = torch.tensor([[0, top, 5, top, 7]], dtype=dtype)
+    mask = torch.tensor([[False, True, True, True, False]])
+    assert masked_order(values, mask).tolist() == [[2, 1, 3, 0, 4]]
+    assert masked_ranks(values, mask).tolist() == [[3, 1, 0, 2, 4]]
+
+
+@pytest.mark.parametrize("rank", [masked_order, masked_ranks])
+def test_what_has_no_order_is_refused(rank):
+    with pytest.raises(TokenWeightsError, match="finite under a True mask"):
+        rank(torch.tensor([[0.0, float("nan")]]), torch.tensor([[True, True]]))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -82,6 +82,23 @@ def test_equation_22_quadrants_agree_with_exact_medians(case):
         assert quadrants[row][mask[row]].tolist() == expected
 
 
+@given(scored_masks(), st.sampled_from([torch.float16, torch.bfloat16, torch.float32]), st.data())
+def test_medians_of_neighbouring_scores_do_not_round(case, dtype, data):
+    """Between two adjacent floats there is no float: the mean of the two would round to one."""
+    mask = case[1]
+    start = data.draw(st.floats(-60000, 60000, allow_subnormal=True, width=16))
+    step = torch.tensor([start], dtype=dtype)
+    ladder = [step := torch.nextafter(step, torch.full_like(step, torch.inf)) for _ in range(4)]
+    scores = torch.cat(ladder)[(case[0].nan_to_num(0, 0, 0) * 3).long().clamp(0, 3)]
+    quadrants = tw.median_quadrants(scores, -scores, mask)
+    for row in range(len(mask)):
+        values = scores[row][mask[row]].double()
+        if len(values):
+            above = values > np.median(values.numpy())
+            below = -values > np.median(-values.numpy())
+            assert quadrants[row][mask[row]].tolist() == (above + 2 * below.long()).tolist()
+
+
 @given(masks(), st.integers(0, 2**40), FRACTIONS)
 def test_random_fraction_takes_exactly_its_share(mask, seed, fraction):
     subset = tw.random_fraction(mask, fraction=fraction, seed=seed)
@@ -149,9 +166,13 @@ def test_seed_and_sample_id_are_not_interchangeable():
     assert not torch.equal(one, other)
 
 
-def test_a_tiny_fraction_still_takes_a_token():
+@pytest.mark.parametrize("fraction", [1e-7, 1e-10, 5e-324])
+def test_a_tiny_fraction_still_takes_a_token(fraction):
     mask = torch.ones(1, 5, dtype=torch.bool)
-    assert tw.bottom_fraction(torch.rand(1, 5), mask, fraction=1e-7).sum() == 1
+    assert tw.bottom_fraction(torch.rand(1, 5), mask, fraction=fraction).sum() == 1
+    assert tw.random_fraction(mask, fraction=fraction, seed=0).sum() == 1
+    assert tw.back_fraction(mask, fraction=fraction).sum() == 1
+    assert tw.front_fraction(mask, fraction=fraction).sum() == 0  # t / T <= f holds for no t
 
 
 def test_matched_random_draws_uniformly_within_a_group():
@@ -208,6 +229,11 @@ def test_first_tokens_are_the_first_valid_ones(mask, count):
             got[row].nonzero().flatten().tolist()
             == (mask[row].nonzero().flatten().tolist()[:count])
         )
+
+
+def test_more_first_tokens_than_there_are_take_all():
+    mask = torch.tensor([[True, False, True]])
+    assert torch.equal(tw.first_tokens(mask, count=2**70), mask)
 
 
 def test_a_negative_count_of_first_tokens_is_refused():

@@ -5,6 +5,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenweights as tw
 from tokenweights import TokenWeightsError
@@ -27,6 +29,47 @@ def test_predictive_entropy_of_forbidden_tokens_and_low_precision():
     assert tw.predictive_entropy(logits.bfloat16()).item() == pytest.approx(math.log(2))
     certain = torch.tensor([[[0.0, -math.inf]]])
     assert tw.predictive_entropy(certain).item() == 0.0
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that is made, views of one tensor left out."""
+
+    def __init__(self, *, beside):
+        super().__init__()
+        self.elements, self.storage = 0, beside.untyped_storage().data_ptr()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and made.untyped_storage().data_ptr() != self.storage:
+            self.elements = max(self.elements, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 7), (9, 1, 7), (4, 5, 7), (2, 3, 400)])
+@pytest.mark.parametrize("room", [1, 21, 100])
+def test_blocks_of_any_size_give_the_same_without_a_copy(monkeypatch, shape, room):
+    monkeypatch.setattr("tokenweights.signals.CPU_CHUNK_LOGITS", room)
+    whole = torch.randn(shape[0], shape[1] + 1, shape[2])
+    logits = whole[:, 1:]
+    expected = torch.distributions.Categorical(logits=logits.double()).entropy()
+    with LargestTensor(beside=logits) as largest:
+        entropy = tw.predictive_entropy(logits)
+    torch.testing.assert_close(entropy.double(), expected, rtol=0, atol=1e-6)
+    assert largest.elements <= max(room, shape[2], entropy.numel())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_predictive_entropy_of_the_widest_logits(dtype):
+    top = torch.finfo(dtype).max
+    logits = torch.tensor([[[top, -top], [top, top], [-top, -top]]], dtype=dtype)
+    torch.testing.assert_close(
+        tw.predictive_entropy(logits), torch.tensor([[0.0, math.log(2), math.log(2)]])
+    )
+
+
+def test_a_row_without_a_distribution_has_no_entropy():
+    logits = torch.tensor([[[-math.inf] * 2, [math.inf, 0.0], [math.nan, 0.0], [0.0, 0.0]]])
+    assert tw.predictive_entropy(logits).isnan().tolist() == [[True, True, True, False]]
 
 
 def test_predictive_entropy_leaves_its_input_alone():
@@ -73,6 +116,7 @@ def test_nothing_to_align():
     "make",
     [
         lambda: tw.predictive_entropy(torch.rand(1, 1, 2), chunk_tokens=0),
+        lambda: tw.predictive_entropy(torch.rand(1, 1, 0)),
         lambda: tw.align_to_decision(torch.rand(1, 3), response_length=3),
         lambda: tw.align_to_own(torch.rand(1, 3), response_length=4),
         lambda: tw.align_to_own(torch.rand(1, 3), response_length=-1),

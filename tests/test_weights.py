@@ -145,6 +145,38 @@ def test_match_mass_gives_the_target_mean_on_any_split(case, target):
         torch.testing.assert_close(torch.cat(parts), matched)
 
 
+def test_matched_weights_of_half_precision_do_not_overflow():
+    weights = torch.zeros(1, 70000, dtype=torch.float16)
+    weights[0, 0] = 0.5
+    matched = tw.match_mass(weights, torch.ones(1, 70000, dtype=torch.bool))
+    assert matched.dtype == torch.float32 and matched[0, 0] == 70000
+
+
+@pytest.mark.parametrize("size", [1e-320, 1e-200, 1e-40, 1e200])
+def test_what_weights_do_depends_on_their_ratios_only(size):
+    mask = torch.tensor([[True, True, True, False]])
+    ratios = torch.tensor([[1.0, 2.0, 5.0, 7.0]], dtype=torch.float64)
+    matched = tw.match_mass(ratios * size, mask)
+    torch.testing.assert_close(matched, ratios * 3 / 8 * mask, rtol=1e-12, atol=0)
+    statistics = tw.weight_statistics(ratios * size, mask, bin_count=3)
+    assert statistics.effective_sample_size.item() == pytest.approx(64 / 30 / 3)
+    torch.testing.assert_close(statistics.share, torch.tensor([1 / 8, 2 / 8, 5 / 8]))
+
+
+def test_totals_of_the_batch_may_be_integers():
+    weights, mask = torch.tensor([[1.0, 3.0]]), torch.ones(1, 2, dtype=torch.bool)
+    matched = tw.match_mass(weights, mask, count=mask.sum(), mass=torch.tensor(4))
+    assert matched.tolist() == [[0.5, 1.5]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_extrema_of_a_narrow_dtype_do_not_narrow_the_weights(dtype):
+    scores, mask = torch.tensor([[0.0, 0.3, 1.0]]), torch.ones(1, 3, dtype=torch.bool)
+    narrow = ScoreExtrema(torch.tensor(0.0, dtype=dtype), torch.tensor(1.0, dtype=dtype))
+    weights = tw.endpoint_weights(scores, mask, Endpoints(0.0, 1.0), extrema=narrow)
+    assert weights[0, 1].item() == pytest.approx(math.expm1(0.3) / math.expm1(1), rel=1e-6)
+
+
 @given(scored_masks())
 def test_weight_statistics_agree_with_numpy(case):
     weights, mask = case
@@ -193,7 +225,13 @@ HALF = torch.tensor([[0.0, 0.5]])
         ),
         lambda: tw.match_mass(-HALF, ONE),
         lambda: tw.match_mass(HALF, ONE, target=-1.0),
+        lambda: tw.match_mass(HALF, ONE, count=10**400),
+        lambda: tw.endpoint_weights(
+            HALF, ONE, Endpoints(0, 1), form="literal", partition=torch.tensor(math.nan)
+        ),
         lambda: tw.weight_statistics(-HALF, ONE),
+        lambda: tw.weight_statistics(HALF, ONE, bin_count=0),
+        lambda: tw.weight_statistics(HALF, ONE, bins=torch.zeros(1, 2).long(), bin_count=2**70),
         lambda: tw.weight_statistics(HALF, ONE, bins=torch.tensor([[0, 3]]), bin_count=2),
     ],
 )

@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokenweights._errors import invalid
@@ -12,6 +12,7 @@ from tokenweights._typing import typed
 from tokenweights.distributed import global_sum
 from tokenweights.masked import (
     accumulator_dtype,
+    batch_total,
     masked_sum,
     require_weights,
     row_chunks,
@@ -41,8 +42,9 @@ def clipped_surrogate_loss(
 
     $\ell_t = -\min(r_t A_t, \mathrm{clip}(r_t, 1 - \epsilon_{low}, 1 + \epsilon_{high}) A_t)$ with
     $r_t = \exp(\log\pi - \log\pi_{old})$. Weights >= 0 may multiply the advantages or the loss;
-    both give the same. Log-ratios are bounded at 80 in size, short of overflow. With `dual_clip`
-    $= c$, tokens of negative advantage are at most $-c A_t$.
+    both give the same. Log-ratios are bounded at 80 in size, short of overflow in float32, which
+    half-precision inputs are widened to. With `dual_clip` $= c$, tokens of negative advantage are
+    at most $-c A_t$.
 
     Args:
         log_probs: Of the current policy; the gradient flows here.
@@ -55,7 +57,7 @@ def clipped_surrogate_loss(
             the inputs are NaN.
 
     Returns:
-        The loss of each token.
+        The loss of each token, of the inputs' dtype but float32 for half precision.
 
     Raises:
         TokenWeightsError: If a clip bound is negative, `clip_low` > 1 or `dual_clip` <= 1.
@@ -80,6 +82,9 @@ def clipped_surrogate_loss(
         log_probs, old_log_probs, advantages = (
             torch.where(mask, values, 0.0) for values in (log_probs, old_log_probs, advantages)
         )
+    log_probs, old_log_probs, advantages = (
+        values.to(sum_dtype(values.dtype)) for values in (log_probs, old_log_probs, advantages)
+    )
     # Bounded where exp would overflow: 0 * inf would be NaN for a token of weight 0.
     ratio = (log_probs - old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -124,7 +129,8 @@ def loss_denominator(
     elif denominator == "selected_tokens":
         own = (mask & (weights > 0)).count_nonzero().to(dtype)
     else:
-        own = masked_sum(weights.to(dtype), mask)
+        parts = (masked_sum(weights[rows].to(dtype), mask[rows]) for rows in row_chunks(mask.shape))
+        own = torch.stack(list(parts)).sum()
     return global_sum(own, group=group)
 
 
@@ -135,7 +141,7 @@ def weighted_token_mean(
     weights: Float[Tensor, "batch token"] | None = None,
     *,
     denominator: Denominator = "all_tokens",
-    count: Float[Tensor, ""] | float | None = None,
+    count: Float[Tensor, ""] | Int[Tensor, ""] | float | None = None,
 ) -> Float[Tensor, ""]:
     r"""Weighted mean of the token losses, $\sum_t w_t \ell_t / D$.
 
@@ -171,14 +177,8 @@ def weighted_token_mean(
         require_weights("weighted_token_mean", weights, mask)
     if count is None:
         count = loss_denominator(mask, weights, denominator=denominator)
-    _require_count("weighted_token_mean", count)
-    total = token_loss.new_zeros((), dtype=sum_dtype(token_loss.dtype))
-    for rows in row_chunks(mask.shape):
-        part = torch.where(mask[rows], token_loss[rows], 0.0)
-        if weights is not None:
-            part = part * torch.where(mask[rows], weights[rows], 0.0)
-        total = total + part.sum(dtype=total.dtype)
-    return _quotient(total, count)
+    count = batch_total("weighted_token_mean", "count", count, mask.device)
+    return _weighted_sum(token_loss, mask, weights, count.expand(len(mask), 1))
 
 
 @typed
@@ -189,7 +189,7 @@ def aggregate_loss(
     *,
     mode: AggregationMode = "token-mean",
     denominator: Denominator = "all_tokens",
-    count: Float[Tensor, ""] | float | None = None,
+    count: Float[Tensor, ""] | Int[Tensor, ""] | float | None = None,
     max_length: int | None = None,
 ) -> Float[Tensor, ""]:
     """Weighted loss of a batch under the field's aggregation modes.
@@ -201,7 +201,7 @@ def aggregate_loss(
     | `seq-mean-token-mean` | mean within each response by `denominator`, mean over responses |
     | `seq-mean-token-sum-norm` | as `seq-mean-token-sum`, divided by `max_length` |
 
-    Responses without a valid token do not count as responses.
+    Responses without a valid token do not count as responses. Everything adds up in float64.
 
     Args:
         token_loss: Unreduced losses; the gradient flows here.
@@ -215,7 +215,7 @@ def aggregate_loss(
         max_length: Constant length that `seq-mean-token-sum-norm` divides by.
 
     Returns:
-        A scalar; 0, with zero gradients, if the batch is empty.
+        A scalar as in `weighted_token_mean`; 0, with zero gradients, if the batch is empty.
 
     Raises:
         TokenWeightsError: If `mode` and the other arguments do not fit.
@@ -227,9 +227,7 @@ def aggregate_loss(
         >>> [aggregate_loss(token_loss, mask, mode=mode).item() for mode in modes]
         [3.0, 3.5, 4.5]
     """
-    if mode == "token-mean":
-        return weighted_token_mean(token_loss, mask, weights, denominator=denominator, count=count)
-    if mode != "seq-mean-token-mean" and denominator != "all_tokens":
+    if mode in ("seq-mean-token-sum", "seq-mean-token-sum-norm") and denominator != "all_tokens":
         raise invalid(
             "aggregate_loss",
             "denominator",
@@ -245,36 +243,55 @@ def aggregate_loss(
             f"{max_length} with mode {mode!r}",
             "Pass the longest response length of the run.",
         )
-    if max_length is not None and max_length < 1:
-        raise invalid("aggregate_loss", "max_length", ">= 1", max_length, "It is a length.")
+    if max_length is not None and not 1 <= max_length <= 2**53:
+        hint = "It is a length in tokens."
+        raise invalid("aggregate_loss", "max_length", "in [1, 2**53]", max_length, hint)
+    if mode == "token-mean":
+        return weighted_token_mean(token_loss, mask, weights, denominator=denominator, count=count)
     if weights is not None:
         require_weights("aggregate_loss", weights, mask)
-    if count is not None:
-        _require_count("aggregate_loss", count)
-    dtype = sum_dtype(token_loss.dtype)
-    weight = mask.to(dtype) if weights is None else torch.where(mask, weights, 0.0)
-    per_response = torch.where(mask, token_loss * weight, 0.0).sum(-1, dtype=dtype)
-    if mode == "seq-mean-token-mean":
-        per_token = {
-            "all_tokens": mask,
-            "selected_tokens": mask & (weight > 0),
-            "weight_sum": weight,
-        }[denominator]
-        per_response = _quotient(per_response, per_token.sum(-1))
-    elif max_length is not None:
-        per_response = per_response / max_length
     responses = mask.any(-1).sum() if count is None else count
-    return _quotient(per_response.sum(), responses)
+    divisors = batch_total("aggregate_loss", "count", responses, mask.device).expand(len(mask), 1)
+    if mode == "seq-mean-token-mean":
+        divisors = divisors * _response_denominators(mask, weights, denominator)
+    elif max_length is not None:
+        divisors = divisors * max_length
+    return _weighted_sum(token_loss, mask, weights, divisors)
 
 
-def _quotient(numerator: Tensor, denominator: Tensor | float) -> Tensor:
+def _response_denominators(
+    mask: Tensor, weights: Tensor | None, denominator: Denominator
+) -> Tensor:
+    """What the mean over the tokens of each response divides by, `batch 1`, detached."""
+    if weights is None or denominator == "all_tokens":
+        counted = mask
+    elif denominator == "selected_tokens":
+        counted = mask & (weights > 0)
+    else:
+        counted = torch.where(mask, weights.detach(), 0.0)
+    return counted.sum(-1, keepdim=True, dtype=accumulator_dtype(mask.device))
+
+
+def _weighted_sum(
+    token_loss: Tensor, mask: Tensor, weights: Tensor | None, divisors: Tensor
+) -> Tensor:
+    """Sum of the valid losses times weights over the divisors of their rows, 0 where those are 0.
+
+    Products and sums are float64: half precision overflows, and float32 loses small weights.
+    """
+    total = divisors.new_zeros(())
+    for rows in row_chunks(mask.shape):
+        part = torch.where(mask[rows], token_loss[rows], 0.0)
+        if weights is None:
+            part = part.sum(-1, keepdim=True, dtype=total.dtype)
+            total = total + _quotient(part, divisors[rows]).sum()
+        else:  # weights before losses: their ratio to a sum of weights is never too small
+            weight = torch.where(mask[rows], weights[rows], 0.0).to(total.dtype)
+            total = total + (part * _quotient(weight, divisors[rows])).sum()
+    return total.to(sum_dtype(token_loss.dtype))
+
+
+def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
     """The quotient, or 0 with zero gradients where the denominator is 0."""
-    bottom = torch.as_tensor(denominator, device=numerator.device).to(numerator.dtype)
-    nothing = bottom == 0
-    return torch.where(nothing, 0.0, numerator) / torch.where(nothing, 1.0, bottom)
-
-
-def _require_count(function: str, count: Tensor | float) -> None:
-    if not torch.compiler.is_compiling() and not 0 <= float(count) < float("inf"):
-        hint = "Take it over the whole batch with `loss_denominator`."
-        raise invalid(function, "count", "finite and >= 0", float(count), hint)
+    nothing = denominator == 0
+    return torch.where(nothing, 0.0, numerator) / torch.where(nothing, 1.0, denominator)

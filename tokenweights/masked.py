@@ -25,6 +25,29 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def batch_total(
+    function: str, argument: str, value: Tensor | float, device: torch.device
+) -> Tensor:
+    """A count or sum over a whole batch as a scalar of the widest float, whatever it was given as.
+
+    Args:
+        function: Name of the public function that takes it.
+        argument: Name of the argument that holds it.
+        value: A number or a scalar tensor of any dtype.
+        device: Where the result lies.
+
+    Raises:
+        TokenWeightsError: If it is negative or not finite; no check under `torch.compile`.
+    """
+    if isinstance(value, int) and abs(value) > 2**1023:
+        value = torch.inf if value > 0 else -torch.inf
+    total = torch.as_tensor(value, dtype=accumulator_dtype(device), device=device)
+    if not torch.compiler.is_compiling() and not 0 <= float(total.detach()) < torch.inf:
+        hint = "Take it over the whole batch."
+        raise invalid(function, argument, "finite and >= 0", float(total.detach()), hint)
+    return total
+
+
 def row_chunks(shape: torch.Size) -> Iterator[slice]:
     """Slices of whole rows, a few hundred thousand tokens each, to keep temporaries small."""
     rows, tokens = shape
@@ -166,19 +189,32 @@ def masked_order(
     The sort is stable: of equal values the earlier position comes first.
 
     Args:
-        values: Finite under the mask.
+        values: Finite under the mask; integers of any size.
         mask: True where a value counts.
 
     Returns:
         For each row a permutation of its positions.
+
+    Raises:
+        TokenWeightsError: If a valid value is not finite.
 
     Example:
         >>> values = torch.tensor([[0.3, float("nan"), 0.1, 0.3]])
         >>> masked_order(values, torch.tensor([[True, False, True, True]]))
         tensor([[2, 0, 3, 1]])
     """
-    last = torch.inf if values.is_floating_point() else torch.iinfo(values.dtype).max
-    return torch.where(mask, values, last).argsort(dim=-1, stable=True)
+    if values.is_floating_point():
+        require_finite("masked_order", "values", values, mask)
+        return torch.where(mask, values, torch.inf).argsort(dim=-1, stable=True)
+    last = torch.iinfo(values.dtype).max
+    order = torch.where(mask, values, last).argsort(dim=-1, stable=True)
+    if not torch.compiler.is_compiling() and not bool((mask & (values == last)).any()):
+        return order
+    # A valid integer as large as that stands among the masked tokens: part them.
+    valid = mask.gather(-1, order)
+    behind = valid.sum(-1, keepdim=True) + (~valid).cumsum(-1)
+    places = torch.where(valid, valid.cumsum(-1), behind) - 1
+    return torch.empty_like(order).scatter_(-1, places, order)
 
 
 @typed
@@ -192,11 +228,14 @@ def masked_ranks(
     last valid one.
 
     Args:
-        values: Finite under the mask.
+        values: As in `masked_order`.
         mask: True where a value counts.
 
     Returns:
         For each row a permutation of `0 .. token - 1`.
+
+    Raises:
+        TokenWeightsError: If a valid value is not finite.
 
     Example:
         >>> values = torch.tensor([[0.3, float("nan"), 0.1, 0.3]])

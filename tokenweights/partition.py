@@ -17,6 +17,7 @@ from tokenweights._typing import typed
 from tokenweights.masked import masked_order, masked_ranks, require_finite
 
 MAX_BINS = 10**6
+MAX_DENOMINATOR = 10**9
 
 
 @typed
@@ -30,8 +31,8 @@ def bottom_fraction(
 
     Of a response with $T$ valid tokens it takes the first $k = \lceil f T \rceil$ of one stable
     ascending order; of equal scores the earlier position comes first. `fraction` is read as the
-    nearest ratio of small integers, so `0.1` of 30 tokens is 3, not the 4 that float rounding
-    would give.
+    nearest ratio of integers up to $10^9$, so `0.1` of 30 tokens is 3, not the 4 that float
+    rounding would give; any fraction above 0 counts as at least $10^{-9}$.
 
     Args:
         scores: Any scores, finite under the mask.
@@ -111,7 +112,7 @@ def first_tokens(
     """
     if count < 0:
         raise invalid("first_tokens", "count", ">= 0", count, "Pass a number of tokens.")
-    return mask & (_ordinals(mask) <= count)
+    return mask & (_ordinals(mask) <= min(count, mask.shape[-1]))
 
 
 @typed
@@ -357,9 +358,9 @@ def _above_median(scores: Tensor, mask: Tensor) -> Tensor:
         return mask
     ordered = torch.where(mask, scores, torch.inf).sort(-1).values
     lengths = mask.sum(-1, keepdim=True).clamp(min=1)
-    low, high = ordered.gather(-1, (lengths - 1) // 2), ordered.gather(-1, lengths // 2)
-    # Halving first keeps large scores from overflowing; equal halves give the value back exactly.
-    return mask & (scores > low / 2 + high / 2)
+    # No score lies between the two middle values: what is above the lower one is above their mean,
+    # which itself may round to either of them.
+    return mask & (scores > ordered.gather(-1, (lengths - 1) // 2))
 
 
 def _ordinals(mask: Tensor) -> Tensor:
@@ -376,7 +377,8 @@ def _keys(mask: Tensor, seed: int, sample_ids: Tensor | None) -> Tensor:
 def _ratio(function: str, fraction: float) -> Fraction:
     if not 0 <= fraction <= 1:
         raise invalid(function, "fraction", "in [0, 1]", fraction, "Pass a share, 0.2 for 20 %.")
-    return Fraction(fraction).limit_denominator(10**9)
+    nearest = Fraction(fraction).limit_denominator(MAX_DENOMINATOR)
+    return max(nearest, Fraction(1, MAX_DENOMINATOR)) if fraction > 0 else nearest
 
 
 def _counts(function: str, mask: Tensor, fraction: float) -> Tensor:

@@ -9,6 +9,10 @@ from torch import Tensor
 
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
+from tokenweights.masked import sum_dtype
+
+CPU_CHUNK_LOGITS = 2**18  # what its cache holds
+GPU_CHUNK_LOGITS = 2**21  # what keeps it busy
 
 
 @typed
@@ -18,18 +22,22 @@ def predictive_entropy(
     r"""Entropy of the next-token distribution, `batch token`, in nats (Eq. 19).
 
     $H = -\sum_v p_v \log p_v$ with $p = \mathrm{softmax}(\mathrm{logits})$, in [0, log vocab].
-    Computed in float32 and detached. Extra memory: two float32 copies of `chunk_tokens` rows.
+    With $s = \mathrm{logits} - \max \mathrm{logits}$ it is $\log Z - \sum_v e^{s_v} s_v / Z$ for
+    $Z = \sum_v e^{s_v}$: one exponential for each logit, and no difference of large numbers.
+    Computed in float32 and detached. Extra memory: a few MiB on a CPU, at most 32 MiB on a GPU,
+    whatever the vocabulary; no copy is made of logits that are a view. Under `torch.compile` the
+    rows are left to the compiler, whose fused kernels need no chunks.
 
     Args:
         logits: Of any float dtype, already divided by the sampling temperature. Row t must be the
             one that *predicts* token t. `-inf` marks a forbidden token.
-        chunk_tokens: Rows worked on at a time.
+        chunk_tokens: The most rows worked on at a time; large vocabularies take fewer.
 
     Returns:
-        Float32 entropies.
+        Float32 entropies; NaN for a row with NaN, with `inf`, or with `-inf` only.
 
     Raises:
-        TokenWeightsError: If `chunk_tokens` < 1.
+        TokenWeightsError: If `chunk_tokens` < 1 or the vocabulary is empty.
 
     Example:
         >>> predictive_entropy(torch.zeros(1, 1, 8))
@@ -38,15 +46,31 @@ def predictive_entropy(
     if chunk_tokens < 1:
         raise invalid("predictive_entropy", "chunk_tokens", ">= 1", chunk_tokens, "Pass 2048.")
     batch, token, vocab = logits.shape
-    rows = logits.detach().reshape(batch * token, vocab)
-    entropy = torch.empty(batch * token, dtype=torch.float32, device=logits.device)
-    for start in range(0, batch * token, chunk_tokens):
-        log_probs = rows[start : start + chunk_tokens].float().log_softmax(-1)
-        probs = log_probs.exp()
-        # A forbidden token has p = 0 and log p = -inf; its contribution is 0, not NaN.
-        surprise = probs.mul_(log_probs.clamp_(min=torch.finfo(torch.float32).min))
-        entropy[start : start + chunk_tokens] = -surprise.sum(-1)
-    return entropy.clamp_(min=0).view(batch, token)
+    if vocab == 0:
+        shape, hint = f"shape {tuple(logits.shape)}", "The last axis is the vocabulary."
+        raise invalid("predictive_entropy", "logits", "of at least one token type", shape, hint)
+    logits = logits.detach()
+    if torch.compiler.is_compiling():
+        return _softmax_entropy(logits)
+    entropy = torch.empty(batch, token, dtype=torch.float32, device=logits.device)
+    room = CPU_CHUNK_LOGITS if logits.device.type == "cpu" else GPU_CHUNK_LOGITS
+    rows = min(chunk_tokens, max(room // vocab, 1))
+    # Blocks of both axes, so that every block is a view and short responses share one.
+    tokens, responses = min(rows, max(token, 1)), max(rows // max(token, 1), 1)
+    for first in range(0, batch, responses):
+        for start in range(0, token, tokens):
+            block = slice(first, first + responses), slice(start, start + tokens)
+            entropy[block] = _softmax_entropy(logits[block])
+    return entropy
+
+
+def _softmax_entropy(logits: Tensor) -> Tensor:
+    highest = logits.amax(-1, keepdim=True).to(sum_dtype(logits.dtype))
+    # Far below, exp is 0 in float32 and stays so; there 0 * -inf would be NaN.
+    below = (logits - highest).float().clamp_(min=-200.0)
+    mass = below.exp()
+    total = mass.sum(-1)
+    return (total.log() - mass.mul_(below).sum(-1) / total).clamp_(min=0)
 
 
 @typed
@@ -81,7 +105,7 @@ def relative_position(mask: Bool[Tensor, "batch token"]) -> Float[Tensor, "batch
         tensor([[0.5000, 1.0000, 0.0000]])
     """
     lengths = mask.sum(-1, keepdim=True).clamp(min=1)
-    return torch.where(mask, mask.cumsum(-1) / lengths, 0.0)
+    return torch.where(mask, mask.cumsum(-1).float() / lengths, 0.0)
 
 
 @typed

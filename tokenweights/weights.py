@@ -14,13 +14,15 @@ from tokenweights._typing import typed
 from tokenweights.distributed import global_extrema, global_sum
 from tokenweights.masked import (
     accumulator_dtype,
+    batch_total,
     masked_extrema,
     masked_sum,
     require_finite,
     require_weights,
     row_chunks,
+    sum_dtype,
 )
-from tokenweights.partition import quantile_bins
+from tokenweights.partition import MAX_BINS, quantile_bins
 from tokenweights.schedules import Endpoints
 
 
@@ -105,7 +107,7 @@ def softmax_partition(
     """
     _require_temperature("softmax_partition", temperature)
     require_finite("softmax_partition", "scores", scores, mask)
-    total = extrema.maximum.new_zeros(())
+    total = torch.zeros((), dtype=accumulator_dtype(scores.device), device=scores.device)
     for rows in row_chunks(scores.shape):
         wide = scores[rows].detach().to(total.dtype)
         total += masked_sum(((wide - extrema.maximum) / temperature).exp(), mask[rows])
@@ -156,8 +158,8 @@ def endpoint_weights(
         Weights, 0 off the mask.
 
     Raises:
-        TokenWeightsError: If `temperature` or `eps` is not positive, or a valid score is not
-            finite or lies outside `extrema`.
+        TokenWeightsError: If `temperature` or `eps` is not positive, `partition` is negative or not
+            finite, or a valid score is not finite or lies outside `extrema`.
 
     Example:
         >>> scores, mask = torch.tensor([[0.0, 0.5, 1.0]]), torch.ones(1, 3, dtype=torch.bool)
@@ -172,7 +174,10 @@ def endpoint_weights(
     own = score_extrema(scores, mask, group=group if extrema is None else None)
     if extrema is None:
         extrema = own
-    elif not _enclose(extrema, own):
+    elif _enclose(extrema, own):
+        dtype = own.minimum.dtype
+        extrema = ScoreExtrema(extrema.minimum.to(dtype), extrema.maximum.to(dtype))
+    else:
         raise invalid(
             "endpoint_weights",
             "extrema",
@@ -182,9 +187,13 @@ def endpoint_weights(
         )
     if form == "literal" and partition is None:
         partition = softmax_partition(scores, mask, extrema, temperature=temperature, group=group)
-    weights = torch.zeros(scores.shape, device=scores.device)
+    elif partition is not None:
+        partition = batch_total("endpoint_weights", "partition", partition, scores.device)
+    weights = torch.zeros(scores.shape, dtype=torch.float32, device=scores.device)
     for rows in row_chunks(scores.shape):
         wide = scores[rows].detach().to(extrema.minimum.dtype)
+        # Extrema of a narrower dtype than the scores' may lie a rounding error inside.
+        wide = wide.clamp(extrema.minimum, extrema.maximum)
         wide = torch.where(mask[rows], wide, extrema.minimum)
         alpha = _rescaled_softmax(wide, extrema, temperature, eps, partition)
         part = endpoints.low + alpha * (endpoints.high - endpoints.low)
@@ -230,8 +239,8 @@ def match_mass(
     mask: Bool[Tensor, "batch token"],
     *,
     target: float = 1.0,
-    count: Float[Tensor, ""] | float | None = None,
-    mass: Float[Tensor, ""] | float | None = None,
+    count: Float[Tensor, ""] | Int[Tensor, ""] | float | None = None,
+    mass: Float[Tensor, ""] | Int[Tensor, ""] | float | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Float[Tensor, "batch token"]:
     r"""Weights rescaled so that their mean over the batch's valid tokens is `target`.
@@ -248,29 +257,36 @@ def match_mass(
         group: The ranks that share the batch.
 
     Returns:
-        Rescaled weights, 0 off the mask. If all weights are 0 they stay 0.
+        Rescaled weights, 0 off the mask, of the dtype of `weights`, but float32 for half precision,
+        which a single weight among many tokens would overflow. If all weights are 0 they stay 0.
 
     Raises:
-        TokenWeightsError: If a valid weight is negative or not finite, or `target` is negative.
+        TokenWeightsError: If a valid weight, `target`, `count` or `mass` is negative or not finite.
 
     Example:
         >>> match_mass(torch.tensor([[0.0, 0.5]]), torch.ones(1, 2, dtype=torch.bool))
         tensor([[0., 2.]])
     """
     require_weights("match_mass", weights, mask)
-    for name, value in (("target", target), ("count", count), ("mass", mass)):
-        if value is not None and not 0 <= float(value) < math.inf:
-            hint = "Take sums over the whole batch."
-            raise invalid("match_mass", name, "finite and >= 0", float(value), hint)
-    wide = weights.to(accumulator_dtype(weights.device))
-    own = torch.stack([mask.sum().to(wide.dtype), masked_sum(wide, mask)])
+    mean = batch_total("match_mass", "target", target, weights.device)
+    count, mass = (
+        None if value is None else batch_total("match_mass", name, value, weights.device)
+        for name, value in (("count", count), ("mass", mass))
+    )
     # Every rank enters the reduction or none does: it depends on arguments, not on tokens.
     if count is None or mass is None:
-        own = global_sum(own, group=group)
-    count = own[0] if count is None else count
-    mass = own[1] if mass is None else torch.as_tensor(mass)
-    factor = torch.where(mass > 0, target * count / mass, 0.0)
-    return torch.where(mask, wide * factor, 0.0).to(weights.dtype)
+        dtype = accumulator_dtype(weights.device)
+        own = [mask.sum().to(dtype), masked_sum(weights.to(dtype), mask)]
+        totals = global_sum(torch.stack(own), group=group)
+        count = totals[0] if count is None else count
+        mass = totals[1] if mass is None else mass
+    matched = torch.zeros(weights.shape, dtype=sum_dtype(weights.dtype), device=weights.device)
+    for rows in row_chunks(mask.shape):
+        # The share of the mass first: it is at most 1 however small the weights are.
+        wide = torch.where(mask[rows], weights[rows], 0.0).to(mass.dtype)
+        share = wide / mass.where(mass > 0, 1)
+        matched[rows] = (share * (mean * count)).to(matched.dtype)
+    return matched
 
 
 @dataclass(frozen=True)
@@ -311,13 +327,17 @@ def weight_statistics(
         Statistics over the whole batch, detached; all 0 if there is no valid token or no weight.
 
     Raises:
-        TokenWeightsError: If a valid weight is negative or not finite, or a bin is out of range.
+        TokenWeightsError: If a valid weight is negative or not finite, `bin_count` is out of range,
+            or a bin is.
 
     Example:
         >>> mask = torch.ones(1, 4, dtype=torch.bool)
         >>> weight_statistics(torch.tensor([[1.0, 1.0, 0.0, 0.0]]), mask).effective_sample_size
         tensor(0.5000)
     """
+    if not 1 <= bin_count <= MAX_BINS:
+        condition = f"in [1, {MAX_BINS}]"
+        raise invalid("weight_statistics", "bin_count", condition, bin_count, "Pass 10.")
     require_weights("weight_statistics", weights, mask)
     if bins is None:
         bins = quantile_bins(weights, mask, bins=bin_count)
@@ -326,14 +346,22 @@ def weight_statistics(
             "weight_statistics", "bins", f"in [0, {bin_count}) under the mask", "others",
             "Set `bin_count` to the number of bins.",
         )  # fmt: skip
-    wide = torch.where(mask, weights.detach(), 0.0).to(accumulator_dtype(weights.device))
-    in_bins = wide.new_zeros(bin_count).index_add_(0, bins[mask], wide[mask])
-    own = torch.stack([mask.sum().to(wide.dtype), wide.square().sum()])
-    count, squares, *mass = global_sum(torch.cat([own, in_bins]), group=group)
+    dtype = accumulator_dtype(weights.device)
+    # In units of the largest weight, the square of which neither overflows nor underflows.
+    low, high = (value.detach().to(dtype) for value in masked_extrema(weights, mask))
+    unit = global_extrema(low, high, group=group)[1].clamp(min=0)
+    own = unit.new_zeros(2 + bin_count)  # valid tokens, squares, mass of each bin
+    for rows in row_chunks(mask.shape):
+        valid = mask[rows]
+        wide = weights[rows][valid].detach().to(dtype) / unit.where(unit > 0, 1)
+        own[0] += valid.sum()
+        own[1] += wide.square().sum()
+        own[2:].index_add_(0, bins[rows][valid].long(), wide)
+    count, squares, *mass = global_sum(own, group=group)
     total = torch.stack(mass).sum()
     effective = total.square() / squares.where(squares > 0, 1) / count.clamp(min=1)
     return WeightStatistics(
-        mean=(total / count.clamp(min=1)).float(),
+        mean=(total / count.clamp(min=1) * unit).float(),
         effective_sample_size=effective.float(),
         share=(torch.stack(mass) / total.where(total > 0, 1)).float(),
     )

@@ -48,6 +48,8 @@ def test_recipes_round_trip_through_dict_json_and_yaml(made):
         ({"rule": "endpoints", "warmup_steps": -1}, "`warmup_steps` >= 0"),
         ({"rule": "endpoints", "low": [1.0]}, "`low`"),
         ({"rule": "endpoints", "high": [0.0, -1.0]}, "`high`"),
+        ({"rule": "endpoints", "low": [1e31, 0.0]}, "`low`"),
+        ({"rule": "position_matched", "position_bins": 10**7}, "`position_bins`"),
         ({"rule": "endpoints", "layers": []}, "`layers` not empty"),
         ({"rule": "endpoints", "layers": ["last"]}, "`layers`"),
         ({"rule": "endpoints", "form": "literal", "eps": 0.0}, "`eps` positive"),
@@ -155,6 +157,22 @@ def test_matched_rules_imitate_the_side_and_the_positions_they_name():
     wide = tw.recipe({"name": "position_matched20", "position_bins": 2, "seed": 1})
     chosen = wide.token_weights(scores, mask, step=0)
     assert chosen[0, :20].sum() == 8 and chosen[0, :8].sum() < 8
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_negative_step_is_refused_by_every_rule(name):
+    made, ones = tw.recipe(name), torch.ones(1, 3)
+    scores = None if made.signal == "none" else ones
+    with pytest.raises(TokenWeightsError, match="`step`"):
+        made.token_weights(scores, ones.bool(), step=-1, token_groups=ones.long())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_layers_of_half_precision_are_merged_in_float32(dtype):
+    layers, mask = torch.rand(3, 1, 50).to(dtype), torch.ones(1, 50, dtype=torch.bool)
+    for chosen in (layers, layers[:1]):
+        merged = tw.recipe("low2high").merged_layers(list(chosen), mask)
+        torch.testing.assert_close(merged, chosen.float().mean(0))
 
 
 def test_missing_inputs_are_refused():

@@ -116,7 +116,7 @@ def band_shares(decile_ratios: Float[Tensor, " decile"]) -> BandShares:
         raise invalid(
             "band_shares", "decile_ratios", "ten", len(decile_ratios), "Use ten quantile bins."
         )
-    wide = decile_ratios.double()
+    wide = decile_ratios.detach().double()
     if not wide.sum():
         hint = "The projection ratios of a partition sum to one."
         raise invalid("band_shares", "decile_ratios", "with a sum other than 0", 0.0, hint)
@@ -156,4 +156,4 @@ def extreme_tokens(
         raise invalid("extreme_tokens", "count", ">= 0", count, "Pass a number of tokens.")
     known = mask & ~projection_ratio.isnan()
     order = projection_ratio[known].sort(stable=True, descending=largest).indices
-    return known.nonzero()[order[:count]]
+    return known.nonzero()[order[: min(count, len(order))]]

@@ -22,7 +22,7 @@ from tokenweights.capture import (
     middle_layer,
 )
 from tokenweights.losses import Denominator, loss_denominator
-from tokenweights.masked import masked_ranks
+from tokenweights.masked import masked_ranks, sum_dtype
 from tokenweights.partition import (
     MAX_BINS,
     back_fraction,
@@ -315,7 +315,8 @@ class Recipe:
             mask: True for valid response tokens.
 
         Returns:
-            Their mean, or the mean of their within-response ranks over `T - 1`.
+            Their mean, or the mean of their within-response ranks over `T - 1`, of the dtype of
+            the scores but float32 for half precision and for ranks.
         """
         if not scores:
             raise invalid(
@@ -323,10 +324,11 @@ class Recipe:
             )
         if self.layer_reduction == "rank_mean":
             last = (mask.sum(-1, keepdim=True) - 1).clamp(min=1)
-            scores = [masked_ranks(layer, mask) / last for layer in scores]
+            scores = [masked_ranks(layer, mask).float() / last for layer in scores]
         elif len(scores) == 1:
-            return scores[0]
-        return torch.stack(list(scores)).mean(0)
+            return scores[0].to(sum_dtype(scores[0].dtype))
+        layers = torch.stack(list(scores))
+        return layers.mean(0, dtype=sum_dtype(layers.dtype))
 
     @typed
     def endpoints(self, step: int) -> Endpoints:
@@ -425,7 +427,7 @@ class Recipe:
             otherwise, and 0 where that is 0.
         """
         if self.denominator == "all_tokens":
-            return torch.ones((), device=weights.device)
+            return torch.ones((), dtype=torch.float32, device=weights.device)
         count = loss_denominator(mask, group=group)
         own = loss_denominator(mask, weights, denominator=self.denominator, group=group)
         return torch.where(own > 0, count / own.where(own > 0, 1), 0.0).float()
