@@ -12,9 +12,6 @@ from pathlib import Path
 
 import pytest
 
-LOG = Path(os.environ["FUZZ_LOG"])
-DEADLINE = float(os.environ["FUZZ_DEADLINE"])
-
 
 class Draws:
     """How often bodies of property tests have run since the last look."""
@@ -55,17 +52,20 @@ def pytest_runtest_logreport(report):
     """Note each test as it ends, since a round may be stopped."""
     if report.when == "call" or report.failed:
         line = {"name": report.nodeid, "draws": draws.taken(), "failed": report.failed}
-        with LOG.open("a") as log:
-            log.write(json.dumps(line) + "\n")
+        note(line)
+
+
+def note(line):
+    with Path(os.environ["FUZZ_LOG"]).open("a") as log:
+        log.write(json.dumps(line) + "\n")
 
 
 def pytest_runtest_logfinish():
-    if time.time() > DEADLINE:
+    if time.time() > float(os.environ["FUZZ_DEADLINE"]):
         pytest.exit("the time is over", returncode=0)
 
 
 def pytest_sessionfinish():
     """Draws of a test that was interrupted count as well."""
     if count := draws.taken():
-        with LOG.open("a") as log:
-            log.write(json.dumps({"name": "interrupted", "draws": count, "failed": False}) + "\n")
+        note({"name": "interrupted", "draws": count, "failed": False})

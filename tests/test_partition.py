@@ -92,11 +92,10 @@ def test_medians_of_neighbouring_scores_do_not_round(case, dtype, data):
     scores = torch.cat(ladder)[(case[0].nan_to_num(0, 0, 0) * 3).long().clamp(0, 3)]
     quadrants = tw.median_quadrants(scores, -scores, mask)
     for row in range(len(mask)):
-        values = scores[row][mask[row]].double()
-        if len(values):
-            above = values > np.median(values.numpy())
-            below = -values > np.median(-values.numpy())
-            assert quadrants[row][mask[row]].tolist() == (above + 2 * below.long()).tolist()
+        values = scores[row][mask[row]].tolist()
+        above, below = above_median(values), above_median([-value for value in values])
+        expected = [one + 2 * other for one, other in zip(above, below, strict=True)]
+        assert quadrants[row][mask[row]].tolist() == expected
 
 
 @given(masks(), st.integers(0, 2**40), FRACTIONS)

@@ -29,9 +29,8 @@ FREE = (Any, object)
 DTYPES = {"Float": torch.float32, "Bool": torch.bool, "Int": torch.int64}
 # Their methods are not checked yet.
 UNCHECKED = (
-    "AdaptiveProgress", "CapturedAttention", "CaughtGradients", "CollapseMonitor", "GradientSeries",
-    "GroupDynamics", "LayerAgreement", "OnlineDispersion", "QuadrantTokens", "ScoreMoments",
-    "attention_layers", "capture_attention",
+    "AdaptiveProgress", "CaughtGradients", "CollapseMonitor", "GroupDynamics", "LayerAgreement",
+    "OnlineDispersion", "QuadrantTokens", "ScoreMoments",
 )  # fmt: skip
 
 

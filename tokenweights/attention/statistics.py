@@ -99,15 +99,16 @@ class Logits:
     def bounded(self, keys: int) -> "Logits":
         """The same logits of rows of `keys` keys, in numbers that fit any type.
 
-        A window beyond all keys is none. A softcap far above any score is none, and one far below
-        1 leaves equal logits, however far below it is.
+        A window stays one, however wide: a packed batch has more keys than its sequences, and both
+        have to go the same way. A softcap far above any score is none, and one far below 1 leaves
+        equal logits, however far below it is.
         """
         least, most = SOFTCAPS
         window, softcap = self.window, self.softcap
         return dataclasses.replace(
             self,
             scale=float(self.scale),
-            window=None if window is None or window >= keys else window,
+            window=None if window is None else min(window, max(keys, 1)),
             softcap=None if softcap is None or softcap > most else max(softcap, least),
         )
 

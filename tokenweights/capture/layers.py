@@ -1,7 +1,7 @@
 """The attention layers of a transformers model: which stack they belong to, and how they attend."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +87,7 @@ def middle_layer(depth: int) -> int:
     return depth * 5 // 9
 
 
-def chosen_layers(stack: AttentionStack, layers: Sequence[int]) -> dict[int, nn.Module]:
+def chosen_layers(stack: AttentionStack, layers: Iterable[int]) -> dict[int, nn.Module]:
     """The attention modules of the layers asked for, by index from 0."""
     indices = list(stack.layers)
     chosen = {}

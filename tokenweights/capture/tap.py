@@ -8,7 +8,7 @@ does, with the mask it always builds.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +41,7 @@ class AttentionCapture:
 @typed
 def capture_attention(
     model: nn.Module,
-    layers: Sequence[int],
+    layers: Iterable[int],
     *,
     rows: int | None = None,
     packed: bool = False,

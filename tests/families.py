@@ -1,6 +1,6 @@
 """Small models of every family that the installed transformers can build, under the tap.
 
-`python tests/capture/families.py` writes the tables of docs/families.md anew.
+`python tests/families.py` writes the tables of docs/families.md anew.
 """
 
 import inspect
@@ -8,6 +8,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -32,8 +33,8 @@ TITLES = {
     "image": "Models of images and text, run on text",
     "encoder": "Encoders with a decoder, read in the decoder",
 }
-PAGE = Path(__file__).parents[2] / "docs" / "families.md"
-MARK = "<!-- what follows is written by tests/capture/families.py -->"
+PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+MARK = "<!-- what follows is written by tests/families.py -->"
 RIGHT, NOT_BUILT = "every attention layer", "not tried: common sizes build no small model"
 # Parameters whose larger values make attention peaked.
 PEAKED = ("q_", "k_", "qkv", "c_attn", "kv_", "query", "key")
@@ -202,7 +203,7 @@ def _small_config(config_class: type, variant: dict[str, Any]) -> Any:
         # A window that is None by default is one that the family's layers do without.
         without = name == "sliding_window" and name not in variant and _is_none(plain, name)
         if known and size is not None and not without:
-            options[name] = size
+            options[name] = deepcopy(size)  # configurations write into what they are given
     for name in getattr(config_class, "sub_configs", {}):
         part = getattr(plain, name, None)
         if part is not None:
