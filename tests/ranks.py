@@ -1,24 +1,31 @@
-"""Runs functions on real gloo ranks, each a process of its own."""
+"""Runs functions on real gloo ranks, each a process of its own.
+
+A rank that fails, or one that waits for ever, fails the test and ends the pool.
+"""
 
 import io
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
+SECONDS = 120.0  # for one call, start included: long beside any work, short beside a time-out
+
+
 class Ranks:
     """A pool of gloo ranks that live until the context ends, so that many calls cost one start."""
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, size: int, seconds: float = SECONDS):
+        self.size, self.seconds = size, seconds
         self._start()
 
     def _start(self) -> None:
@@ -41,21 +48,36 @@ class Ranks:
         self._folder.cleanup()
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Results of `function(rank, size, *arguments)` on every rank, in rank order."""
+        """Results of `function(rank, size, *arguments)` on every rank, in rank order.
+
+        Raises:
+            AssertionError: If a rank raised, ended, or did not answer in time.
+        """
         task = _packed((function, arguments))
         for pipe in self._pipes:
             pipe.send_bytes(task)
         answers, waiting = {}, list(self._pipes)
+        end = time.monotonic() + self.seconds
         while waiting:
-            for pipe in wait(waiting):
-                failed, answers[pipe] = _unpacked(pipe.recv_bytes())
+            ready = wait(waiting, max(0.0, end - time.monotonic()))
+            if not ready:
+                ranks = [self._pipes.index(pipe) for pipe in waiting]
+                self._fail(f"no answer from ranks {ranks} in {self.seconds:g} s")
+            for pipe in ready:
+                try:
+                    failed, answers[pipe] = _unpacked(pipe.recv_bytes())
+                except EOFError:
+                    failed, answers[pipe] = True, "its process ended"
                 waiting.remove(pipe)
                 if failed:
-                    # The others may wait for this one in a collective, for ever.
-                    self._stop()
-                    self._start()
-                    raise AssertionError(f"a rank failed:\n{answers[pipe]}")
+                    self._fail(f"rank {self._pipes.index(pipe)} failed:\n{answers[pipe]}")
         return [answers[pipe] for pipe in self._pipes]
+
+    def _fail(self, message: str) -> NoReturn:
+        # Others may wait in a collective, for ever.
+        self._stop()
+        self._start()
+        raise AssertionError(message)
 
     def __enter__(self) -> "Ranks":
         return self

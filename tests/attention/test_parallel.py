@@ -178,7 +178,7 @@ def test_short_sequences_move_weights_and_long_ones_move_rows():
 
 
 def test_positions_that_miss_a_token_are_refused():
-    query, key, *_ = batch()
+    query, key = (values.nan_to_num() for values in batch()[:2])
     with pytest.raises(tw.TokenWeightsError, match="permutation"):
         tw.sequence_parallel_entropy(query, key, torch.arange(1, TOKENS + 1))
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tokenweights._errors import invalid
 from tokenweights.attention import EntropyKind, attention_entropy, packed_entropy
+from tokenweights.distributed import agreed
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class CapturedAttention:
             sinks=self.sinks,
         )
 
+    @agreed
     def packed_entropy(
         self,
         *,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
-from tokenweights.distributed import global_sum
+from tokenweights.distributed import agreed, global_sum
 from tokenweights.gradients.differences import central_differences
 from tokenweights.gradients.evaluation import LossEvaluation, TokenLoss, taken_gradients
 from tokenweights.gradients.forward_mode import forward_derivative
@@ -46,6 +46,7 @@ class TokenAlignment:
     step: float
 
 
+@agreed
 @typed
 def token_alignment(
     token_loss: TokenLoss | Sequence[TokenLoss],

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
+from tokenweights.distributed import agreed
 from tokenweights.gradients.evaluation import LossEvaluation, TokenLoss, taken_gradients
 from tokenweights.gradients.geometry import GradientGeometry, geometry_of
 from tokenweights.gradients.preserved import preserved
@@ -97,6 +98,7 @@ class GradientProbe:
                 "Flat shards have no names; let the callable leave out what it should.",
             )
 
+    @agreed
     @typed
     def geometry(
         self,
