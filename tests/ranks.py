@@ -11,14 +11,13 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-
-SECONDS = 120.0  # for one call, start included: long beside any work, short beside a time-out
+SECONDS = 300.0  # bound on one call, and on the start: long beside any work on a busy machine
 
 
 class Ranks:
@@ -37,8 +36,10 @@ class Ranks:
             arguments = (rank, self.size, self._folder.name, theirs)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
+            theirs.close()  # so that the end of the process is the end of the pipe
             self._pipes.append(ours)
             self._processes.append(process)
+        self._answers(SECONDS)
 
     def _stop(self) -> None:
         for process in self._processes:
@@ -56,13 +57,22 @@ class Ranks:
         task = _packed((function, arguments))
         for pipe in self._pipes:
             pipe.send_bytes(task)
-        answers, waiting = {}, list(self._pipes)
-        end = time.monotonic() + self.seconds
+        try:
+            return self._answers(self.seconds)
+        except AssertionError:
+            self._stop()  # others may wait in a collective, for ever
+            self._start()
+            raise
+
+    def _answers(self, seconds: float) -> list[Any]:
+        answers: dict[Connection, Any] = {}
+        waiting, end = list(self._pipes), time.monotonic() + seconds
         while waiting:
-            ready = wait(waiting, max(0.0, end - time.monotonic()))
+            patience = max(0.0, end - time.monotonic())
+            ready: list[Any] = wait(waiting, patience)
             if not ready:
                 ranks = [self._pipes.index(pipe) for pipe in waiting]
-                self._fail(f"no answer from ranks {ranks} in {self.seconds:g} s")
+                raise AssertionError(f"no answer from ranks {ranks} in {seconds:g} s")
             for pipe in ready:
                 try:
                     failed, answers[pipe] = _unpacked(pipe.recv_bytes())
@@ -70,14 +80,8 @@ class Ranks:
                     failed, answers[pipe] = True, "its process ended"
                 waiting.remove(pipe)
                 if failed:
-                    self._fail(f"rank {self._pipes.index(pipe)} failed:\n{answers[pipe]}")
+                    raise AssertionError(f"rank {self._pipes.index(pipe)} failed:\n{answers[pipe]}")
         return [answers[pipe] for pipe in self._pipes]
-
-    def _fail(self, message: str) -> NoReturn:
-        # Others may wait in a collective, for ever.
-        self._stop()
-        self._start()
-        raise AssertionError(message)
 
     def __enter__(self) -> "Ranks":
         return self
@@ -101,6 +105,7 @@ def _serve(rank: int, size: int, folder: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     store = f"file://{Path(folder)}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+    pipe.send_bytes(_packed((False, "ready")))
     while True:
         function, arguments = _unpacked(pipe.recv_bytes())
         try:

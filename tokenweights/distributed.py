@@ -33,8 +33,8 @@ R = TypeVar("R")
 def agreed(function: Callable[P, R]) -> Callable[P, R]:
     """The function, whose error on one rank of its group is an error on all of them.
 
-    The group is the first argument that is one, or else the `group` of an argument that has one.
-    The ranks agree once, before the call communicates, or at its end if it does not: a rank that
+    The group is the argument `group`, or else the `group` of an argument that has one. The ranks
+    agree once, before the call communicates, or at its end if it does not: a rank that
     refused raises its own error there, and the others one that names its global rank and quotes
     it. The decorator stands outside of `typed`, so the type check is agreed upon too. Inside of
     another such call that has not yet agreed, there is one agreement for both.
@@ -84,7 +84,7 @@ def _with_agreement(function: Callable[P, R], *, part: bool) -> Callable[P, R]:
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        group = _group_of(*args, *kwargs.values())
+        group = _group_of(kwargs.get("group"), *args, *kwargs.values())
         if group is None or (part and _innermost.get() is not None):
             return function(*args, **kwargs)
         with agreement(function.__qualname__, group):

@@ -63,14 +63,14 @@ def packed_entropy(
         >>> packed_entropy(query, key, torch.tensor([0, 1, 0, 1, 2]), kind="raw")
         tensor([0.0000, 0.6931, 0.0000, 0.6931, 1.0986])
     """
-    heads_first = (values.transpose(0, 1)[None] for values in (query, key))
-    request = Request((kind,), top_k, fixed_k)
-    check_own("packed_entropy", *heads_first, request, None, scale, window, softcap, sinks)
+    function, request = "packed_entropy", Request((kind,), top_k, fixed_k)
+    rows = query.transpose(0, 1)[None], key.transpose(0, 1)[None]
+    check_own(function, rows[0], rows[1], request, None, scale, window, softcap, sinks)
     own = slice_positions(len(position_ids), device=key.device, group=group)
     whole_key = gathered(key, own, dim=0, group=group)
     positions = gathered(position_ids, own, dim=0, group=group)
     starts = _sequence_starts(positions)
-    with agreement("packed_entropy", group):
+    with agreement(function, group):
         if not len(own):
             return query.new_zeros(0, dtype=torch.float32)
         first, last = int(own[0]), int(own[-1]) + 1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
-from tokenweights.distributed import agreed, global_sum
+from tokenweights.distributed import agreed, agreement, global_sum
 from tokenweights.gradients.differences import central_differences
 from tokenweights.gradients.evaluation import LossEvaluation, TokenLoss, taken_gradients
 from tokenweights.gradients.forward_mode import forward_derivative
@@ -127,7 +127,9 @@ def token_alignment(
             return float(global_sum(inner.sum(), group=group)) / (losses.count * full_square)
 
         if method == "forward":
-            inner, used, step_error = forward_derivative(losses, parameters, gradient), 0.0, None
+            used, step_error = 0.0, None
+            with agreement("token_alignment", group):
+                inner = forward_derivative(losses, parameters, gradient)
         else:
             inner, used, step_error = central_differences(
                 losses,
