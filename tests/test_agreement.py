@@ -215,7 +215,7 @@ class Loss:
 
     def geometry(self, **options):
         probe = tw.GradientProbe(self.model, group=dist.group.WORLD)
-        return probe.geometry(self, self.deciles, mask=self.mask, **{"count": 10} | options)
+        return probe.geometry(self, self.deciles, **{"mask": self.mask, "count": 10} | options)
 
     def metrics(self, **options):
         probe = tw.GradientProbe(self.model, group=dist.group.WORLD)
@@ -320,7 +320,7 @@ def test_ranks_that_call_differently_are_told_so(ranks):
         for message in messages:
             assert "expected `group` whose ranks all make the same call" in message
             assert "on global ranks [1]" in message and "on global ranks [0, 2]" in message
-    assert answers[0] == answers[1] == answers[2]
+    assert answers[0] == answers[2]
 
 
 class CountedAgreements:
@@ -411,10 +411,15 @@ def test_compiled_calls_merge_as_they_are(ranks):
 def waiting_on(rank, size):
     if rank == 0:
         dist.all_reduce(torch.ones(1))
+    return rank
+
+
+def own_rank(rank, size):
+    return rank
 
 
 def test_a_rank_that_waits_for_ever_fails_the_test():
     with Ranks(2, seconds=1) as two:
         with pytest.raises(AssertionError, match=r"no answer from ranks \[0\] in 1 s"):
             two(waiting_on)
-        assert [total for total, _ in two(compiled_on)] == [12, 12]
+        assert two(own_rank) == [0, 1]
