@@ -136,8 +136,8 @@ def tensor_parallel_entropy(
     Rows are dealt out in blocks, an early and a late one to each rank, since late rows see more
     keys. The owner of a block either receives its queries and all keys (`"rows"`), or the averaged
     weights that the other ranks computed for their heads (`"distribution"`), which is cheaper for
-    short sequences only; see `tensor_parallel_bytes`. No gradient. Memory is the keys of all heads,
-    or a block of rows by the number of keys.
+    short sequences only; see `tensor_parallel_bytes`. No gradient. Memory is the keys of all heads
+    and this rank's queries of all heads, or this rank's rows by the number of keys.
 
     Args:
         query: Queries of this rank's heads, as many on every rank.
@@ -259,6 +259,8 @@ def tensor_parallel_bytes(
 ) -> ExchangeBytes:
     """Bytes that `tensor_parallel_entropy` moves, per rank on average, results excluded.
 
+    Nor do the lengths of shards and the ranks' agreements count, a few dozen bytes at any size.
+
     Args:
         batch: Rows of the batch.
         queries: Queries of each row.
@@ -303,6 +305,8 @@ def sequence_parallel_bytes(
     *, batch: int, keys: int, kv_heads: int, dim: int, ranks: int, element_bytes: int
 ) -> int:
     """Bytes that `sequence_parallel_entropy` moves, per rank on average, positions excluded.
+
+    Nor do the lengths of shards and the ranks' agreements count, a few dozen bytes at any size.
 
     Args:
         batch: Rows of the batch.
