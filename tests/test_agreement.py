@@ -20,7 +20,7 @@ SIZE = 3
 
 @pytest.fixture(scope="module")
 def ranks():
-    with Ranks(SIZE, seconds=30) as pool:
+    with Ranks(SIZE, seconds=90) as pool:  # a busy machine takes 30 for the first DDP
         yield pool
 
 
@@ -267,9 +267,8 @@ def test_a_probe_that_fails_on_one_rank_fails_on_all(ranks, name, failing, optio
     assert [later for _, later in answers] == [None] * SIZE
     own = answers[1][0]
     for rank in (0, 2):
-        assert f"a refusal on global rank 1: {own.removesuffix('.')}" in answers[rank][0].replace(
-            "RuntimeError: ", ""
-        )
+        assert "a refusal on global rank 1: " in answers[rank][0]
+        assert own.removesuffix(".") in answers[rank][0]
 
 
 def overflowing_on(rank, size, name):
