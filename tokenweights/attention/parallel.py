@@ -192,8 +192,8 @@ def tensor_parallel_entropy(
         else:
             seen = _seen(query, key, rows)
             mask = None if key_mask is None else key_mask[:, :seen]
-            part = _mean_weights(block, key[:, :, :seen], mask, logits, sinks) / ranks
-            part = summed_on(owner, part, group=group)
+            part = _mean_weights(block, key[:, :, :seen], mask, logits, sinks)
+            part = _summed_on(owner, part, group)
         if owner == rank:
             assert part is not None
             parts.append((rows, part))
@@ -372,6 +372,12 @@ def _all_heads(values: Tensor, dim: int, group: dist.ProcessGroup | None) -> Ten
     first = 0 if group is None else group.rank() * own
     places = torch.arange(first, first + own, device=values.device)
     return gathered(values, places, dim=dim, group=group)
+
+
+def _summed_on(owner: int, weights: Tensor, group: dist.ProcessGroup | None) -> Tensor | None:
+    """The mean over ranks, on the owner alone."""
+    total = summed_on(owner, weights, group=group)
+    return total if total is None or group is None else total / group.size()
 
 
 def _mean_weights(
