@@ -237,7 +237,7 @@ def test_the_averaged_weights_are_float32_under_autocast():
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("sink", [1e4, 1e30])
+@pytest.mark.parametrize("sink", [1e4, 1e9])
 def test_a_sink_that_takes_all_of_a_head_leaves_the_others_their_digits(sink):
     query, key = (values.nan_to_num()[:, :KV_HEADS] for values in batch()[:2])
     sinks = torch.tensor([sink, 0.0, 0.0, 0.0])
