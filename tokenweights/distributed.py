@@ -5,17 +5,227 @@ each rank takes from its own tokens; a *merge*, which is one of the reductions b
 *finish*. `group=None` means "these tokens are all there is" and never communicates. Pass
 `torch.distributed.group.WORLD` for all ranks. Every rank of the group has to call, also one
 without a single token: its statistics are the identity of the merge.
+
+Between statistics and merge the ranks agree to go on: what one of them refuses is refused on all,
+see `agreed`. That is one more reduction, of three integers.
 """
+
+import functools
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokenweights._errors import invalid
+from tokenweights._errors import TokenWeightsError, invalid
 from tokenweights._typing import typed
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
+
+def agreed(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, whose error on one rank of its group is an error on all of them.
+
+    The group is the argument `group`, or else the `group` of an argument that has one. The ranks
+    agree once, before the call communicates, or at its end if it does not: a rank that
+    refused raises its own error there, and the others one that names its global rank and quotes
+    it. The decorator stands outside of `typed`, so the type check is agreed upon too. Inside of
+    another such call that has not yet agreed, there is one agreement for both.
+
+    The ranks then also have to be about to do the same: where an argument that has to be alike
+    makes one rank merge another shape than the others, or nothing at all, all of them raise.
+
+    Not covered are errors after the ranks have agreed, in what is left to do with the merged
+    numbers, which are the same on every rank; ranks that do not call, or not with this group; and
+    calls that `torch.compile` traces. One rank alone agrees with itself and sends nothing.
+
+    Args:
+        function: A function that every rank of a group calls.
+
+    Returns:
+        The function with the agreement around it.
+
+    Example:
+        >>> @agreed
+        ... @typed
+        ... def valid_tokens(
+        ...     counts: Float[Tensor, " batch"], *, group: dist.ProcessGroup | None = None
+        ... ) -> Float[Tensor, ""]:
+        ...     if bool((counts < 0).any()):
+        ...         raise ValueError("a negative count")
+        ...     return global_sum(counts.sum(), group=group)
+        >>> valid_tokens(torch.tensor([2.0, 3.0]))
+        tensor(5.)
+    """
+    return _with_agreement(function, part=False)
+
+
+def merge(function: Callable[P, R]) -> Callable[P, R]:
+    """As `agreed`, for a bare merge: inside of an agreed call it is part of that call.
+
+    Args:
+        function: A function that communicates and has no input of its own to refuse.
+
+    Returns:
+        The function with the agreement around it.
+    """
+    return _with_agreement(function, part=True)
+
+
+def _with_agreement(function: Callable[P, R], *, part: bool) -> Callable[P, R]:
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        group = _group_of(kwargs.get("group"), *args, *kwargs.values())
+        if group is None or (part and _innermost.get() is not None):
+            return function(*args, **kwargs)
+        with agreement(function.__qualname__, group):
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+def _group_of(*arguments: Any) -> dist.ProcessGroup | None:
+    owned = (getattr(argument, "group", None) for argument in arguments)
+    groups = (each for each in (*arguments, *owned) if isinstance(each, dist.ProcessGroup))
+    return next(groups, None)
+
+
+@dataclass(eq=False)
+class _Call:
+    """A call in which an error is an error of all ranks as long as it is `open`."""
+
+    function: str
+    group: dist.ProcessGroup
+    outer: "_Call | None"
+    open: bool = True
+
+
+_innermost: ContextVar[_Call | None] = ContextVar("_innermost", default=None)
+
+
+@contextmanager
+def agreement(function: str, group: dist.ProcessGroup | None) -> Iterator[None]:
+    """A context that all ranks of a group leave, or none: `agreed` for a part of a function.
+
+    For what a rank may refuse after its call has communicated.
+
+    Args:
+        function: Name of the public function, for errors.
+        group: The ranks, all of which have to enter; None for one rank alone.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        TokenWeightsError: If another rank raised, or is about to communicate something else.
+    """
+    if group is None or group.size() == 1 or torch.compiler.is_compiling():
+        yield
+        return
+    call = _Call(function, group, _innermost.get())
+    token = _innermost.set(call)
+    try:
+        yield
+        if _open_calls() == [call]:
+            _agree("return")
+    except Exception as error:
+        # An open call around this one is where the others are going to meet.
+        if _open_calls() == [call]:
+            _agree("raise", error)
+        raise
+    finally:
+        _innermost.reset(token)
+
+
+def _open_calls() -> list[_Call]:
+    """The calls without an agreement that this point is in, the outermost first."""
+    calls, call = [], _innermost.get()
+    while call is not None:
+        calls += [call] if call.open else []
+        call = call.outer
+    return calls[::-1]
+
+
+def _communicating(what: str, group: dist.ProcessGroup | None) -> None:
+    if group is not None and not torch.compiler.is_compiling():
+        _agree(what)
+
+
+def _agree(step: str, refusal: Exception | None = None) -> None:
+    """Returns once all ranks are about to take the same step; raises where another one refused.
+
+    Args:
+        step: What this rank does next, in words that are the same on every rank.
+        refusal: Why it does not.
+    """
+    groups: dict[dist.ProcessGroup, str] = {}
+    for call in _open_calls():
+        call.open = False
+        groups.setdefault(call.group, call.function)
+    for group, function in groups.items():
+        own = f"`{function}`: {step}"
+        mark = zlib.crc32(own.encode())
+        own_flags = [int(refusal is not None), mark, -mark]
+        flags = torch.tensor(own_flags, dtype=torch.int64, device=_device(group))
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+        refused, highest, negated_lowest = flags.tolist()
+        if refused or highest != -negated_lowest:
+            _raise_together(function, group, own, refusal)
+
+
+def _raise_together(
+    function: str, group: dist.ProcessGroup, step: str, refusal: Exception | None
+) -> None:
+    told: list[tuple[str, str | None]] = [("", None)] * group.size()
+    dist.all_gather_object(told, (step, _quoted(refusal)), group=group)
+    if refusal is not None:
+        return  # the caller raises it
+    told_by = {dist.get_global_rank(group, rank): words for rank, words in enumerate(told)}
+    refusals = {rank: words for rank, (_, words) in told_by.items() if words is not None}
+    if refusals:
+        rank, words = next(iter(refusals.items()))
+        others = f" (also on {list(refusals)[1:]})" if len(refusals) > 1 else ""
+        raise invalid(
+            function,
+            "group",
+            "whose ranks all accept their input",
+            f"a refusal on global rank {rank}{others}: {words}",
+            "Mend the input of that rank.",
+        )
+    steps: dict[str, list[int]] = {}
+    for rank, (words, _) in told_by.items():
+        steps.setdefault(words, []).append(rank)
+    raise invalid(
+        function,
+        "group",
+        "whose ranks all make the same call",
+        "; ".join(f"{words} on global ranks {ranks}" for words, ranks in steps.items()),
+        "Only tokens differ between ranks: pass the same other arguments and shapes on each.",
+    )
+
+
+def _quoted(error: Exception | None) -> str | None:
+    if error is None or isinstance(error, TokenWeightsError):
+        return error and str(error).removesuffix(".")
+    return f"{type(error).__name__}: {error}".removesuffix(".")
+
+
+def _device(group: dist.ProcessGroup) -> torch.device:
+    """Where a tensor that does not come from the input may go over the wire, for any input."""
+    kinds = [device.type for device in group._device_types]  # as torch's own object collectives
+    return torch.device("cpu" if "cpu" in kinds or not kinds else kinds[0])
+
+
+@merge
 @typed
 def global_sum(
     values: Float[Tensor, "*shape"], *, group: dist.ProcessGroup | None = None
@@ -36,6 +246,7 @@ def global_sum(
     return _reduced(values, dist.ReduceOp.SUM, group)
 
 
+@merge
 @typed
 def global_extrema(
     minimum: Float[Tensor, ""],
@@ -61,6 +272,7 @@ def global_extrema(
     return low, -negated_high
 
 
+@merge
 @typed
 def gathered(
     values: Tensor,
@@ -100,6 +312,8 @@ def gathered(
             f"shape {tuple(values.shape)}",
             "Name the sharded axis.",
         )
+    others = [size for axis, size in enumerate(values.shape) if axis != dim % values.dim()]
+    _communicating(f"gather {values.dtype} of {others} along axis {dim}", group)
     lengths = _shard_lengths(len(positions), values.device, group)
     order = torch.cat(_shards(positions, 0, lengths, group))
     if not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
@@ -111,6 +325,7 @@ def gathered(
     return whole.index_select(dim, order.argsort())
 
 
+@merge
 @typed
 def slice_positions(
     count: int, *, device: torch.device | str = "cpu", group: dist.ProcessGroup | None = None
@@ -125,10 +340,16 @@ def slice_positions(
     Returns:
         Positions for `gathered`.
 
+    Raises:
+        TokenWeightsError: If `count` is negative.
+
     Example:
         >>> slice_positions(3)
         tensor([0, 1, 2])
     """
+    if count < 0:
+        raise invalid("slice_positions", "count", ">= 0", count, "It is a number of tokens.")
+    _communicating("count positions", group)
     lengths = _shard_lengths(count, torch.device(device), group)
     first = sum(lengths[: 0 if group is None else group.rank()])
     return torch.arange(first, first + count, device=device)
@@ -162,6 +383,49 @@ def _reduced(
     values: Tensor, operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None
 ) -> Tensor:
     reduced = values.detach().clone()
+    _communicating(f"reduce {values.dtype} of {list(values.shape)}", group)
     if group is not None:
         dist.all_reduce(reduced, op=operation, group=group)
     return reduced
+
+
+def gathered_on(
+    owner: int, block: Tensor, *, dim: int, group: dist.ProcessGroup | None
+) -> Tensor | None:
+    """The blocks of all ranks one after another, on the owner alone.
+
+    Args:
+        owner: A rank of the group.
+        block: This rank's block, of the same shape on every rank.
+        dim: The axis along which blocks follow each other.
+        group: The ranks, all of which have to call; None if this block is all.
+
+    Returns:
+        The whole on the owner, None elsewhere.
+    """
+    if group is None:
+        return block
+    block = block.contiguous()
+    _communicating(f"gather blocks, {block.dtype} of {list(block.shape)}", group)
+    parts = [torch.empty_like(block) for _ in range(group.size())]
+    parts = parts if group.rank() == owner else None
+    dist.gather(block, parts, dst=dist.get_global_rank(group, owner), group=group)
+    return None if parts is None else torch.cat(parts, dim)
+
+
+def summed_on(owner: int, values: Tensor, *, group: dist.ProcessGroup | None) -> Tensor | None:
+    """Elementwise sum over ranks, on the owner alone.
+
+    Args:
+        owner: A rank of the group.
+        values: This rank's contribution, of the same shape on every rank; its memory is reused.
+        group: The ranks, all of which have to call; None if these are all.
+
+    Returns:
+        The sum on the owner, None elsewhere.
+    """
+    if group is None:
+        return values
+    _communicating(f"sum {values.dtype} of {list(values.shape)}", group)
+    dist.reduce(values, dst=dist.get_global_rank(group, owner), group=group)
+    return values if group.rank() == owner else None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
-from tokenweights.distributed import global_sum
+from tokenweights.distributed import agreed, global_sum
 from tokenweights.masked import (
     accumulator_dtype,
     batch_total,
@@ -94,6 +94,7 @@ def clipped_surrogate_loss(
     return loss
 
 
+@agreed
 @typed
 def loss_denominator(
     mask: Bool[Tensor, "batch token"],

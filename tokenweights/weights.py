@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
-from tokenweights.distributed import global_extrema, global_sum
+from tokenweights.distributed import agreed, global_extrema, global_sum
 from tokenweights.masked import (
     accumulator_dtype,
     batch_total,
@@ -39,6 +39,7 @@ class ScoreExtrema:
     maximum: Float[Tensor, ""]
 
 
+@agreed
 @typed
 def score_extrema(
     scores: Float[Tensor, "batch token"],
@@ -74,6 +75,7 @@ def score_extrema(
     return ScoreExtrema(*global_extrema(low.to(dtype), high.to(dtype), group=group))
 
 
+@agreed
 @typed
 def softmax_partition(
     scores: Float[Tensor, "batch token"],
@@ -114,6 +116,7 @@ def softmax_partition(
     return global_sum(total, group=group)
 
 
+@agreed
 @typed
 def endpoint_weights(
     scores: Float[Tensor, "batch token"],
@@ -233,6 +236,7 @@ def subset_weights(subset: Bool[Tensor, "batch token"]) -> Float[Tensor, "batch 
     return subset.float()
 
 
+@agreed
 @typed
 def match_mass(
     weights: Float[Tensor, "batch token"],
@@ -304,6 +308,7 @@ class WeightStatistics:
     share: Float[Tensor, " bins"]
 
 
+@agreed
 @typed
 def weight_statistics(
     weights: Float[Tensor, "batch token"],

@@ -178,7 +178,7 @@ def test_short_sequences_move_weights_and_long_ones_move_rows():
 
 
 def test_positions_that_miss_a_token_are_refused():
-    query, key, *_ = batch()
+    query, key = (values.nan_to_num() for values in batch()[:2])
     with pytest.raises(tw.TokenWeightsError, match="permutation"):
         tw.sequence_parallel_entropy(query, key, torch.arange(1, TOKENS + 1))
 
@@ -188,3 +188,65 @@ def test_non_finite_scores_are_refused(exchange):
     query = torch.full((1, 2, 3, 4), torch.nan)
     with pytest.raises(tw.TokenWeightsError, match="finite"):
         tw.tensor_parallel_entropy(query, torch.ones(1, 2, 3, 4), exchange=exchange)
+
+
+@pytest.mark.parametrize("exchange", ["rows", "distribution"])
+def test_what_no_exchange_could_serve_is_refused_alike(exchange):
+    query, key = torch.ones(1, 4, 3, 8), torch.ones(1, 2, 3, 8)
+    for options, name in (
+        ({"softcap": -1.0}, "softcap"),
+        ({"scale": torch.inf}, "scale"),
+        ({"window": 0}, "window"),
+        ({"top_k": 0}, "top_k"),
+        ({"query": torch.ones(1, 3, 3, 8)}, "query"),
+        ({"query": torch.ones(1, 4, 4, 8)}, "query"),
+    ):
+        arguments = {"query": query, "key": key, "exchange": exchange} | options
+        with pytest.raises(
+            tw.TokenWeightsError, match=f"tensor_parallel_entropy`: expected `{name}"
+        ):
+            tw.tensor_parallel_entropy(**arguments)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16])
+def test_the_default_dtype_changes_nothing(default):
+    query, key = (values.nan_to_num() for values in batch()[:2])
+    row = {"query": query[0].transpose(0, 1), "key": key[0].transpose(0, 1)}
+
+    def entropies():
+        yield tw.sequence_parallel_entropy(query, key, torch.arange(TOKENS))
+        yield tw.packed_entropy(**row, position_ids=torch.arange(TOKENS))
+        for exchange in ("rows", "distribution"):
+            yield tw.tensor_parallel_entropy(query, key, exchange=exchange)
+
+    expected = list(entropies())
+    torch.set_default_dtype(default)
+    try:
+        found = list(entropies())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for own, one in zip(found, expected, strict=True):
+        assert own.dtype == torch.float32 and torch.equal(own, one)
+
+
+def test_the_averaged_weights_are_float32_under_autocast():
+    query, key = (values.nan_to_num() for values in batch()[:2])
+    expected = tw.tensor_parallel_entropy(query, key, exchange="distribution")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = tw.tensor_parallel_entropy(query, key, exchange="distribution")
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("sink", [1e4, 1e9])
+def test_a_sink_that_takes_all_of_a_head_leaves_the_others_their_digits(sink):
+    query, key = (values.nan_to_num()[:, :KV_HEADS] for values in batch()[:2])
+    sinks = torch.tensor([sink, 0.0, 0.0, 0.0])
+    found = tw.tensor_parallel_entropy(query, key, sinks=sinks, exchange="distribution", kind="raw")
+    query, key = query.double(), key.double()
+    score = query @ key.transpose(-1, -2) * DIM**-0.5
+    score = score.masked_fill(torch.ones(TOKENS, TOKENS).triu(1).bool(), -torch.inf)
+    own = score.logsumexp(-1, keepdim=True)
+    weights = (score - torch.logaddexp(own, sinks.double()[:, None, None])).exp().mean(1)
+    weights = weights / weights.sum(-1, keepdim=True)
+    expected = -torch.special.xlogy(weights, weights).sum(-1)
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)

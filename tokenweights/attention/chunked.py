@@ -21,12 +21,7 @@ from tokenweights.attention.rows import (
     row_blocks,
     row_statistics,
 )
-from tokenweights.attention.scores import (
-    ACCELERATOR_FLOAT32_SCORE,
-    CPU_FLOAT32_SCORE,
-    check_scores,
-    score_range,
-)
+from tokenweights.attention.scores import check_scores, float32_limit, score_range
 from tokenweights.attention.statistics import Logits, Request
 from tokenweights.masked import accumulator_dtype
 
@@ -238,8 +233,7 @@ def sequence_statistics(
     workspace = Workspace(query.device) if workspace is None else workspace
     scores = score_range(query, key, logits.scale)
     check_scores(function, scores)
-    on_cpu = query.device.type == "cpu"
-    in_float32 = scores.in_float32(CPU_FLOAT32_SCORE if on_cpu else ACCELERATOR_FLOAT32_SCORE)
+    in_float32 = scores.in_float32(float32_limit(query.device))
     if all(in_float32):
         # Products of half-precision numbers are exact in float32.
         query, key = query.float(), key.float()

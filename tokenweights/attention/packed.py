@@ -8,10 +8,12 @@ from torch import Tensor
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
 from tokenweights.attention.api import attention_entropy_varlen
-from tokenweights.attention.statistics import EntropyKind
-from tokenweights.distributed import gathered, slice_positions
+from tokenweights.attention.parallel import check_own
+from tokenweights.attention.statistics import EntropyKind, Request
+from tokenweights.distributed import agreed, agreement, gathered, slice_positions
 
 
+@agreed
 @typed
 @torch.no_grad()
 def packed_entropy(
@@ -61,29 +63,33 @@ def packed_entropy(
         >>> packed_entropy(query, key, torch.tensor([0, 1, 0, 1, 2]), kind="raw")
         tensor([0.0000, 0.6931, 0.0000, 0.6931, 1.0986])
     """
+    function, request = "packed_entropy", Request((kind,), top_k, fixed_k)
+    rows = query.transpose(0, 1)[None], key.transpose(0, 1)[None]
+    check_own(function, rows[0], rows[1], request, None, scale, window, softcap, sinks)
     own = slice_positions(len(position_ids), device=key.device, group=group)
     whole_key = gathered(key, own, dim=0, group=group)
     positions = gathered(position_ids, own, dim=0, group=group)
     starts = _sequence_starts(positions)
-    if not len(own):
-        return query.new_zeros(0, dtype=torch.float32)
-    first, last = int(own[0]), int(own[-1]) + 1
-    # From the start of the sequence this slice begins in, up to the slice's end.
-    bounds = torch.cat([starts[starts < last], starts.new_tensor([last])])
-    bounds = bounds[int((bounds[:-1] <= first).sum()) - 1 :]
-    return attention_entropy_varlen(
-        query,
-        whole_key[int(bounds[0]) : last],
-        cu_seqlens_q=bounds.clamp(min=first) - first,
-        cu_seqlens_k=bounds - bounds[0],
-        kind=kind,
-        top_k=top_k,
-        fixed_k=fixed_k,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-    )
+    with agreement(function, group):
+        if not len(own):
+            return query.new_zeros(0, dtype=torch.float32)
+        first, last = int(own[0]), int(own[-1]) + 1
+        # From the start of the sequence this slice begins in, up to the slice's end.
+        bounds = torch.cat([starts[starts < last], starts.new_tensor([last])])
+        bounds = bounds[int((bounds[:-1] <= first).sum()) - 1 :]
+        return attention_entropy_varlen(
+            query,
+            whole_key[int(bounds[0]) : last],
+            cu_seqlens_q=bounds.clamp(min=first) - first,
+            cu_seqlens_k=bounds - bounds[0],
+            kind=kind,
+            top_k=top_k,
+            fixed_k=fixed_k,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+        )
 
 
 def _sequence_starts(positions: Int[Tensor, " token"]) -> Int[Tensor, " sequence"]:

@@ -17,14 +17,24 @@ from torch import Tensor
 
 from tokenweights._typing import typed
 from tokenweights.attention.api import attention_entropy
+from tokenweights.attention.checks import (
+    check_finite,
+    check_logits,
+    check_padded,
+    check_request,
+)
 from tokenweights.attention.given_weights import attention_entropy_from_weights
+from tokenweights.attention.layout import padded_batch
 from tokenweights.attention.reference import visible_keys
-from tokenweights.attention.statistics import EntropyKind
-from tokenweights.distributed import gathered
+from tokenweights.attention.scores import float32_limit, score_range
+from tokenweights.attention.statistics import EntropyKind, Logits, Request
+from tokenweights.distributed import agreed, agreement, gathered, gathered_on, summed_on
+from tokenweights.masked import accumulator_dtype
 
 Exchange = Literal["auto", "rows", "distribution"]
 
 
+@agreed
 @typed
 @torch.no_grad()
 def sequence_parallel_entropy(
@@ -75,30 +85,37 @@ def sequence_parallel_entropy(
         >>> sequence_parallel_entropy(query, key, torch.tensor([2, 0, 1]), kind="raw")
         tensor([[1.0986, 0.0000, 0.6931]])
     """
+    request = Request((kind,), top_k, fixed_k)
+    function = "sequence_parallel_entropy"
+    check_own(function, query, key, request, key_mask, scale, window, softcap, sinks)
     keys = gathered(key, positions, dim=2, group=group)
     mask = None
     if key_mask is not None:
         mask = gathered(key_mask.to(torch.uint8), positions, dim=1, group=group).bool()
-    entropy = query.new_zeros(query.shape[0], query.shape[2], dtype=torch.float32)
-    order = positions.argsort()
-    for start, stop in _runs(positions[order]):
-        rows = order[start:stop]
-        seen = int(positions[rows[-1]]) + 1
-        entropy[:, rows] = attention_entropy(
-            query[:, :, rows],
-            keys[:, :, :seen],
-            kind=kind,
-            top_k=top_k,
-            fixed_k=fixed_k,
-            scale=scale,
-            key_mask=None if mask is None else mask[:, :seen],
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
-        )
+    shape = query.shape[0], query.shape[2]
+    entropy = torch.zeros(shape, dtype=torch.float32, device=query.device)
+    # Scores may still overflow, on the rank that has them.
+    with agreement(function, group):
+        order = positions.argsort()
+        for start, stop in _runs(positions[order]):
+            rows = order[start:stop]
+            seen = int(positions[rows[-1]]) + 1
+            entropy[:, rows] = attention_entropy(
+                query[:, :, rows],
+                keys[:, :, :seen],
+                kind=kind,
+                top_k=top_k,
+                fixed_k=fixed_k,
+                scale=scale,
+                key_mask=None if mask is None else mask[:, :seen],
+                window=window,
+                softcap=softcap,
+                sinks=sinks,
+            )
     return entropy
 
 
+@agreed
 @typed
 @torch.no_grad()
 def tensor_parallel_entropy(
@@ -121,8 +138,8 @@ def tensor_parallel_entropy(
     Rows are dealt out in blocks, an early and a late one to each rank, since late rows see more
     keys. The owner of a block either receives its queries and all keys (`"rows"`), or the averaged
     weights that the other ranks computed for their heads (`"distribution"`), which is cheaper for
-    short sequences only; see `tensor_parallel_bytes`. No gradient. Memory is the keys of all heads,
-    or a block of rows by the number of keys.
+    short sequences only; see `tensor_parallel_bytes`. No gradient. Memory is the keys of all heads
+    and this rank's queries of all heads, or this rank's rows by the number of keys.
 
     Args:
         query: Queries of this rank's heads, as many on every rank.
@@ -149,7 +166,10 @@ def tensor_parallel_entropy(
         >>> tensor_parallel_entropy(query, key, kind="raw")
         tensor([[0.0000, 0.6931, 1.0986]])
     """
-    factor = query.shape[3] ** -0.5 if scale is None else scale
+    function = "tensor_parallel_entropy"
+    request = Request((kind,), top_k, fixed_k)
+    check_own(function, query, key, request, key_mask, scale, window, softcap, sinks)
+    logits = Logits(query.shape[3] ** -0.5 if scale is None else scale, softcap, window=window)
     ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
     if exchange == "auto":
         moved = tensor_parallel_bytes(
@@ -166,44 +186,51 @@ def tensor_parallel_entropy(
     whole_heads = exchange == "rows"
     all_keys = _all_heads(key, 1, group) if whole_heads else key
     all_sinks = _all_heads(sinks, 0, group) if whole_heads and sinks is not None else sinks
+    parts: list[tuple[slice, Tensor]] = []
+    for owner, rows in _dealt_blocks(query.shape[2], ranks):
+        block = query[:, :, rows]
+        if whole_heads:
+            part = gathered_on(owner, block, dim=1, group=group)
+        else:
+            seen = _seen(query, key, rows)
+            mask = None if key_mask is None else key_mask[:, :seen]
+            part = _mean_weights(block, key[:, :, :seen], mask, logits, sinks)
+            part = _summed_on(owner, part, group)
+        if owner == rank:
+            assert part is not None
+            parts.append((rows, part))
     # A rank owns no row of a sequence that is shorter than there are blocks.
     entropies = [query.new_zeros(query.shape[0], 0, dtype=torch.float32)]
     owned = [torch.arange(0, device=query.device)]
-    for owner, rows in _dealt_blocks(query.shape[2], ranks):
-        seen = key.shape[2] - query.shape[2] + rows.stop
-        mask = None if key_mask is None else key_mask[:, :seen]
-        block, keys = query[:, :, rows], all_keys[:, :, :seen]
-        if whole_heads:
-            part = _gathered_on(owner, block, group)
-        else:
-            part = _mean_weights(block, keys, mask, factor, softcap, window, sinks)
-            part = _summed_on(owner, part, group)
-        if owner != rank:
-            continue
-        if whole_heads:
-            entropy = attention_entropy(
-                part,
-                keys,
-                kind=kind,
-                top_k=top_k,
-                fixed_k=fixed_k,
-                scale=factor,
-                key_mask=mask,
-                window=window,
-                softcap=softcap,
-                sinks=all_sinks,
-            )
-        else:
-            entropy = attention_entropy_from_weights(
-                part[:, None],
-                kind=kind,
-                top_k=top_k,
-                fixed_k=fixed_k,
-                key_mask=mask,
-                window=window,
-            )
-        entropies.append(entropy)
-        owned.append(torch.arange(rows.start, rows.stop, device=query.device))
+    # Only now that all exchanges are done may a rank refuse: the others wait in each of them.
+    with agreement(function, group):
+        for rows, part in parts:
+            seen = _seen(query, key, rows)
+            mask = None if key_mask is None else key_mask[:, :seen]
+            if whole_heads:
+                entropy = attention_entropy(
+                    part,
+                    all_keys[:, :, :seen],
+                    kind=kind,
+                    top_k=top_k,
+                    fixed_k=fixed_k,
+                    scale=scale,
+                    key_mask=mask,
+                    window=window,
+                    softcap=softcap,
+                    sinks=all_sinks,
+                )
+            else:
+                entropy = attention_entropy_from_weights(
+                    part[:, None],
+                    kind=kind,
+                    top_k=top_k,
+                    fixed_k=fixed_k,
+                    key_mask=mask,
+                    window=window,
+                )
+            entropies.append(entropy)
+            owned.append(torch.arange(rows.start, rows.stop, device=query.device))
     return gathered(torch.cat(entropies, 1), torch.cat(owned), dim=1, group=group)
 
 
@@ -233,6 +260,8 @@ def tensor_parallel_bytes(
     element_bytes: int,
 ) -> ExchangeBytes:
     """Bytes that `tensor_parallel_entropy` moves, per rank on average, results excluded.
+
+    Nor do the lengths of shards and the ranks' agreements count, a few dozen bytes at any size.
 
     Args:
         batch: Rows of the batch.
@@ -279,6 +308,8 @@ def sequence_parallel_bytes(
 ) -> int:
     """Bytes that `sequence_parallel_entropy` moves, per rank on average, positions excluded.
 
+    Nor do the lengths of shards and the ranks' agreements count, a few dozen bytes at any size.
+
     Args:
         batch: Rows of the batch.
         keys: Tokens of the whole sequence.
@@ -299,6 +330,24 @@ def sequence_parallel_bytes(
     return batch * keys * kv_heads * dim * element_bytes * (ranks - 1) // ranks
 
 
+def check_own(
+    function: str,
+    query: Float[Tensor, "batch heads query dim"],
+    key: Float[Tensor, "batch kv_heads key dim"],
+    request: Request,
+    key_mask: Bool[Tensor, "batch key"] | None,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Float[Tensor, " heads"] | None,
+) -> None:
+    """Refuse what this rank alone was given, before it reaches another that would be blamed."""
+    check_padded(function, query, key, key_mask, None, sinks)
+    check_request(function, request, "mean_distribution")
+    check_logits(function, Logits(1.0 if scale is None else scale, softcap, window=window))
+    check_finite(function, padded_batch(query, key, key_mask, None), sinks)
+
+
 def _runs(positions: Int[Tensor, " token"]) -> Iterator[tuple[int, int]]:
     """Bounds of the stretches in which ascending positions are consecutive."""
     breaks = (positions.diff() != 1).nonzero().flatten() + 1
@@ -315,6 +364,11 @@ def _dealt_blocks(queries: int, ranks: int) -> Iterator[tuple[int, slice]]:
             yield owner, rows
 
 
+def _seen(query: Tensor, key: Tensor, rows: slice) -> int:
+    """Number of keys up to the last query of a block of rows."""
+    return key.shape[2] - query.shape[2] + rows.stop
+
+
 def _all_heads(values: Tensor, dim: int, group: dist.ProcessGroup | None) -> Tensor:
     own = values.shape[dim]
     first = 0 if group is None else group.rank() * own
@@ -322,52 +376,44 @@ def _all_heads(values: Tensor, dim: int, group: dist.ProcessGroup | None) -> Ten
     return gathered(values, places, dim=dim, group=group)
 
 
-def _gathered_on(owner: int, block: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The queries of a block with the heads of all ranks, on the owner; anything elsewhere."""
-    block = block.contiguous()
-    if group is None:
-        return block
-    parts = [torch.empty_like(block) for _ in range(group.size())]
-    receiver = dist.get_global_rank(group, owner)
-    dist.gather(block, parts if group.rank() == owner else None, dst=receiver, group=group)
-    return torch.cat(parts, 1)
-
-
-def _summed_on(owner: int, weights: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The mean over ranks, on the owner; anything elsewhere."""
-    if group is None:
-        return weights
-    dist.reduce(weights, dst=dist.get_global_rank(group, owner), group=group)
-    return weights / group.size()
+def _summed_on(owner: int, weights: Tensor, group: dist.ProcessGroup | None) -> Tensor | None:
+    """The mean over ranks, on the owner alone."""
+    total = summed_on(owner, weights, group=group)
+    return total if total is None or group is None else total / group.size()
 
 
 def _mean_weights(
     query: Float[Tensor, "batch heads query dim"],
     key: Float[Tensor, "batch kv_heads key dim"],
     key_mask: Bool[Tensor, "batch key"] | None,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
+    logits: Logits,
     sinks: Float[Tensor, " heads"] | None,
 ) -> Float[Tensor, "batch query key"]:
     """Attention weights of a block of rows, averaged over this rank's heads."""
     if key_mask is None:
         key_mask = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
+    window = logits.window if logits.window is None else min(logits.window, key.shape[2])
     visible = visible_keys(key_mask, queries=query.shape[2], causal=True, window=window)
     # Padding may hold anything, NaN included: 0 * NaN must not enter a product.
-    key = torch.where(key_mask[:, None, :, None], key, 0).float()
+    key = torch.where(key_mask[:, None, :, None], key, 0)
     asked = key_mask[:, None, key.shape[2] - query.shape[2] :, None]
-    query = torch.where(asked, query, 0).float()
-    group = query.shape[1] // key.shape[1]
-    total = query.new_zeros(visible.shape)
-    for head in range(query.shape[1]):
-        score = query[:, head] @ key[:, head // group].transpose(1, 2) * scale
-        if softcap is not None:
-            score = softcap * torch.tanh(score / softcap)
-        score = score.masked_fill(~visible, -torch.inf)
-        denominator = score.logsumexp(-1, keepdim=True)
-        if sinks is not None:
-            denominator = torch.logaddexp(denominator, sinks[head].float())
-        # A padded query sees nothing: -inf - -inf. At real positions a NaN stays, to be refused.
-        total += torch.where(visible, (score - denominator).exp(), 0.0)
+    query = torch.where(asked, query, 0)
+    shared_by = query.shape[1] // key.shape[1]
+    total = torch.zeros(visible.shape, dtype=torch.float32, device=query.device)
+    in_float32 = score_range(query, key, logits.scale).in_float32(float32_limit(query.device))
+    with torch.autocast(query.device.type, enabled=False):
+        for head, narrow in enumerate(in_float32):
+            dtype = torch.float32 if narrow else accumulator_dtype(query.device)
+            own_query, own_key = query[:, head].to(dtype), key[:, head // shared_by].to(dtype)
+            score = own_query @ own_key.transpose(1, 2) * logits.scale
+            if logits.softcap is not None:
+                score = logits.softcap * torch.tanh(score / logits.softcap)
+            score = score.masked_fill(~visible, -torch.inf)
+            own = score.logsumexp(-1, keepdim=True)
+            # A padded query sees nothing: -inf - -inf. At real positions a NaN stays, to be refused
+            weights = torch.where(visible, (score - own).exp(), 0.0)
+            if sinks is not None:
+                # A factor, not a term under the logarithm, where a large sink would round scores.
+                weights = weights * (own - sinks[head].to(dtype)).sigmoid()
+            total += weights
     return total / query.shape[1]

@@ -56,6 +56,11 @@ def score_range(
     return ScoreRange(tuple(largest.tolist()), ordinary)
 
 
+def float32_limit(device: torch.device) -> float:
+    """Up to which size float32 resolves scores on a device."""
+    return CPU_FLOAT32_SCORE if device.type == "cpu" else ACCELERATOR_FLOAT32_SCORE
+
+
 def check_scores(function: str, scores: ScoreRange) -> None:
     """Refuse scores that float64 cannot tell apart."""
     largest = max(scores.largest, key=lambda size: size if size == size else torch.inf)

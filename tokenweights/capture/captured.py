@@ -10,6 +10,7 @@ from torch import Tensor
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
 from tokenweights.attention import EntropyKind, attention_entropy, packed_entropy
+from tokenweights.distributed import agreed
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class CapturedAttention:
             sinks=self.sinks,
         )
 
+    @agreed
     @typed
     def packed_entropy(
         self,

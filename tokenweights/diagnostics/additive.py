@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenweights._errors import invalid
-from tokenweights.distributed import global_sum
+from tokenweights.distributed import global_sum, merge
 
 Record = TypeVar("Record", bound="Additive")
 
@@ -32,6 +32,7 @@ class Additive:
             *(None if mine is None or theirs is None else mine + theirs for mine, theirs in pairs)
         )
 
+    @merge
     def over_ranks(self: Record, group: dist.ProcessGroup | None) -> Record:
         """The record of the whole batch, in one reduction.
 

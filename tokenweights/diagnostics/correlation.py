@@ -7,9 +7,11 @@ from torch import Tensor
 
 from tokenweights._typing import typed
 from tokenweights.diagnostics.moments import local_moments
+from tokenweights.distributed import agreed
 from tokenweights.masked import accumulator_dtype, masked_ranks, require_finite
 
 
+@agreed
 @typed
 def pearson_correlation(
     first: Float[Tensor, "batch token"],
@@ -47,6 +49,7 @@ def pearson_correlation(
     return moments.correlation[0, 1]
 
 
+@agreed
 @typed
 def rank_correlation(
     first: Float[Tensor, "batch token"],

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
 from tokenweights.diagnostics.additive import alike
-from tokenweights.distributed import global_sum
+from tokenweights.distributed import agreed, global_sum, merge
 from tokenweights.masked import accumulator_dtype, require_finite
 
 
@@ -51,6 +51,7 @@ class GroupDynamics:
             count, mean, ((self._squares(mean) + other._squares(mean)) / count).sqrt()
         )
 
+    @merge
     def over_ranks(self, group: dist.ProcessGroup | None) -> "GroupDynamics":
         """The statistics of the whole batch, in two reductions.
 
@@ -78,6 +79,7 @@ class GroupDynamics:
         return torch.where(self.count > 0, self.count * deviations, 0.0)
 
 
+@agreed
 @typed
 def group_dynamics(
     scores: Float[Tensor, "batch *heads token"],

@@ -12,6 +12,7 @@ from tokenweights._typing import typed
 from tokenweights.diagnostics.correlation import scaled_ranks
 from tokenweights.diagnostics.moments import ScoreMoments, local_moments
 from tokenweights.diagnostics.overlap import SubsetOverlap, local_overlap
+from tokenweights.distributed import agreed, merge
 from tokenweights.masked import require_finite, row_chunks
 from tokenweights.partition import bottom_fraction, top_fraction
 
@@ -63,6 +64,7 @@ class LayerAgreement:
             self.ranks.merged(other.ranks),
         )
 
+    @merge
     def over_ranks(self, group: dist.ProcessGroup | None) -> "LayerAgreement":
         """The agreement over the whole batch.
 
@@ -80,6 +82,7 @@ class LayerAgreement:
         )
 
 
+@agreed
 @typed
 def layer_agreement(
     scores: Float[Tensor, "layers batch token"],

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenweights._typing import typed
 from tokenweights.diagnostics.additive import alike
-from tokenweights.distributed import global_sum
+from tokenweights.distributed import agreed, global_sum, merge
 from tokenweights.masked import accumulator_dtype, require_finite, row_chunks
 
 
@@ -58,6 +58,7 @@ class ScoreMoments:
             count, self.mean + apart * share, self.products + other.products + between
         )
 
+    @merge
     def over_ranks(self, group: dist.ProcessGroup | None) -> "ScoreMoments":
         """The moments of the whole batch, in two reductions.
 
@@ -76,6 +77,7 @@ class ScoreMoments:
         return ScoreMoments(count, mean, global_sum(products, group=group))
 
 
+@agreed
 @typed
 def score_moments(
     scores: Float[Tensor, "layers batch token"],

@@ -11,6 +11,7 @@ from torch import Tensor
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
 from tokenweights.diagnostics.additive import Additive
+from tokenweights.distributed import agreed
 from tokenweights.masked import accumulator_dtype
 
 
@@ -31,6 +32,7 @@ class SubsetOverlap(Additive):
         return self.common / (sizes + sizes[:, None] - self.common)
 
 
+@agreed
 @typed
 def subset_overlap(
     subsets: Sequence[Bool[Tensor, "batch token"]],
@@ -66,6 +68,7 @@ def subset_overlap(
     return local_overlap(torch.stack(list(subsets)), mask).over_ranks(group)
 
 
+@agreed
 @typed
 def partition_jaccard(
     first: Bool[Tensor, "batch token"],

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokenweights._typing import typed
 from tokenweights.diagnostics.additive import Additive
+from tokenweights.distributed import agreed
 from tokenweights.masked import accumulator_dtype, require_finite
 
 
@@ -37,6 +38,7 @@ class RolloutStatistics(Additive):
         return float(self.reward_total / self.responses)
 
 
+@agreed
 @typed
 def rollout_statistics(
     mask: Bool[Tensor, "batch token"],

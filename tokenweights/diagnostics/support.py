@@ -15,6 +15,7 @@ from tokenweights.attention import AttentionStatistics, EntropyKind
 from tokenweights.attention.statistics import ENTROPY_KINDS
 from tokenweights.diagnostics.additive import Additive
 from tokenweights.diagnostics.dynamics import require_finite_heads, token_sum
+from tokenweights.distributed import agreed
 from tokenweights.masked import accumulator_dtype
 from tokenweights.partition import bottom_fraction, top_fraction
 from tokenweights.signals import align_to_decision, align_to_own
@@ -68,6 +69,7 @@ class SupportConcentration(Additive):
         return total / self.count.view(-1, *[1] * (total.dim() - 1))
 
 
+@agreed
 @typed
 def support_concentration(
     statistics: AttentionStatistics,
@@ -128,6 +130,7 @@ def support_concentration(
     return SupportConcentration(count, *totals).over_ranks(group)
 
 
+@agreed
 @typed
 def support_by_entropy(
     statistics: AttentionStatistics,
@@ -162,22 +165,24 @@ def support_by_entropy(
         >>> sorted(support), support["raw"].support_size.shape
         (['fixed', 'normalized', 'raw', 'topk'], torch.Size([3, 4]))
     """
-    concentrations = {}
+    groups = {}
     for kind in ENTROPY_KINDS:
         scores = getattr(statistics, kind)
         if scores is not None:
             _require_shape(kind, scores, mask, heads=False)
             anchors = bottom_fraction(scores, mask, fraction=fraction)
             explorers = top_fraction(scores, mask, fraction=fraction)
-            concentrations[kind] = support_concentration(
-                statistics, [mask, anchors, explorers], group=group
-            )
-    if not concentrations:
+            groups[kind] = [mask, anchors, explorers]
+    if not groups:
         raise invalid(
             "support_by_entropy", "statistics", "with an entropy", "none",
             "Ask `attention_statistics` for one.",
         )  # fmt: skip
-    return concentrations
+    # After all checks: ranks that have begun to merge wait for each other.
+    return {
+        kind: support_concentration(statistics, members, group=group)
+        for kind, members in groups.items()
+    }
 
 
 @typed

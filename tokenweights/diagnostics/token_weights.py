@@ -6,10 +6,12 @@ from torch import Tensor
 
 from tokenweights._typing import typed
 from tokenweights.diagnostics.dynamics import group_dynamics
+from tokenweights.distributed import agreed
 from tokenweights.masked import require_weights
 from tokenweights.partition import bottom_fraction, top_fraction
 
 
+@agreed
 @typed
 def token_weight_metrics(
     scores: Float[Tensor, "batch token"] | None,

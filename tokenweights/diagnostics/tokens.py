@@ -10,6 +10,7 @@ from torch import Tensor
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
 from tokenweights.diagnostics.additive import Additive
+from tokenweights.distributed import agreed
 from tokenweights.masked import accumulator_dtype
 
 
@@ -49,6 +50,7 @@ class QuadrantTokens(Additive):
         return [(token, int(count)) for token, count in pairs if count > 0]
 
 
+@agreed
 @typed
 def quadrant_tokens(
     token_ids: Int[Tensor, "batch token"],

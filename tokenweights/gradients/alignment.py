@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
-from tokenweights.distributed import global_sum
+from tokenweights.distributed import agreed, agreement, global_sum
 from tokenweights.gradients.differences import central_differences
 from tokenweights.gradients.evaluation import (
     LossEvaluation,
@@ -52,6 +52,7 @@ class TokenAlignment:
     step: float
 
 
+@agreed
 @typed
 def token_alignment(
     token_loss: TokenLoss | Sequence[TokenLoss],
@@ -138,7 +139,9 @@ def token_alignment(
             return float(global_sum(inner.sum(), group=group)) / (losses.count * full_square)
 
         if method == "forward":
-            inner, used, step_error = forward_derivative(losses, parameters, gradient), 0.0, None
+            used, step_error = 0.0, None
+            with agreement("token_alignment", group):
+                inner = forward_derivative(losses, parameters, gradient)
         else:
             inner, used, step_error = central_differences(
                 losses,

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tokenweights._errors import invalid
+from tokenweights.distributed import agreement
 
 
 class CaughtGradients:
@@ -66,7 +67,18 @@ class CaughtGradients:
 
         Args:
             loss: A scalar with a graph.
+
+        Raises:
+            TokenWeightsError: If it is not, on any rank. An error in the pass itself leaves the
+                other ranks in the reduction of a gradient.
         """
+        with agreement("CaughtGradients.backward", self.group):
+            if loss.numel() != 1 or not loss.requires_grad:
+                got = f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
+                hint = "Reduce the losses, outside of `torch.no_grad`."
+                raise invalid(
+                    "CaughtGradients.backward", "loss", "a scalar with a graph", got, hint
+                )
         self._turn, self._waiting = 0, {}
         torch.autograd.grad(loss, self._parameters, allow_unused=True)
         self._reduce(finished=True)

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from tokenweights._errors import invalid
+from tokenweights.distributed import agreement
 from tokenweights.gradients.preserved import in_bucket
 from tokenweights.losses import loss_denominator, weighted_token_mean
 from tokenweights.masked import accumulator_dtype, require_finite
@@ -17,6 +19,9 @@ TokenLoss = Callable[[], Tensor]
 
 class LossEvaluation:
     """Values and gradients of token losses that come in consecutive micro-batches of rows.
+
+    An error in a callable of one rank ends the evaluation on all ranks of the group, unless the
+    others already wait in a collective of the model's own wrapper.
 
     Attributes:
         count: Number of valid tokens over the group.
@@ -38,13 +43,14 @@ class LossEvaluation:
             raise invalid(function, "token_loss", "with a callable", "none", hint)
         self._mask = mask
         self._rewind = rewind
+        self._group = group
         # Wrappers average gradients over the ranks that share the batch; here they add up.
         self._ranks = 1 if group is None else group.size()
         self.count = float(loss_denominator(mask, group=group))
 
     def values(self) -> Tensor:
         """Token losses at the current parameters, in float64, 0 off the mask; no graph."""
-        with torch.no_grad():
+        with torch.no_grad(), self._agreement():
             return self.joined(self.parts())
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
@@ -92,21 +98,26 @@ class LossEvaluation:
         self._rewind()
         parts, rows = [], 0
         for part in self._parts:
-            loss = part()
-            there = slice(rows, rows + self._checked(loss, rows))
-            if not loss.requires_grad:
-                raise invalid(
-                    self._function,
-                    "token_loss",
-                    "to return losses with a graph",
-                    "a tensor that requires no gradient",
-                    "Compute them outside `torch.no_grad`.",
-                )
+            with self._agreement():  # before the backward pass, in which wrappers reduce gradients
+                loss = part()
+                there = slice(rows, rows + self._checked(loss, rows))
+                if not loss.requires_grad:
+                    raise invalid(
+                        self._function,
+                        "token_loss",
+                        "to return losses with a graph",
+                        "a tensor that requires no gradient",
+                        "Compute them outside `torch.no_grad`.",
+                    )
             own = None if weights is None else weights[there].to(loss.dtype)
             run(weighted_token_mean(loss, self._mask[there], own, count=count) * self._ranks)
             parts.append(loss.detach())
             rows = there.stop
-        return self.joined(parts)
+        with self._agreement():
+            return self.joined(parts)
+
+    def _agreement(self) -> AbstractContextManager[None]:
+        return agreement(self._function, self._group)
 
     def _checked(self, loss: Tensor, start: int) -> int:
         shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
+from tokenweights.distributed import agreed
 from tokenweights.gradients.shards import inner_product
 
 
@@ -27,6 +28,7 @@ class GradientGeometry:
     projection_ratio: float
 
 
+@agreed
 @typed
 def gradient_geometry(
     subset: Sequence[Tensor], full: Sequence[Tensor], *, group: dist.ProcessGroup | None = None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
+from tokenweights.distributed import agreed, agreement
 from tokenweights.gradients.evaluation import (
     LossEvaluation,
     TokenLoss,
@@ -102,6 +103,7 @@ class GradientProbe:
                 "Flat shards have no names; let the callable leave out what it should.",
             )
 
+    @agreed
     @typed
     def geometry(
         self,
@@ -194,7 +196,8 @@ class GradientProbe:
             chosen = selected_parameters(self.model, pattern=self.pattern, layers=self.layers)
             gradient, shards = taken_gradients(list(chosen.values()), self.model), None
         else:
-            gradient, shards = self.gradients(), self.group
+            with agreement("GradientProbe", self.group):
+                gradient, shards = self.gradients(), self.group
             if members is None and self.sketch_width is None:  # the engine may use its memory again
                 gradient = [shard.clone() for shard in gradient]
         return _Measured(gradient, shards, self.sketch_width, self.seed)

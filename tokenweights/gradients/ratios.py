@@ -8,12 +8,13 @@ from torch import Tensor
 
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
-from tokenweights.distributed import global_sum
+from tokenweights.distributed import agreed, global_sum
 
 # The bands of the paper's appendix J.1: deciles 0-2, 3-6 and 7-9.
 BANDS = (3, 7)
 
 
+@agreed
 @typed
 def group_projection_ratios(
     projection_ratio: Float[Tensor, "batch token"],

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tokenweights._errors import invalid, require_state_keys
 from tokenweights._typing import typed
+from tokenweights.distributed import agreed
 from tokenweights.gradients.alignment import token_alignment
 from tokenweights.gradients.dispersion import OnlineDispersion
 from tokenweights.gradients.evaluation import TokenLoss
@@ -58,6 +59,7 @@ class GradientSeries:
     def __init__(self) -> None:
         self.cosines = {subset: OnlineDispersion() for subset in SUBSETS}
 
+    @agreed
     @typed
     def metrics(
         self,

@@ -21,6 +21,7 @@ from tokenweights.capture import (
     capture_attention,
     middle_layer,
 )
+from tokenweights.distributed import agreed
 from tokenweights.losses import Denominator, loss_denominator
 from tokenweights.masked import masked_ranks, sum_dtype
 from tokenweights.partition import (
@@ -264,6 +265,7 @@ class Recipe:
         depth = config.get_text_config().num_hidden_layers
         return self.probe_layers(depth, available=available)
 
+    @agreed
     @typed
     def captured_entropy(
         self,
@@ -349,6 +351,7 @@ class Recipe:
         _check(self, "rule", self.rule == "endpoints", "'endpoints' for a recipe with endpoints")
         return Endpoints(_schedule(self, self.low)(step), _schedule(self, self.high)(step))
 
+    @agreed
     @typed
     def token_weights(
         self,
@@ -404,6 +407,7 @@ class Recipe:
             weights = subset_weights(self._subset(scores, mask, sample_ids, token_groups))
         return match_mass(weights, mask, group=group) if self.match_mass else weights
 
+    @agreed
     @typed
     def denominator_scale(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
 from tokenweights.diagnostics import token_weight_metrics
+from tokenweights.distributed import agreed
 from tokenweights.recipes.named import recipe
 from tokenweights.recipes.record import Recipe
 
@@ -74,6 +75,7 @@ class WeightedRollout:
     metrics: dict[str, float]
 
 
+@agreed
 @typed
 def weighted_rollout(
     recipe: Recipe,
