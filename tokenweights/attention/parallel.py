@@ -18,6 +18,7 @@ from torch import Tensor
 from tokenweights._typing import typed
 from tokenweights.attention.api import attention_entropy
 from tokenweights.attention.checks import (
+    check_batch_scores,
     check_finite,
     check_logits,
     check_padded,
@@ -345,7 +346,9 @@ def check_own(
     check_padded(function, query, key, key_mask, None, sinks)
     check_request(function, request, "mean_distribution")
     check_logits(function, Logits(1.0 if scale is None else scale, softcap, window=window))
-    check_finite(function, padded_batch(query, key, key_mask, None), sinks)
+    batch = padded_batch(query, key, key_mask, None)
+    check_finite(function, batch, sinks)
+    check_batch_scores(function, batch, query.shape[3] ** -0.5 if scale is None else scale)
 
 
 def _runs(positions: Int[Tensor, " token"]) -> Iterator[tuple[int, int]]:

@@ -25,10 +25,10 @@ class CapturedAttention:
         window: Visible keys of a sliding-window layer, the query included, or None.
         softcap: Bound of a soft cap on the scores, or None.
         sinks: Extra logit of each head in the softmax denominator, ` heads`, or None.
-        key_mask: True for the keys that are no padding, `batch key`, as the layer's own mask has
-            it; None if all are.
         position_ids: Position of each token in its own sequence, `batch query`, of a call that was
             captured as packed; None otherwise.
+        key_mask: True for the keys that are no padding, `batch key`, as the layer's own mask has
+            it; None if all are.
     """
 
     layer: int
@@ -38,8 +38,8 @@ class CapturedAttention:
     window: int | None
     softcap: float | None
     sinks: Tensor | None
-    key_mask: Tensor | None = None
     position_ids: Tensor | None = None
+    key_mask: Tensor | None = None
 
     @typed
     def entropy(
