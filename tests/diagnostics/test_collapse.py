@@ -133,7 +133,7 @@ def test_accuracy_has_to_decline_from_its_best():
         for step, accuracy in enumerate(accuracies)
     ]
     raised = [v.step for v in got if v.mode == "gradual_degeneration"]
-    assert raised[0] == 12 and got[-1].mode is None
+    assert raised[0] == 14 and got[-1].mode is None
     assert got[14].reason == (
         "mean accuracy went from 0.400 at step 8 to 0.300; it had started at 0.200"
     )
