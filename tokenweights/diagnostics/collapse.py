@@ -130,7 +130,7 @@ class CollapseMonitor:
         history.append(length, reward, limit=limits.window + limits.horizon)
         self._spike, spike = length_instability(self._spike, history, past, now, limits)
         self._short, short = short_response_collapse(self._short, history, now, limits)
-        if past.append(now, history.lengths[-1], reward, limits):
+        if past.append(now, history, limits):
             self._decline = slow_decline(self._decline, past, now, limits)
         worse = gradual_degeneration(self._accuracies, accuracy, now, limits)
         found: list[tuple[int, FailureMode, str]] = []
@@ -141,7 +141,7 @@ class CollapseMonitor:
         if self._accuracies.raised is not None:
             found.append((self._accuracies.raised, "gradual_degeneration", worse))
         if self._decline is not None:
-            reason = self._decline.reason(past, limits)
+            reason = self._decline.reason(past)
             found.append((self._decline.raised, self._decline.mode, reason))
         if not found:
             return CollapseVerdict(now)

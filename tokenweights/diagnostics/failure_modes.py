@@ -97,7 +97,7 @@ def length_instability(
         if episode is None:
             reward = sum(history.rewards[-window - 1 : -1]) / window
             # Noise that outlasts a step, too: a reward that wanders falls without any spike.
-            error = level_noise(past.windows(window)[1], 1)
+            error = level_noise(past.rewards, 1)
             drop = max(reward_change(history.rewards[:-1], limits), limits.deviations * error)
             episode = Episode(step, before, reward, drop)
         episode.age = 0

@@ -34,68 +34,55 @@ class History:
 class Past:
     """A run at the resolution of one length and one reward for each window, oldest first.
 
-    An abrupt fall of the reward is a change of the task, such as the next stage of a curriculum,
-    rather than a decline of the policy. The past moves along with it: what came before is lowered
-    by the fall, and its length changed as the length did. A fall that leaves hardly any reward is
-    none of these.
-
     Attributes:
-        steps: Last step of each window, recent ones included.
-        lengths: Median log length of each window before the recent ones.
-        rewards: Mean reward of each.
-        recent_lengths: Log lengths of the last updates.
-        recent_rewards: Their rewards.
+        steps: Last step of each window.
+        lengths: Its median log length.
+        rewards: Its mean reward.
+        moved: Mean rewards without abrupt falls, of the windows before the recent ones. Such a fall
+            may be a change of the task, such as the next stage of a curriculum, rather than a
+            decline of the policy: what came before is lowered by it.
+        recent: Rewards of the last updates, in the same way.
         spiked: Step of the last spike in length; None before the first.
     """
 
     steps: list[int] = field(default_factory=list)
     lengths: list[float] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
-    recent_lengths: list[float] = field(default_factory=list)
-    recent_rewards: list[float] = field(default_factory=list)
+    moved: list[float] = field(default_factory=list)
+    recent: list[float] = field(default_factory=list)
     spiked: int | None = None
 
-    def append(self, step: int, length: float, reward: float, limits: CollapseThresholds) -> bool:
-        """Takes in the log length and the reward of an update; True if it completes a window."""
+    def append(self, step: int, history: History, limits: CollapseThresholds) -> bool:
+        """Takes in the last update of the history; True if it completes a window."""
         window = limits.window
-        self.recent_lengths.append(length)
-        self.recent_rewards.append(reward)
-        if len(self.recent_rewards) % window:
+        self.recent.append(history.rewards[-1])
+        if len(self.recent) % window:
             return False
         self.steps.append(step)
-        if len(self.recent_rewards) > LEVEL * window:
-            self.lengths.append(statistics.median(self.recent_lengths[:window]))
-            self.rewards.append(sum(self.recent_rewards[:window]) / window)
-            del self.recent_lengths[:window], self.recent_rewards[:window]
+        self.lengths.append(statistics.median(history.lengths[-window:]))
+        self.rewards.append(sum(history.rewards[-window:]) / window)
+        if len(self.recent) > LEVEL * window:
+            self.moved.append(sum(self.recent[:window]) / window)
+            del self.recent[:window]
         surplus = len(self.steps) - limits.memory // window
         if surplus > 0:
-            del self.steps[:surplus], self.lengths[:surplus], self.rewards[:surplus]
+            for values in (self.steps, self.lengths, self.rewards, self.moved):
+                del values[:surplus]
         self._move_along(limits)
         return True
 
-    def windows(self, window: int) -> tuple[list[float], list[float]]:
-        """Median log length and mean reward of each complete window."""
-        starts = range(0, len(self.recent_rewards) - window + 1, window)
-        lengths = [statistics.median(self.recent_lengths[i : i + window]) for i in starts]
-        rewards = [sum(self.recent_rewards[i : i + window]) / window for i in starts]
-        return self.lengths + lengths, self.rewards + rewards
-
-    def nothing_left(self, limits: CollapseThresholds) -> bool:
-        """Whether the mean reward of the last window is hardly above the lowest there is."""
-        reward = sum(self.recent_rewards[-limits.window :]) / limits.window
-        return reward < limits.lowest_reward + limits.reward_change * limits.reward_range
+    def without_falls(self, window: int) -> list[float]:
+        """Mean reward of each complete window, as if no abrupt fall had been."""
+        starts = range(0, len(self.recent) - window + 1, window)
+        return self.moved + [sum(self.recent[i : i + window]) / window for i in starts]
 
     def _move_along(self, limits: CollapseThresholds) -> None:
-        window = limits.window
-        fall, place = abrupt_fall(self.recent_rewards, window)
-        if fall < reward_change(self.recent_rewards, limits) or self.nothing_left(limits):
-            return
-        before = statistics.median(self.recent_lengths[place - window : place])
-        growth = statistics.median(self.recent_lengths[place : place + window]) - before
-        self.lengths = [length + growth for length in self.lengths]
-        self.rewards = [reward - fall for reward in self.rewards]
-        self.recent_lengths[:place] = [length + growth for length in self.recent_lengths[:place]]
-        self.recent_rewards[:place] = [reward - fall for reward in self.recent_rewards[:place]]
+        fall, place = abrupt_fall(self.recent, limits.window)
+        error = step_noise(self.recent) * math.sqrt(2 / limits.window)
+        share = limits.reward_change * limits.reward_range
+        if fall >= max(share, limits.deviations / 2 * error):
+            self.moved = [reward - fall for reward in self.moved]
+            self.recent[:place] = [reward - fall for reward in self.recent[:place]]
 
 
 def reward_change(rewards: Sequence[float], limits: CollapseThresholds) -> float:

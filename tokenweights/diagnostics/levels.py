@@ -41,7 +41,7 @@ def jump_noise(values: Sequence[float], width: int) -> float:
 def level_noise(values: Sequence[float], width: int) -> float:
     """Standard error of a difference of two levels about their trend, whatever noise remembers.
 
-    From the mean size of the levels' bends, the distance of a level from the middle of the levels
+    From the median size of the levels' bends, the distance of a level from the middle of the levels
     just before and just after it. A straight line, however steep, has none; noise that is slow
     enough to outlast a level has, which single differences do not see. Few bends say little, so one
     part is added in as many as there are bends without common values.
@@ -59,8 +59,8 @@ def level_noise(values: Sequence[float], width: int) -> float:
     if not bends:
         return steps
     # A bend of independent levels has 3/2 of the variance of one, and a difference has 4/2.
-    size = sum(bends) / len(bends) * (1 + width / len(bends))
-    return max(steps, math.sqrt(math.pi / 2 * 4 / 3) * size)
+    size = 1.4826 * math.sqrt(4 / 3) * statistics.median(bends)
+    return max(steps, size * (1 + width / len(bends)))
 
 
 def abrupt_fall(values: Sequence[float], width: int) -> tuple[float, int]:

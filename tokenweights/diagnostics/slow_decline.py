@@ -31,9 +31,9 @@ class Decline:
     reward: float
     drop: float
 
-    def reason(self, past: Past, limits: CollapseThresholds) -> str:
+    def reason(self, past: Past) -> str:
         """The numbers behind it."""
-        length, reward = (levels(values, LEVEL)[-1] for values in past.windows(limits.window))
+        length, reward = levels(past.lengths, LEVEL)[-1], levels(past.rewards, LEVEL)[-1]
         return (
             f"since step {self.since} the mean reward went from {self.reward:.3g} to {reward:.3g}, "
             f"and length from {math.exp(self.length):.0f} to {math.exp(length):.0f} tokens"
@@ -44,33 +44,54 @@ def slow_decline(
     decline: Decline | None, past: Past, step: int, limits: CollapseThresholds
 ) -> Decline | None:
     """The reward lies below its best level; what length did since then names the mode."""
-    window_lengths, window_rewards = past.windows(limits.window)
-    if len(window_rewards) < 3 * LEVEL:
+    if len(past.rewards) < 3 * LEVEL:
         return None
-    lengths, rewards = levels(window_lengths, LEVEL), levels(window_rewards, LEVEL)
     if decline is not None:
-        return None if decline.reward - rewards[-1] <= decline.drop / 2 else decline
-    best = max(range(len(rewards)), key=rewards.__getitem__)
-    fall, end = rewards[best] - rewards[-1], best + LEVEL - 1
-    if fall < min(limits.reward_change, limits.reward_decline) * limits.reward_range:
-        return None
-    shrunk = lengths[best] - lengths[-1] >= max(
-        -math.log(limits.short_ratio), limits.deviations * level_noise(window_lengths, LEVEL)
+        fall = decline.reward - levels(past.rewards, LEVEL)[-1]
+        return decline if fall > decline.drop / 2 else None
+    lowest = limits.lowest_reward + limits.reward_change * limits.reward_range
+    nothing_left = past.rewards[-1] < lowest
+    rewards = past.rewards if nothing_left else past.without_falls(limits.window)
+    return _decline(past.rewards, limits.reward_change, past, step, limits, by_length=True) or (
+        _decline(rewards, limits.reward_decline, past, step, limits, by_length=False)
     )
-    grown = max(window_lengths[end:]) - lengths[best] >= max(
-        math.log(limits.spike_ratio), limits.deviations * level_noise(window_lengths, 1)
-    )
-    spiked = past.spiked is not None and past.spiked > past.steps[end]
-    mode, share = (
-        ("short_response_collapse", limits.reward_change)
-        if shrunk
-        else ("length_instability", limits.reward_change)
-        if grown or spiked
-        else ("gradual_degeneration", limits.reward_decline)
-    )
+
+
+def _decline(
+    rewards: list[float],
+    share: float,
+    past: Past,
+    step: int,
+    limits: CollapseThresholds,
+    *,
+    by_length: bool,
+) -> Decline | None:
+    means = levels(rewards, LEVEL)
+    best = max(range(len(means)), key=means.__getitem__)
+    fall, end = means[best] - means[-1], best + LEVEL - 1
     drop = share * limits.reward_range
-    if not past.nothing_left(limits):
-        drop = max(drop, limits.deviations * level_noise(window_rewards, LEVEL))
     if fall < drop:
         return None
-    return Decline(mode, step, past.steps[end], lengths[best], rewards[best], drop)
+    mode = _mode_of_length(past, best, limits) if by_length else "gradual_degeneration"
+    # Noise does not bring a reward down to the lowest there is.
+    if rewards is not past.rewards or by_length:
+        drop = max(drop, limits.deviations * level_noise(rewards, LEVEL))
+    if mode is None or fall < drop:
+        return None
+    length, reward = levels(past.lengths, LEVEL)[best], levels(past.rewards, LEVEL)[best]
+    return Decline(mode, step, past.steps[end], length, reward, drop)
+
+
+def _mode_of_length(past: Past, best: int, limits: CollapseThresholds) -> FailureMode | None:
+    """The failure mode that length tells of since a level of the reward; None if it is none."""
+    lengths, end = levels(past.lengths, LEVEL), best + LEVEL - 1
+    shrunk = max(
+        -math.log(limits.short_ratio), limits.deviations * level_noise(past.lengths, LEVEL)
+    )
+    if lengths[best] - lengths[-1] >= shrunk:
+        return "short_response_collapse"
+    grown = max(math.log(limits.spike_ratio), limits.deviations * level_noise(past.lengths, 1))
+    spiked = past.spiked is not None and past.spiked > past.steps[end]
+    if spiked or max(past.lengths[end:]) - lengths[best] >= grown:
+        return "length_instability"
+    return None
