@@ -196,7 +196,7 @@ def curriculum(seed):
         learned = generator.uniform(0, 1) * (1 - np.exp(-after / generator.uniform(30, 150)))
         run.reward -= (time >= start) * generator.uniform(0.3, 1) * (1 - learned)
         run.log_length += (time >= start) * generator.uniform(0, math.log(1.1))
-    run.reward = np.maximum(run.reward, -1.5)
+    run.reward = np.maximum(run.reward, -1.2)
     return run
 
 

@@ -98,7 +98,7 @@ def length_instability(
             reward = sum(history.rewards[-window - 1 : -1]) / window
             # Noise that outlasts a step, too: a reward that wanders falls without any spike.
             error = level_noise(past.rewards, 1)
-            drop = max(reward_change(history.rewards[:-1], limits), limits.deviations * error)
+            drop = max(reward_change(history.rewards[:-1], limits), limits.deviations / 2 * error)
             episode = Episode(step, before, reward, drop)
         episode.age = 0
         past.spiked = step

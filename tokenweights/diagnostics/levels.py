@@ -47,20 +47,18 @@ def level_noise(values: Sequence[float], width: int) -> float:
     part is added in as many as there are bends without common values.
 
     Returns:
-        In the unit of the values, and not below what single differences say; only that for fewer
-        than `3 * width` values, which have no bend.
+        In the unit of the values; 0 for fewer than `3 * width` values, which have no bend.
     """
     means = levels(values, width)
     bends = [
         abs(middle - (before + after) / 2)
         for before, middle, after in zip(means, means[width:], means[2 * width :], strict=False)
     ]
-    steps = step_noise(values) * math.sqrt(2 / width)
     if not bends:
-        return steps
+        return 0.0
     # A bend of independent levels has 3/2 of the variance of one, and a difference has 4/2.
     size = 1.4826 * math.sqrt(4 / 3) * statistics.median(bends)
-    return max(steps, size * (1 + width / len(bends)))
+    return size * (1 + width / len(bends))
 
 
 def abrupt_fall(values: Sequence[float], width: int) -> tuple[float, int]:
