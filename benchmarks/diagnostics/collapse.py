@@ -52,9 +52,8 @@ def main():
         alarms = [seed for seed in seeds if first_alarm(draw(seed)) is not None]
         false_alarms += len(alarms)
         print(f"| {name} | {len(seeds)} | {len(alarms)} {alarms[:5] or ''} |", flush=True)
-    print(
-        "\n| failing | runs | caught | by name | median | 95 % | worst |\n|---|---|---|---|---|---|---|"
-    )
+    print("\n| failing | runs | caught | by name | median | 95 % | worst |")
+    print("|---|---|---|---|---|---|---|")
     for name, (mode, draw) in (FAST | runs.SLOW).items():
         delays, named = [], 0
         for seed in seeds:

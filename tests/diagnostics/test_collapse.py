@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -22,16 +23,42 @@ FAILURES = {
 }
 
 
+# The same of slow failures: the median.
+SLOW_DELAYS = {
+    "slow shrinking": 130,
+    "slow forgetting": 100,
+    "abrupt forgetting": 30,
+    "ramping length": 90,
+    "spike, then decline": 90,
+}
+
+
 def verdicts(run, monitor=None):
     monitor = monitor or CollapseMonitor()
     return [monitor.update(step, **numbers) for step, numbers in run.updates()]
 
 
-@pytest.mark.parametrize("part", range(10))
-def test_no_false_alarm_in_a_thousand_healthy_runs(part):
-    for seed in range(part * 100, part * 100 + 100):
-        alarms = [verdict for verdict in verdicts(runs.healthy(seed)) if verdict.collapsed]
+# The full sweep of 2,000 seeds of each kind is benchmarks/diagnostics/collapse.py.
+@pytest.mark.parametrize("name", runs.HEALTHY)
+def test_no_false_alarm_in_healthy_runs(name):
+    for seed in range(100):
+        alarms = [verdict for verdict in verdicts(runs.HEALTHY[name](seed)) if verdict.collapsed]
         assert not alarms, (seed, alarms[0])
+
+
+@pytest.mark.parametrize("name", runs.SLOW)
+def test_slow_failures_are_caught(name):
+    mode, draw = runs.SLOW[name]
+    delays, named = [], 0
+    for seed in range(40):
+        run = draw(seed)
+        first = next((v for v in verdicts(run) if v.collapsed), None)
+        if first is not None:
+            assert first.since == first.step >= run.onset, (seed, first)
+            named += first.mode == mode
+            delays.append(first.step - run.onset)
+    assert len(delays) >= 38 and named >= 34, (delays, named)
+    assert statistics.median(delays) <= SLOW_DELAYS[name]
 
 
 @pytest.mark.parametrize("name", FAILURES)
