@@ -187,11 +187,15 @@ def periodic_evaluations(seed):
 
 
 def curriculum(seed):
-    """One to three times the task gets harder: reward falls by 0.3 to 1 at once, length grows by
-    up to a tenth, and then the reward comes back, in part or in whole."""
+    """The task gets harder one to three times, at least 30 steps apart.
+
+    Each time reward falls by 0.3 to 1 at once, not below -1.2, length grows by up to a tenth, and
+    then the reward comes back, in part or in whole.
+    """
     generator = np.random.default_rng([5, seed])
     run, time = flat(generator), np.arange(STEPS)
-    for start in generator.integers(40, 380, generator.integers(1, 4)):
+    stages = generator.choice(np.arange(40, 380, 40), generator.integers(1, 4), replace=False)
+    for start in stages + generator.integers(0, 10, len(stages)):
         after = np.maximum(time - start, 0)
         learned = generator.uniform(0, 1) * (1 - np.exp(-after / generator.uniform(30, 150)))
         run.reward -= (time >= start) * generator.uniform(0.3, 1) * (1 - learned)
