@@ -39,7 +39,7 @@ def jump_noise(values: Sequence[float], width: int) -> float:
 
 
 def level_noise(values: Sequence[float], width: int) -> float:
-    """Standard error of a difference of two levels about their trend, whatever noise remembers.
+    """Standard error of a difference of two levels about their trend, even of noise with a memory.
 
     From the median size of the levels' bends, the distance of a level from the middle of the levels
     just before and just after it. A straight line, however steep, has none; noise that is slow

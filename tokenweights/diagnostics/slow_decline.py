@@ -91,7 +91,8 @@ def _mode_of_length(past: Past, best: int, limits: CollapseThresholds) -> Failur
     if lengths[best] - lengths[-1] >= shrunk:
         return "short_response_collapse"
     grown = max(math.log(limits.spike_ratio), limits.deviations * level_noise(past.lengths, 1))
-    spiked = past.spiked is not None and past.spiked > past.steps[end]
+    # A level outlasts a spike, so the best one may still hold it.
+    spiked = past.spiked is not None and past.spiked > past.steps[best]
     if spiked or max(past.lengths[end:]) - lengths[best] >= grown:
         return "length_instability"
     return None

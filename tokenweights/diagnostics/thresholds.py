@@ -57,7 +57,7 @@ class CollapseThresholds:
     spike_ratio: float = 1.5
     follow: int = 30
     memory: int = 600
-    reward_decline: float = 0.3
+    reward_decline: float = 1 / 3
     lowest_reward: float = -2.0
     evaluations: int = 5
     accuracy_decline: float = 0.05
