@@ -49,37 +49,34 @@ def slow_decline(
     if decline is not None:
         fall = decline.reward - levels(past.rewards, LEVEL)[-1]
         return decline if fall > decline.drop / 2 else None
-    lowest = limits.lowest_reward + limits.reward_change * limits.reward_range
-    nothing_left = past.rewards[-1] < lowest
-    rewards = past.rewards if nothing_left else past.without_falls(limits.window)
-    return _decline(past.rewards, limits.reward_change, past, step, limits, by_length=True) or (
-        _decline(rewards, limits.reward_decline, past, step, limits, by_length=False)
-    )
-
-
-def _decline(
-    rewards: list[float],
-    share: float,
-    past: Past,
-    step: int,
-    limits: CollapseThresholds,
-    *,
-    by_length: bool,
-) -> Decline | None:
-    means = levels(rewards, LEVEL)
-    best = max(range(len(means)), key=means.__getitem__)
-    fall, end = means[best] - means[-1], best + LEVEL - 1
-    drop = share * limits.reward_range
+    best, fall = _best_level(past.rewards)
+    drop = _drop(past.rewards, limits.reward_change, limits)
+    mode = _mode_of_length(past, best, limits) if fall >= drop else None
+    if mode is None:
+        mode = "gradual_degeneration"
+        if past.rewards[-1] < limits.lowest_reward + limits.reward_change * limits.reward_range:
+            # Neither noise nor a new task brings a reward down to the lowest there is.
+            drop = limits.reward_decline * limits.reward_range
+        else:
+            rewards = past.without_falls(limits.window)
+            best, fall = _best_level(rewards)
+            drop = _drop(rewards, limits.reward_decline, limits)
     if fall < drop:
         return None
-    mode = _mode_of_length(past, best, limits) if by_length else "gradual_degeneration"
-    # Noise does not bring a reward down to the lowest there is.
-    if rewards is not past.rewards or by_length:
-        drop = max(drop, limits.deviations * level_noise(rewards, LEVEL))
-    if mode is None or fall < drop:
-        return None
     length, reward = levels(past.lengths, LEVEL)[best], levels(past.rewards, LEVEL)[best]
-    return Decline(mode, step, past.steps[end], length, reward, drop)
+    return Decline(mode, step, past.steps[best + LEVEL - 1], length, reward, drop)
+
+
+def _best_level(rewards: list[float]) -> tuple[int, float]:
+    """First window of the highest level, and how far the last level lies below it."""
+    means = levels(rewards, LEVEL)
+    best = max(range(len(means)), key=means.__getitem__)
+    return best, means[best] - means[-1]
+
+
+def _drop(rewards: list[float], share: float, limits: CollapseThresholds) -> float:
+    """The change of a level that is neither small nor noise."""
+    return max(share * limits.reward_range, limits.deviations * level_noise(rewards, LEVEL))
 
 
 def _mode_of_length(past: Past, best: int, limits: CollapseThresholds) -> FailureMode | None:
