@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "tokenweights"
 
 FLOORS = [
-    {"_typing", "_hints", "_errors"},
+    {"_typing", "_hints", "_errors", "_numbers"},
     {"masked", "schedules", "_random"},
     {"distributed"},
     {"attention", "signals", "partition", "weights", "losses"},

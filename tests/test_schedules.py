@@ -1,7 +1,9 @@
 import json
 import math
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,6 +42,21 @@ def test_shapes_run_monotonically_from_start_to_end(shape, start, end, steps, st
     assert (later - now) * (end - start) >= -1e-9
 
 
+@pytest.mark.parametrize("step", [3.0, np.int64(3), torch.tensor(3)])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        tw.constant_schedule(0.5),
+        tw.linear_schedule(0.0, 1.0, 7),
+        tw.cosine_schedule(0.0, 1.0, 7),
+        tw.piecewise_schedule([1.0, 0.5], [3]),
+        tw.adaptive_progress(tw.linear_schedule(0.0, 1.0, 7)),
+    ],
+)
+def test_any_whole_number_is_a_step(schedule, step):
+    assert type(schedule(step)) is float and schedule(step) == schedule(3)
+
+
 def test_zero_steps_give_the_end_value_at_once():
     assert tw.low_to_high(0)(0) == Endpoints(0.0, 1.0)
 
@@ -57,6 +74,10 @@ def test_zero_steps_give_the_end_value_at_once():
         lambda: Endpoints(-0.1, 1.0),
         lambda: Endpoints(0.0, math.nan),
         lambda: tw.static_endpoints(math.inf, 0.0)(0),
+        lambda: tw.linear_schedule(math.inf, 0.0, 10),
+        lambda: tw.cosine_schedule(0.0, math.nan, 10),
+        lambda: tw.piecewise_schedule([1.0, math.nan], [3]),
+        lambda: tw.linear_schedule(0.0, 1.0, 10)(2.5),
     ],
 )
 def test_nonsense_is_refused(make):

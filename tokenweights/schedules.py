@@ -8,13 +8,17 @@ import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, SupportsFloat, SupportsIndex, TypeVar
 
 from tokenweights._errors import invalid, require_state_keys
+from tokenweights._numbers import plain_integer
 from tokenweights._typing import typed
 
 Schedule = Callable[[int], float]
 Value = TypeVar("Value")
+
+# A whole number: a Python or NumPy integer, a tensor of one, a float like 3.0.
+Step = SupportsIndex | SupportsFloat
 
 # Weights are float32.
 MAX_WEIGHT = 1e30
@@ -57,10 +61,14 @@ def constant_schedule(value: float) -> Schedule:
     Returns:
         `step -> value`.
 
+    Raises:
+        TokenWeightsError: If the value is not finite, or later a step negative.
+
     Example:
         >>> constant_schedule(0.5)(100)
         0.5
     """
+    _finite("constant_schedule", value=value)
 
     def schedule(step: int) -> float:
         _checked(step)
@@ -84,13 +92,14 @@ def linear_schedule(init_value: float, end_value: float, transition_steps: int) 
         `step -> value`.
 
     Raises:
-        TokenWeightsError: If `transition_steps` is negative, or later a step is.
+        TokenWeightsError: If a value is not finite, or `transition_steps` or later a step negative.
 
     Example:
         >>> schedule = linear_schedule(1.0, 0.0, 4)
         >>> [schedule(step) for step in (0, 1, 4, 9)]
         [1.0, 0.75, 0.0, 0.0]
     """
+    _finite("linear_schedule", init_value=init_value, end_value=end_value)
     progress = _progress("linear_schedule", transition_steps)
     return lambda step: _between(init_value, end_value, progress(step))
 
@@ -110,13 +119,14 @@ def cosine_schedule(init_value: float, end_value: float, transition_steps: int) 
         `step -> value`.
 
     Raises:
-        TokenWeightsError: If `transition_steps` is negative, or later a step is.
+        TokenWeightsError: If a value is not finite, or `transition_steps` or later a step negative.
 
     Example:
         >>> schedule = cosine_schedule(1.0, 0.0, 4)
         >>> [round(schedule(step), 3) for step in (0, 1, 2, 4, 9)]
         [1.0, 0.854, 0.5, 0.0, 0.0]
     """
+    _finite("cosine_schedule", init_value=init_value, end_value=end_value)
     progress = _progress("cosine_schedule", transition_steps)
     return lambda step: _between(
         init_value, end_value, (1 - math.cos(math.pi * progress(step))) / 2
@@ -135,7 +145,8 @@ def piecewise_schedule(values: Sequence[float], boundaries: Sequence[int]) -> Sc
         `step -> value`.
 
     Raises:
-        TokenWeightsError: If the lengths do not fit or the boundaries do not increase.
+        TokenWeightsError: If the lengths do not fit, a value is not finite or the boundaries do not
+            increase.
 
     Example:
         >>> schedule = piecewise_schedule([1.0, 0.5, 0.0], [10, 20])
@@ -150,6 +161,8 @@ def piecewise_schedule(values: Sequence[float], boundaries: Sequence[int]) -> Sc
             f"length {len(values)}",
             "Give the value before the first boundary too.",
         )
+    for value in values:
+        _finite("piecewise_schedule", values=value)
     if any(b <= a for a, b in zip([0, *boundaries], boundaries, strict=False)):
         raise invalid(
             "piecewise_schedule",
@@ -247,6 +260,7 @@ class AdaptiveProgress(Generic[Value]):
         rollback: Ticks that the clock runs back per step in trouble; 0 makes it stand.
     """
 
+    @typed
     def __init__(self, schedule: Callable[[int], Value], *, rollback: int = 0):
         if rollback < 0:
             raise invalid("adaptive_progress", "rollback", ">= 0", rollback, "0 pauses the clock.")
@@ -254,11 +268,13 @@ class AdaptiveProgress(Generic[Value]):
         self.rollback = rollback
         self._step, self._clock, self._troubled = 0, 0, False
 
-    def __call__(self, step: int) -> Value:
+    @typed
+    def __call__(self, step: Step) -> Value:
         """The schedule's value at the clock of a step."""
         return self.schedule(self.clock(step))
 
-    def clock(self, step: int) -> int:
+    @typed
+    def clock(self, step: Step) -> int:
         """What the clock shows at a step, as far as is known: what a recipe takes as its step.
 
         Args:
@@ -268,8 +284,9 @@ class AdaptiveProgress(Generic[Value]):
             Healthy steps so far, less those rolled back; >= 0.
 
         Raises:
-            TokenWeightsError: If the step lies before the last one that was judged.
+            TokenWeightsError: If the step is not whole, or lies before the last one judged.
         """
+        step = _whole("adaptive_progress", step)
         if step < self._step:
             raise invalid(
                 "adaptive_progress", "step", f">= {self._step}, the last one judged", step,
@@ -282,7 +299,8 @@ class AdaptiveProgress(Generic[Value]):
             else (self._clock + elapsed)
         )
 
-    def update(self, step: int, *, troubled: bool) -> None:
+    @typed
+    def update(self, step: Step, *, troubled: bool) -> None:
         """Takes in the verdict on a step, which holds for the steps after it until the next.
 
         Args:
@@ -291,11 +309,12 @@ class AdaptiveProgress(Generic[Value]):
                 `verdict.collapsed`. Has to be the same on every rank.
 
         Raises:
-            TokenWeightsError: If the step lies before the last one that was judged.
+            TokenWeightsError: If the step is not whole, or lies before the last one judged.
         """
         self._clock = self.clock(step)
-        self._step, self._troubled = step, troubled
+        self._step, self._troubled = _whole("adaptive_progress", step), troubled
 
+    @typed
     def state_dict(self) -> dict[str, int]:
         """Everything needed to go on later, but for the schedule.
 
@@ -304,6 +323,7 @@ class AdaptiveProgress(Generic[Value]):
         """
         return {"step": self._step, "clock": self._clock, "troubled": int(self._troubled)}
 
+    @typed
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Goes on where a saved schedule stopped.
 
@@ -353,10 +373,21 @@ def adaptive_progress(
     return AdaptiveProgress(schedule, rollback=rollback)
 
 
-def _checked(step: int) -> int:
+def _whole(function: str, step: Step) -> int:
+    return plain_integer(function, "step", step, hint="Count training steps.")
+
+
+def _checked(step: Step) -> int:
+    step = _whole("schedule", step)
     if step < 0:
         raise invalid("schedule", "step", ">= 0", step, "Count training steps from 0.")
     return step
+
+
+def _finite(function: str, **values: float) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise invalid(function, name, "finite", value, "Pass the value to run to.")
 
 
 def _progress(function: str, transition_steps: int) -> Schedule:
@@ -366,7 +397,7 @@ def _progress(function: str, transition_steps: int) -> Schedule:
         )
 
     def progress(step: int) -> float:
-        _checked(step)
+        step = _checked(step)
         return 1.0 if transition_steps == 0 else min(step / transition_steps, 1.0)
 
     return progress

@@ -135,3 +135,139 @@ def degenerating(seed):
     run.accuracy[run.onset :] = run.accuracy[run.onset]
     run.accuracy -= generator.uniform(0.001, 0.003) * after
     return run
+
+
+def autoregressive(generator, deviation, memory):
+    """Autoregressive noise of order one, stationary from its first step."""
+    values = generator.normal(size=STEPS)
+    for step in range(1, STEPS):
+        values[step] = memory * values[step - 1] + math.sqrt(1 - memory**2) * values[step]
+    return deviation * values
+
+
+def flat(generator):
+    """A run that neither learns nor fails, with the noise of `healthy`."""
+    noise = np.stack(
+        [
+            wander(generator, batch=generator.uniform(*batch), drift=generator.uniform(0, drift))
+            for batch, drift in (((0.02, 0.1), 0.06), ((0.03, 0.2), 0.08), ((0.003, 0.02), 0.0))
+        ]
+    )
+    level = np.zeros(STEPS)
+    reward = level + generator.uniform(-0.8, 0.5)
+    return Run(level + np.log(generator.uniform(100, 2000)), reward, level + 0.4, noise)
+
+
+def wandering(seed):
+    """Length wanders by up to 15 %, reward by up to 0.15, with a memory of up to 0.95 a step."""
+    generator = np.random.default_rng([2, seed])
+    run, memory = flat(generator), generator.uniform(0.5, 0.95)
+    for series in run.noise[:2]:
+        series[:] = autoregressive(generator, generator.uniform(0.02, 0.15), memory)
+    return run
+
+
+def flat_evaluations(seed):
+    """Accuracy is the share of 20 to 200 questions answered right, at the same level throughout."""
+    generator = np.random.default_rng([3, seed])
+    run, questions = flat(generator), int(generator.choice([20, 30, 50, 100, 200]))
+    right = generator.binomial(questions, generator.uniform(0.02, 0.6), STEPS)
+    run.accuracy, run.noise[2] = right / questions, 0.0
+    return run
+
+
+def periodic_evaluations(seed):
+    """Accuracy swings by up to 0.04 either way, once in 2 to 8 evaluations."""
+    generator = np.random.default_rng([4, seed])
+    run, period = flat(generator), EVALUATE_EVERY * generator.uniform(2, 8)
+    phase = 2 * np.pi * (np.arange(STEPS) / period + generator.random())
+    run.accuracy += generator.uniform(0.01, 0.04) * np.sin(phase)
+    run.noise[2] = 0.01 * generator.normal(size=STEPS)
+    return run
+
+
+def curriculum(seed):
+    """The task gets harder one to three times, at least 30 steps apart.
+
+    Each time reward falls by 0.3 to 1 at once, not below -1.2, length grows by up to a tenth, and
+    then the reward comes back, in part or in whole.
+    """
+    generator = np.random.default_rng([5, seed])
+    run, time = flat(generator), np.arange(STEPS)
+    stages = generator.choice(np.arange(40, 380, 40), generator.integers(1, 4), replace=False)
+    for start in stages + generator.integers(0, 10, len(stages)):
+        after = np.maximum(time - start, 0)
+        learned = generator.uniform(0, 1) * (1 - np.exp(-after / generator.uniform(30, 150)))
+        run.reward -= (time >= start) * generator.uniform(0.3, 1) * (1 - learned)
+        run.log_length += (time >= start) * generator.uniform(0, math.log(1.1))
+    run.reward = np.maximum(run.reward, -1.2)
+    return run
+
+
+HEALTHY = {
+    "learning": healthy,
+    "wandering": wandering,
+    "flat evaluations": flat_evaluations,
+    "periodic evaluations": periodic_evaluations,
+    "curriculum": curriculum,
+}
+
+
+def slowly_failing(seed, earliest=60, latest=100):
+    """A flat run with a high reward, its onset, and the steps since then."""
+    generator = np.random.default_rng([6, seed])
+    run = flat(generator)
+    run.reward[:] = generator.uniform(-0.5, 0.3)
+    run.onset = int(generator.integers(earliest, latest))
+    return run, generator, np.maximum(np.arange(STEPS) - run.onset, 0)
+
+
+def slow_shrinking(seed):
+    """Length goes to a twentieth, and reward to -1.2, over 300 steps."""
+    run, _, after = slowly_failing(seed)
+    done = np.minimum(after / 300, 1)
+    run.log_length -= math.log(20) * done
+    run.reward += (-1.2 - run.reward) * done
+    return run
+
+
+def slow_forgetting(seed):
+    """Reward goes to -2, the lowest there is, over 30 to 200 steps; length stays."""
+    run, generator, after = slowly_failing(seed)
+    run.reward += (-2 - run.reward) * np.minimum(after / generator.uniform(30, 200), 1)
+    return run
+
+
+def abrupt_forgetting(seed):
+    """Reward goes to -2 from one step to the next; length stays."""
+    run, _, after = slowly_failing(seed)
+    run.reward[after > 0] = -2
+    return run
+
+
+def ramping_length(seed):
+    """Length grows 3.3 times over 40 steps; from half of them on, reward falls by 0.6 to 1.5."""
+    run, generator, after = slowly_failing(seed)
+    run.log_length += math.log(3.3) * np.minimum(after / 40, 1)
+    fall = np.clip((after - 20) / generator.uniform(20, 60), 0, 1)
+    run.reward -= generator.uniform(0.6, 1.5) * fall
+    return run
+
+
+def spike_then_decline(seed):
+    """One spike of two to five times the length; reward falls by 0.6 to 1.5 over 100 steps."""
+    run, generator, after = slowly_failing(seed)
+    width = int(generator.integers(1, 4))
+    run.log_length[run.onset : run.onset + width] += np.log(generator.uniform(2, 5))
+    run.reward -= generator.uniform(0.6, 1.5) * np.minimum(after / 100, 1)
+    return run
+
+
+# The mode that a run fails by, and how it is drawn.
+SLOW = {
+    "slow shrinking": ("short_response_collapse", slow_shrinking),
+    "slow forgetting": ("gradual_degeneration", slow_forgetting),
+    "abrupt forgetting": ("gradual_degeneration", abrupt_forgetting),
+    "ramping length": ("length_instability", ramping_length),
+    "spike, then decline": ("length_instability", spike_then_decline),
+}

@@ -44,3 +44,15 @@ def test_chunks_of_rows_do_not_show(monkeypatch):
 def test_nan_under_the_mask_is_refused():
     with pytest.raises(TokenWeightsError, match="finite"):
         tw.score_moments(torch.tensor([[[1.0, torch.nan]]]), torch.ones(1, 2).bool())
+
+
+@pytest.mark.parametrize("scale", [1e-100, 1e-40, 1e40, 1e100])
+def test_correlation_does_not_depend_on_the_unit(scale):
+    """Squares of squares of such scores leave the range of a float64."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
+    scores[1] += scores[0]
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    expected = torch.corrcoef(scores.flatten(1))
+    got = tw.score_moments(scores * scale, mask).correlation
+    torch.testing.assert_close(got, expected)

@@ -26,3 +26,8 @@ def test_rollouts_agree_with_numpy(mask):
 def test_a_nan_reward_is_refused():
     with pytest.raises(TokenWeightsError, match="rewards"):
         tw.rollout_statistics(torch.ones(1, 1).bool(), torch.tensor([math.nan]))
+
+
+def test_whole_rewards_are_rewards():
+    mask, rewards = torch.ones(3, 2, dtype=torch.bool), torch.tensor([1, -1, -2])
+    assert tw.rollout_statistics(mask, rewards) == tw.rollout_statistics(mask, rewards.double())

@@ -41,3 +41,18 @@ def test_counts_agree_with_counters(case, seed):
 def test_nonsense_is_refused(ids, quadrants, message):
     with pytest.raises(TokenWeightsError, match=message):
         tw.quadrant_tokens(torch.tensor(ids), torch.tensor(quadrants), vocab_size=10)
+
+
+def test_places_and_sizes_that_are_not_there_are_refused():
+    ids, quadrants = torch.tensor([[0, 1]]), torch.tensor([[0, 1]])
+    tokens = tw.quadrant_tokens(ids, quadrants, vocab_size=2)
+    for call in (
+        lambda: tokens.most_frequent(4),
+        lambda: tokens.most_frequent(-1),
+        lambda: tokens.most_frequent(0, limit=-1),
+        lambda: tw.quadrant_tokens(ids, quadrants - 2, vocab_size=0),
+        lambda: tw.quadrant_tokens(ids, quadrants, vocab_size=2, quadrant_count=0),
+    ):
+        with pytest.raises(TokenWeightsError):
+            call()
+    assert tokens.most_frequent(0, limit=0) == []

@@ -4,12 +4,12 @@ An *episode* begins with what comes first in the paper's words (responses shrink
 raised by what follows (the reward stalls or falls), and ends when the run has recovered.
 """
 
-import itertools
 import math
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from tokenweights.diagnostics.history import History, Past, reward_change
+from tokenweights.diagnostics.levels import jump_noise, level_noise, mean_step_noise, step_noise
 from tokenweights.diagnostics.thresholds import CollapseThresholds
 
 
@@ -34,45 +34,12 @@ class Episode:
     raised: int | None = None
 
 
-@dataclass
-class History:
-    """Log lengths and rewards of the last updates, oldest first."""
-
-    lengths: list[float] = field(default_factory=list)
-    rewards: list[float] = field(default_factory=list)
-
-    def append(self, length: float, reward: float, *, limit: int) -> None:
-        """Adds an update, and forgets all but the last `limit`."""
-        self.lengths.append(math.log(max(length, 1.0)))
-        self.rewards.append(reward)
-        self.keep(limit)
-
-    def keep(self, limit: int) -> None:
-        """Forgets all but the last `limit` updates."""
-        del self.lengths[:-limit], self.rewards[:-limit]
-
-
-def noise(values: Sequence[float]) -> float:
-    """Standard deviation from step to step, blind to slow trends and to single jumps.
-
-    The median size of the differences, scaled as for independent normal noise.
-    """
-    sizes = [abs(later - earlier) for earlier, later in itertools.pairwise(values)]
-    return 1.4826 * statistics.median(sizes) / math.sqrt(2) if sizes else 0.0
-
-
 def last_long(lengths: list[float], level: float, window: int) -> int:
     """Number of updates before responses fell below a level for good."""
     for end in range(len(lengths), window, -1):
         if statistics.median(lengths[end - window : end]) >= level:
             return end - window // 2  # where half of a window is shorter, its middle is the edge
     return window // 2 + 1
-
-
-def reward_change(rewards: Sequence[float], limits: CollapseThresholds) -> float:
-    """The change of a mean reward that is neither small nor noise."""
-    error = noise(rewards) * math.sqrt(2 / limits.window)
-    return max(limits.reward_change * limits.reward_range, limits.deviations * error)
 
 
 def short_response_collapse(
@@ -91,7 +58,7 @@ def short_response_collapse(
         shrunk = level - length
         if shrunk < -math.log(limits.short_ratio):
             return None, ""
-        if shrunk < limits.deviations * noise(history.lengths) * math.sqrt(math.pi / window):
+        if shrunk < limits.deviations * step_noise(history.lengths) * math.sqrt(math.pi / window):
             return None, ""
         before = last_long(history.lengths, level + least, window)
         rewards = history.rewards[max(before - window, 0) : before]
@@ -116,7 +83,7 @@ def short_response_collapse(
 
 
 def length_instability(
-    episode: Episode | None, history: History, step: int, limits: CollapseThresholds
+    episode: Episode | None, history: History, past: Past, step: int, limits: CollapseThresholds
 ) -> tuple[Episode | None, str]:
     """A step's length has spiked, and then the reward falls."""
     window = limits.window
@@ -125,13 +92,16 @@ def length_instability(
     before = sum(history.lengths[-window - 1 : -1]) / window
     jump = history.lengths[-1] - before
     if jump >= math.log(limits.spike_ratio) and (
-        jump >= limits.deviations * noise(history.lengths[:-1]) * math.sqrt(1 + 1 / window)
+        jump >= limits.deviations * jump_noise(history.lengths[:-1], window)
     ):
         if episode is None:
             reward = sum(history.rewards[-window - 1 : -1]) / window
-            drop = reward_change(history.rewards[:-1], limits)
+            # Noise that outlasts a step, too: a reward that wanders falls without any spike.
+            error = level_noise(past.rewards, 1)
+            drop = max(reward_change(history.rewards[:-1], limits), limits.deviations / 2 * error)
             episode = Episode(step, before, reward, drop)
         episode.age = 0
+        past.spiked = step
     elif episode is not None:
         episode.age += 1
     if episode is None:
@@ -162,6 +132,8 @@ class Accuracies:
         first: The first; None before it.
         best: Highest mean so far; None before the first mean.
         best_step: Its step.
+        depth: How far means have lain below the best since they last came back to it.
+        dip: The deepest that they have come back from without an alarm.
         raised: Step at which a decline was raised; None where there is none.
     """
 
@@ -170,6 +142,8 @@ class Accuracies:
     first: float | None = None
     best: float | None = None
     best_step: int | None = None
+    depth: float = 0.0
+    dip: float = 0.0
     raised: int | None = None
 
 
@@ -182,17 +156,26 @@ def gradual_degeneration(
         seen.count += 1
         seen.first = accuracy if seen.first is None else seen.first
         del seen.values[: -limits.horizon]
+    elif seen.raised is None:
+        return ""
     window = limits.evaluations
     if seen.count < window:
         return ""
     now = sum(seen.values[-window:]) / window
     if seen.best is None or now > seen.best:
         seen.best, seen.best_step = now, step
-    error = noise(seen.values) * math.sqrt(2 / window)
-    decline = max(limits.accuracy_decline, limits.deviations * error)
-    if seen.raised is not None and seen.best - now <= decline / 2:
+    decline = seen.best - now
+    # The error is raised by one part in as many as there are means without common evaluations.
+    error = mean_step_noise(seen.values) * math.sqrt(2 / window) * (1 + window / len(seen.values))
+    least = max(limits.accuracy_decline, limits.deviations * error, 2 * seen.dip)
+    if decline <= seen.depth / 2:
+        if seen.raised is None:
+            seen.dip = max(seen.dip, seen.depth)
+        seen.depth = 0.0
+    seen.depth = max(seen.depth, decline)
+    if seen.raised is not None and decline <= least / 2:
         seen.raised = None
-    if seen.raised is None and seen.count >= 2 * window and seen.best - now >= decline:
+    if seen.raised is None and seen.count >= 3 * window and decline >= least:
         seen.raised = step
     if seen.raised is None:
         return ""

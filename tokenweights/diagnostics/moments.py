@@ -34,8 +34,11 @@ class ScoreMoments:
         # The mean of equal values is rounded, so their deviations need not be zero.
         rounding = 64 * torch.finfo(squares.dtype).eps * self.mean
         constant = squares <= self.count * rounding.square()
-        spread = torch.where(constant, torch.nan, squares)
-        return (self.products / (spread * spread[:, None]).sqrt()).clamp(-1, 1)
+        # The product of two squares may leave the range of a float; a power of two is exact.
+        unit = torch.exp2(torch.frexp(squares.sqrt()).exponent.to(squares.dtype))
+        spread = torch.where(constant, torch.nan, squares / unit / unit)
+        products = self.products / unit / unit[:, None]
+        return (products / (spread * spread[:, None]).sqrt()).clamp(-1, 1)
 
     def merged(self, other: "ScoreMoments") -> "ScoreMoments":
         """The moments of both parts of a batch.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokenweights._typing import typed
@@ -42,7 +42,7 @@ class RolloutStatistics(Additive):
 @typed
 def rollout_statistics(
     mask: Bool[Tensor, "batch token"],
-    rewards: Float[Tensor, " batch"],
+    rewards: Float[Tensor, " batch"] | Int[Tensor, " batch"],
     *,
     group: dist.ProcessGroup | None = None,
 ) -> RolloutStatistics:

@@ -11,7 +11,7 @@ class CollapseThresholds:
     """The numbers behind the verdicts of `CollapseMonitor`.
 
     The paper describes its three failure modes in words and prints no criterion (G.3), so every
-    value is ours. Each was chosen so that synthetic runs of each mode are caught, and a thousand
+    value is ours. Each was chosen so that synthetic runs of each mode are caught, and thousands of
     healthy ones are not. A *mean* or *median* below is one over `window` updates.
 
     A difference has to pass two bars: the threshold named here, and `deviations` standard errors
@@ -31,6 +31,12 @@ class CollapseThresholds:
         recovery_ratio: Share of that earlier median at which a shrunken length has recovered.
         spike_ratio: A step's length over the mean before it, from which on it is a spike.
         follow: Updates after a spike in which a falling reward is put down to it.
+        memory: Updates in which the best level of the reward is looked for; a decline that takes
+            longer is not seen.
+        reward_decline: Share of the reward's range by which its level has to fall below its best
+            where length says nothing.
+        lowest_reward: Smallest reward of a response. A reward that falls close to it, within
+            `reward_change`, has collapsed however abruptly; -infinity if there is none.
         evaluations: Evaluations that make up a mean accuracy.
         accuracy_decline: How far a mean accuracy has to fall below its best.
 
@@ -50,6 +56,9 @@ class CollapseThresholds:
     recovery_ratio: float = 0.75
     spike_ratio: float = 1.5
     follow: int = 30
+    memory: int = 600
+    reward_decline: float = 1 / 3
+    lowest_reward: float = -2.0
     evaluations: int = 5
     accuracy_decline: float = 0.05
 
@@ -58,12 +67,15 @@ class CollapseThresholds:
             value = getattr(self, field.name)
             if isinstance(field.default, int) and not isinstance(value, int):
                 raise _refused(field.name, "to be a whole number", value)
-            if math.isnan(value) or (value <= 0 and field.name != "saturated_reward"):
+            signed = field.name in ("saturated_reward", "lowest_reward")
+            if math.isnan(value) or (value <= 0 and not signed):
                 raise _refused(field.name, "> 0", value)
         if self.window < 2:
             raise _refused("window", ">= 2", self.window)
         if self.horizon < max(self.window, self.evaluations):
             raise _refused("horizon", ">= `window` and `evaluations`", self.horizon)
+        if self.memory < 9 * self.window:
+            raise _refused("memory", ">= 9 * `window`", self.memory)
         if not self.short_ratio < self.recovery_ratio <= 1:
             raise _refused("recovery_ratio", "in (`short_ratio`, 1]", self.recovery_ratio)
         if self.spike_ratio <= 1:

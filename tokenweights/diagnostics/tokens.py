@@ -1,5 +1,6 @@
 """Which tokens stand in which quadrant (Appendix F.2)."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,7 @@ class QuadrantTokens(Additive):
         """Share of each token within its quadrant: Figure 10's size of a word; NaN if empty."""
         return self.counts / self.counts.sum(1, keepdim=True)
 
+    @typed
     def most_frequent(self, quadrant: int, *, limit: int = 20) -> list[tuple[int, int]]:
         """The most frequent tokens of a quadrant.
 
@@ -44,7 +46,17 @@ class QuadrantTokens(Additive):
         Returns:
             Pairs of token id and number of occurrences, the most frequent first; of equally
             frequent tokens the smaller id. Tokens that do not occur are left out.
+
+        Raises:
+            TokenWeightsError: If there is no such quadrant, or the limit is negative.
         """
+        last = len(self.counts) - 1
+        for name, value, high in (("quadrant", quadrant, last), ("limit", limit, math.inf)):
+            if not 0 <= value <= high:
+                raise invalid(
+                    "QuadrantTokens.most_frequent", name, f"in [0, {high}]", value,
+                    "Quadrants count from 0; a limit of 0 gives none.",
+                )  # fmt: skip
         counts, ids = self.counts[quadrant].sort(descending=True, stable=True)
         pairs = zip(ids[:limit].tolist(), counts[:limit].tolist(), strict=True)
         return [(token, int(count)) for token, count in pairs if count > 0]
@@ -77,7 +89,7 @@ def quadrant_tokens(
         Counts over the whole batch, the same on every rank.
 
     Raises:
-        TokenWeightsError: If a quadrant or a token id is out of range.
+        TokenWeightsError: If a quadrant or a token id is out of range, or a size below 1.
 
     Example:
         >>> token_ids = torch.tensor([[7, 5, 7, 7]])
@@ -85,6 +97,9 @@ def quadrant_tokens(
         >>> quadrant_tokens(token_ids, quadrants, vocab_size=10).most_frequent(0)
         [(7, 2), (5, 1)]
     """
+    for name, size in (("vocab_size", vocab_size), ("quadrant_count", quadrant_count)):
+        if size < 1:
+            raise invalid("quadrant_tokens", name, ">= 1", size, "Count what there is.")
     _require_range("quadrants", quadrants, -1, quadrant_count)
     inside = quadrants >= 0
     ids = token_ids[inside].long()

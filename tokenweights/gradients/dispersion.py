@@ -2,8 +2,11 @@
 
 import math
 from collections.abc import Mapping
+from typing import SupportsFloat
 
 from tokenweights._errors import invalid, require_state_keys
+from tokenweights._numbers import plain_float
+from tokenweights._typing import typed
 
 
 class OnlineDispersion:
@@ -26,6 +29,7 @@ class OnlineDispersion:
         (0.0816, 0.1361)
     """
 
+    @typed
     def __init__(self, *, epsilon: float = 1e-8):
         if not 0 <= epsilon < math.inf:
             raise invalid("OnlineDispersion", "epsilon", ">= 0", epsilon, "Try 1e-8.")
@@ -34,24 +38,24 @@ class OnlineDispersion:
         self.mean = 0.0
         self._squares = 0.0
 
-    def update(self, value: float) -> None:
+    @typed
+    def update(self, value: SupportsFloat) -> None:
         """Takes in one value.
 
         Args:
             value: A finite number.
 
         Raises:
-            TokenWeightsError: If it is not finite.
+            TokenWeightsError: If it is not finite, or beyond 1e100, whose square may overflow.
         """
-        if not math.isfinite(value):
-            raise invalid(
-                "OnlineDispersion", "value", "finite", value, "Leave undefined cosines out."
-            )
+        hint = "Leave undefined cosines out."
+        value = plain_float("OnlineDispersion", "value", value, limit=1e100, hint=hint)
         self.count += 1
         before = value - self.mean
         self.mean += before / self.count
         self._squares += before * (value - self.mean)
 
+    @typed
     def merge(self, other: "OnlineDispersion") -> None:
         """Takes in all values of another series.
 
@@ -80,6 +84,7 @@ class OnlineDispersion:
         bottom = abs(self.mean) + self.epsilon
         return self.std / bottom if bottom > 0 else math.inf
 
+    @typed
     def state_dict(self) -> dict[str, float]:
         """Everything needed to go on later.
 
@@ -88,6 +93,7 @@ class OnlineDispersion:
         """
         return {"count": self.count, "mean": self.mean, "sum_of_squares": self._squares}
 
+    @typed
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Goes on where a saved series stopped.
 

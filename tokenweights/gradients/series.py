@@ -134,6 +134,7 @@ class GradientSeries:
                 metrics |= {f"{subset}_cosine_std": cosines.std, f"{subset}_cosine_cv": cosines.cv}
         return {f"gradient/{name}": v for name, v in metrics.items() if math.isfinite(v)}
 
+    @typed
     def state_dict(self) -> dict[str, dict[str, float]]:
         """Everything needed to go on later.
 
@@ -142,6 +143,7 @@ class GradientSeries:
         """
         return {subset: cosines.state_dict() for subset, cosines in self.cosines.items()}
 
+    @typed
     def load_state_dict(self, state: Mapping[str, Mapping[str, float]]) -> None:
         """Goes on where a saved series stopped.
 
