@@ -1,5 +1,6 @@
 """What one rank of a group refuses is refused on all of them, with its rank named."""
 
+import dataclasses
 import functools
 import inspect
 
@@ -35,8 +36,8 @@ def calls(rank, slice_number=0):
     places = torch.arange(4) + 4 * slice_number
     statistics = AttentionStatistics(raw=scores, topk=scores, mean_distance=scores)
     ends, extrema = tw.Endpoints(0.5, 2.0), tw.score_extrema(torch.eye(2), torch.ones(2, 2).bool())
-    packed = CapturedAttention(0, query, key, 1.0, None, None, None, torch.arange(4)[None])
-    unpacked = CapturedAttention(0, query, key, 1.0, None, None, None)
+    unpacked = CapturedAttention(0, query, key, 1.0, window=None, softcap=None, sinks=None)
+    packed = dataclasses.replace(unpacked, position_ids=torch.arange(4)[None])
     scored, weighted = {"scores": scores, "mask": mask}, {"weights": scores, "mask": mask}
     pair = {"first": scores, "second": scores**2, "mask": mask}
     attended = {"query": query, "key": key}

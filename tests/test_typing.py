@@ -27,11 +27,6 @@ VALUES = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
 MASK = torch.tensor([[True, True, False], [True, False, False]])
 FREE = (Any, object)
 DTYPES = {"Float": torch.float32, "Bool": torch.bool, "Int": torch.int64}
-# Their methods are not checked yet.
-UNCHECKED = (
-    "AdaptiveProgress", "CaughtGradients", "CollapseMonitor", "GroupDynamics", "LayerAgreement",
-    "OnlineDispersion", "QuadrantTokens", "ScoreMoments",
-)  # fmt: skip
 
 
 def functions_and_methods():
@@ -53,10 +48,8 @@ def parameters():
         for name, parameter in inspect.signature(function).parameters.items():
             options = options_of(parameter.annotation)
             if name != "self" and not any(o in FREE or isinstance(o, TypeVar) for o in options):
-                late = label.partition(".")[0] in UNCHECKED
-                marks = [pytest.mark.xfail(strict=False, reason="not checked yet")] if late else []
                 case = (label, function, name, options)
-                yield pytest.param(*case, id=f"{label}-{name}", marks=marks)
+                yield pytest.param(*case, id=f"{label}-{name}")
 
 
 def options_of(hint):

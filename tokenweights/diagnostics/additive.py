@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenweights._errors import invalid
+from tokenweights._typing import typed
 from tokenweights.distributed import global_sum, merge
 
 Record = TypeVar("Record", bound="Additive")
@@ -15,6 +16,7 @@ Record = TypeVar("Record", bound="Additive")
 class Additive:
     """A frozen dataclass of float64 sums; a field that was not asked for is None."""
 
+    @typed
     def merged(self: Record, other: Record) -> Record:
         """The record of both parts of a batch, whatever the order.
 
@@ -33,6 +35,7 @@ class Additive:
         )
 
     @merge
+    @typed
     def over_ranks(self: Record, group: dist.ProcessGroup | None) -> Record:
         """The record of the whole batch, in one reduction.
 

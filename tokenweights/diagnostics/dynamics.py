@@ -31,6 +31,7 @@ class GroupDynamics:
     mean: Float[Tensor, "groups *heads"]
     std: Float[Tensor, "groups *heads"]
 
+    @typed
     def merged(self, other: "GroupDynamics") -> "GroupDynamics":
         """The statistics of both parts of a batch.
 
@@ -52,6 +53,7 @@ class GroupDynamics:
         )
 
     @merge
+    @typed
     def over_ranks(self, group: dist.ProcessGroup | None) -> "GroupDynamics":
         """The statistics of the whole batch, in two reductions.
 

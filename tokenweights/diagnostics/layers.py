@@ -46,6 +46,7 @@ class LayerAgreement:
         """As the function `rank_correlation`, in [-1, 1]; NaN if no response has two tokens."""
         return self.ranks.correlation
 
+    @typed
     def merged(self, other: "LayerAgreement") -> "LayerAgreement":
         """The agreement over both parts of a batch.
 
@@ -65,6 +66,7 @@ class LayerAgreement:
         )
 
     @merge
+    @typed
     def over_ranks(self, group: dist.ProcessGroup | None) -> "LayerAgreement":
         """The agreement over the whole batch.
 

@@ -40,6 +40,7 @@ class ScoreMoments:
         products = self.products / unit / unit[:, None]
         return (products / (spread * spread[:, None]).sqrt()).clamp(-1, 1)
 
+    @typed
     def merged(self, other: "ScoreMoments") -> "ScoreMoments":
         """The moments of both parts of a batch.
 
@@ -62,6 +63,7 @@ class ScoreMoments:
         )
 
     @merge
+    @typed
     def over_ranks(self, group: dist.ProcessGroup | None) -> "ScoreMoments":
         """The moments of the whole batch, in two reductions.
 

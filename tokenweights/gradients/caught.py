@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tokenweights._errors import invalid
+from tokenweights._typing import typed
 from tokenweights.distributed import agreement
 
 
@@ -40,6 +41,7 @@ class CaughtGradients:
         ([[3.0, 4.0]], None)
     """
 
+    @typed
     def __init__(self, model: nn.Module, *, group: dist.ProcessGroup | None = None):
         self.group = group
         # Backward passes reach the last parameter first.
@@ -62,6 +64,7 @@ class CaughtGradients:
         for hook in self._hooks:
             hook.remove()
 
+    @typed
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of a loss; no parameter's `.grad` is touched.
 
