@@ -45,7 +45,9 @@ def main():
     """Draws, watches and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=2000, help="runs of each kind")
-    seeds = range(parser.parse_args().seeds)
+    parser.add_argument("--first", type=int, default=0, help="the first seed of each kind")
+    arguments = parser.parse_args()
+    seeds = range(arguments.first, arguments.first + arguments.seeds)
     false_alarms = 0
     print("| healthy | runs | alarms |\n|---|---|---|")
     for name, draw in runs.HEALTHY.items():

@@ -66,7 +66,7 @@ class CollapseMonitor:
     falls to the lowest there is at constant length over 30 to 200 updates is caught a median of 88
     updates after it began to fall, one that falls there at once after 21; a length that goes to a
     twentieth over 300 updates, while the reward falls too, after 108. `benchmarks/diagnostics`
-    measures these and all others, and that healthy runs raise no alarm.
+    measures these and all others, and how often healthy runs raise an alarm.
 
     The monitor is deterministic, remembers `window + horizon` updates and two numbers for each
     window of the last `memory` updates, and never communicates: fed with numbers of the whole
