@@ -1,6 +1,10 @@
 """Settings that hold for every test of the repository."""
 
+import atexit
 import importlib.util
+import os
+import shutil
+import tempfile
 
 import pytest
 import torch
@@ -17,6 +21,12 @@ settings.register_profile(
     "fuzz", derandomize=False, database=None, max_examples=200, print_blob=True, **TIMELESS
 )
 settings.load_profile("tokenweights")
+
+# What torch compiles is this run's own: it would take what another setting of the processor left.
+# Workers inherit the folder.
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="tokenweights-compiled-")
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 # Doctests import every file; the kernels can be imported only where triton is installed.
 if importlib.util.find_spec("triton") is None:
