@@ -14,6 +14,11 @@ from tokenweights.capture.checks import _explained
 # Compiling a block mask is what transformers does, and torch warns about some of its own ways.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
+needs_vectors = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT",
+    reason="torch's flex attention does not compile on a CPU without vector instructions",
+)
+
 IDS = torch.randint(3, 32, (1, 12), generator=torch.Generator().manual_seed(1))
 
 
@@ -41,6 +46,7 @@ def causal(tokens=12, batch=1):
     return torch.ones(tokens, tokens, dtype=torch.bool).tril().expand(batch, 1, -1, -1).clone()
 
 
+@needs_vectors
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_a_block_mask_is_read(family):
     ids, mask = batch()
@@ -180,7 +186,9 @@ HOLED[0, 5:7] = False
 HOLED[1, :3] = False
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize(
+    "attention", ["eager", "sdpa", pytest.param("flex_attention", marks=needs_vectors)]
+)
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
 def test_padding_inside_a_window_is_refused(family, attention):
     inputs = {"input_ids": IDS.repeat(2, 1), "attention_mask": HOLED.long()}
