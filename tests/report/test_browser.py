@@ -7,6 +7,7 @@ from browser import emulate, started
 from selenium.webdriver import ActionChains as Actions
 from selenium.webdriver import Keys
 from selenium.webdriver.common.by import By
+from selenium.webdriver.support.wait import WebDriverWait
 
 from tokenweights.report import Run, run_report_html, token_trace_html, trace_page_html
 
@@ -17,6 +18,7 @@ ATTENDED = {
     "attended_weights": ((1.0,), (0.25, 0.75), (0.5, 0.125), (0.5, 0.25, 0.25), (0.5, 0.5)),
     "columns": {"support_size_0.9": (1.0, 2.0, 2.0, 3.0, 2.0)},
 }
+PATIENCE = 120  # seconds that a page may take on a busy machine
 HOSTILE = [
     "<script>window.hurt = 1</script>",
     "</script><script>window.hurt = 2</script>",
@@ -46,11 +48,17 @@ def opened(browser, tmp_path):
         path = tmp_path / "page.html"
         path.write_text(page, encoding="utf-8")
         browser.get(path.as_uri())
+        # The driver may answer while a long page is still being read.
+        WebDriverWait(browser, PATIENCE).until(is_complete)
         return browser
 
     yield show
     assert browser.get_log("browser") == []
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+
+
+def is_complete(driver):
+    return driver.execute_script("return document.readyState") == "complete"
 
 
 def all_of(driver, selector):
