@@ -14,7 +14,8 @@ FLOORS = [
     {"masked", "schedules", "_random"},
     {"distributed"},
     {"scopes"},
-    {"attention", "signals", "partition", "selection", "scaling", "weights", "losses"},
+    {"attention", "signals", "partition", "selection", "scaling", "weights", "losses"}
+    | {"likelihood"},
     {"gradients", "diagnostics", "rewards"},
     {"capture"},
     {"recipes"},

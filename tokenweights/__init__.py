@@ -69,6 +69,14 @@ from tokenweights.gradients import group_projection_ratios as group_projection_r
 from tokenweights.gradients import selected_parameters as selected_parameters
 from tokenweights.gradients import token_alignment as token_alignment
 from tokenweights.gradients import unclipped_losses as unclipped_losses
+from tokenweights.likelihood import advantage_covariance as advantage_covariance
+from tokenweights.likelihood import entropy_sensitivity as entropy_sensitivity
+from tokenweights.likelihood import importance_ratio as importance_ratio
+from tokenweights.likelihood import log_perplexity as log_perplexity
+from tokenweights.likelihood import reference_divergence as reference_divergence
+from tokenweights.likelihood import relative_surprisal as relative_surprisal
+from tokenweights.likelihood import sampled_probability as sampled_probability
+from tokenweights.likelihood import surprisal as surprisal
 from tokenweights.losses import aggregate_loss as aggregate_loss
 from tokenweights.losses import clipped_surrogate_loss as clipped_surrogate_loss
 from tokenweights.losses import loss_denominator as loss_denominator
@@ -104,6 +112,10 @@ from tokenweights.rewards import mean_at_k as mean_at_k
 from tokenweights.rewards import overlong_penalty as overlong_penalty
 from tokenweights.rewards import pass_at_k as pass_at_k
 from tokenweights.rewards import reference_answer as reference_answer
+from tokenweights.scaling import bounded_map as bounded_map
+from tokenweights.scaling import mean_one as mean_one
+from tokenweights.scaling import min_max as min_max
+from tokenweights.scaling import z_scores as z_scores
 from tokenweights.schedules import AdaptiveProgress as AdaptiveProgress
 from tokenweights.schedules import Endpoints as Endpoints
 from tokenweights.schedules import adaptive_progress as adaptive_progress
@@ -120,6 +132,7 @@ from tokenweights.signals import align_to_own as align_to_own
 from tokenweights.signals import loss_magnitude as loss_magnitude
 from tokenweights.signals import predictive_entropy as predictive_entropy
 from tokenweights.signals import relative_position as relative_position
+from tokenweights.signals import self_certainty as self_certainty
 from tokenweights.weights import ScoreExtrema as ScoreExtrema
 from tokenweights.weights import WeightStatistics as WeightStatistics
 from tokenweights.weights import endpoint_weights as endpoint_weights
@@ -165,6 +178,7 @@ __all__ = [
     "WeightStatistics",
     "WeightedRollout",
     "adaptive_progress",
+    "advantage_covariance",
     "aggregate_loss",
     "align_to_decision",
     "align_to_own",
@@ -179,6 +193,7 @@ __all__ = [
     "bernoulli_subset",
     "bootstrap_interval",
     "bottom_fraction",
+    "bounded_map",
     "boxed_answer",
     "boxed_match_reward",
     "capture_attention",
@@ -187,6 +202,7 @@ __all__ = [
     "cosine_schedule",
     "endpoint_schedule",
     "endpoint_weights",
+    "entropy_sensitivity",
     "expected_random_cosine",
     "expected_random_error",
     "extreme_tokens",
@@ -200,8 +216,10 @@ __all__ = [
     "group_gradients",
     "group_projection_ratios",
     "high_to_low",
+    "importance_ratio",
     "layer_agreement",
     "linear_schedule",
+    "log_perplexity",
     "loss_denominator",
     "loss_magnitude",
     "low_to_high",
@@ -214,8 +232,10 @@ __all__ = [
     "match_mass",
     "matched_random",
     "mean_at_k",
+    "mean_one",
     "median_quadrants",
     "middle_layer",
+    "min_max",
     "overlong_penalty",
     "packed_entropy",
     "partition_jaccard",
@@ -230,13 +250,17 @@ __all__ = [
     "recipe",
     "recipe_names",
     "reference_answer",
+    "reference_divergence",
     "relative_position",
+    "relative_surprisal",
     "response_statistics",
     "rollout_recipe",
     "rollout_statistics",
+    "sampled_probability",
     "score_extrema",
     "score_moments",
     "selected_parameters",
+    "self_certainty",
     "sequence_parallel_bytes",
     "sequence_parallel_entropy",
     "slice_positions",
@@ -246,6 +270,7 @@ __all__ = [
     "subset_weights",
     "support_by_entropy",
     "support_concentration",
+    "surprisal",
     "tensor_parallel_bytes",
     "tensor_parallel_entropy",
     "token_alignment",
@@ -255,4 +280,5 @@ __all__ = [
     "weight_statistics",
     "weighted_rollout",
     "weighted_token_mean",
+    "z_scores",
 ]

@@ -1,7 +1,10 @@
 """Signals: one number for each response token, and the row of the sequence it is read from.
 
-Attention entropy, the main signal, has a room of its own in `tokenweights.attention`.
+Attention entropy, the main signal, has a room of its own in `tokenweights.attention`; signals read
+from log-probabilities have one in `tokenweights.likelihood`.
 """
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -43,16 +46,52 @@ def predictive_entropy(
         >>> predictive_entropy(torch.zeros(1, 1, 8))
         tensor([[2.0794]])
     """
+    return _by_blocks("predictive_entropy", _softmax_entropy, logits, chunk_tokens)
+
+
+@typed
+def self_certainty(
+    logits: Float[Tensor, "batch token vocab"], *, chunk_tokens: int = 2048
+) -> Float[Tensor, "batch token"]:
+    r"""Divergence of the next-token distribution from the uniform one, `batch token`, in nats.
+
+    $\mathrm{KL}(u \| p) = -\log V - \frac{1}{V} \sum_v \log p_v \ge 0$ with
+    $p = \mathrm{softmax}(\mathrm{logits})$, 0 for equal logits (UCAS, arXiv 2510.10649). $V$ counts
+    and $v$ runs over the allowed tokens only: one of probability 0 would make it infinite, and
+    what top-k or a grammar forbids says nothing about how sure the model is. Float32, detached, and
+    in the memory of `predictive_entropy`.
+
+    Args:
+        logits: As in `predictive_entropy`; `-inf` marks a forbidden token.
+        chunk_tokens: The most rows worked on at a time; large vocabularies take fewer.
+
+    Returns:
+        Float32 divergences, finite; NaN for a row with NaN, with `inf`, or with `-inf` only.
+
+    Raises:
+        TokenWeightsError: If `chunk_tokens` < 1 or the vocabulary is empty.
+
+    Example:
+        >>> self_certainty(torch.tensor([[[0.0, 0.0], [4.0, 0.0]]]))
+        tensor([[0.0000, 1.3250]])
+    """
+    return _by_blocks("self_certainty", _uniform_divergence, logits, chunk_tokens)
+
+
+def _by_blocks(
+    function: str, signal: Callable[[Tensor], Tensor], logits: Tensor, chunk_tokens: int
+) -> Tensor:
+    """A signal of each row of logits, with temporaries of a few rows."""
     if chunk_tokens < 1:
-        raise invalid("predictive_entropy", "chunk_tokens", ">= 1", chunk_tokens, "Pass 2048.")
+        raise invalid(function, "chunk_tokens", ">= 1", chunk_tokens, "Pass 2048.")
     batch, token, vocab = logits.shape
     if vocab == 0:
         shape, hint = f"shape {tuple(logits.shape)}", "The last axis is the vocabulary."
-        raise invalid("predictive_entropy", "logits", "of at least one token type", shape, hint)
+        raise invalid(function, "logits", "of at least one token type", shape, hint)
     logits = logits.detach()
     if torch.compiler.is_compiling():
-        return _softmax_entropy(logits)
-    entropy = torch.empty(batch, token, dtype=torch.float32, device=logits.device)
+        return signal(logits)
+    found = torch.empty(batch, token, dtype=torch.float32, device=logits.device)
     room = CPU_CHUNK_LOGITS if logits.device.type == "cpu" else GPU_CHUNK_LOGITS
     rows = min(chunk_tokens, max(room // vocab, 1))
     # Blocks of both axes, so that every block is a view and short responses share one.
@@ -60,8 +99,8 @@ def predictive_entropy(
     for first in range(0, batch, responses):
         for start in range(0, token, tokens):
             block = slice(first, first + responses), slice(start, start + tokens)
-            entropy[block] = _softmax_entropy(logits[block])
-    return entropy
+            found[block] = signal(logits[block])
+    return found
 
 
 def _softmax_entropy(logits: Tensor) -> Tensor:
@@ -71,6 +110,18 @@ def _softmax_entropy(logits: Tensor) -> Tensor:
     mass = below.exp()
     total = mass.sum(-1)
     return (total.log() - mass.mul_(below).sum(-1) / total).clamp_(min=0)
+
+
+def _uniform_divergence(logits: Tensor) -> Tensor:
+    allowed = logits > -torch.inf
+    highest = logits.amax(-1, keepdim=True).to(sum_dtype(logits.dtype))
+    below = (logits - highest).float()
+    total = below.exp().sum(-1)
+    count = allowed.sum(-1)
+    mean = below.masked_fill_(~allowed, 0.0).sum(-1) / count
+    # NaN among the logits is not allowed either, but it is in the total.
+    largest = torch.finfo(torch.float32).max
+    return ((total / count).log() - mean).clamp_(min=0, max=largest)
 
 
 @typed
