@@ -97,10 +97,12 @@ from tokenweights.partition import quantile_bins as quantile_bins
 from tokenweights.partition import random_fraction as random_fraction
 from tokenweights.partition import top_fraction as top_fraction
 from tokenweights.recipes import Recipe as Recipe
+from tokenweights.recipes import RolloutBatch as RolloutBatch
 from tokenweights.recipes import TokenWeightsConfig as TokenWeightsConfig
 from tokenweights.recipes import WeightedRollout as WeightedRollout
 from tokenweights.recipes import recipe as recipe
 from tokenweights.recipes import recipe_names as recipe_names
+from tokenweights.recipes import require_columns as require_columns
 from tokenweights.recipes import rollout_recipe as rollout_recipe
 from tokenweights.recipes import weighted_rollout as weighted_rollout
 from tokenweights.rewards import Interval as Interval
@@ -167,6 +169,7 @@ __all__ = [
     "ProbeGeometry",
     "QuadrantTokens",
     "Recipe",
+    "RolloutBatch",
     "RolloutStatistics",
     "ScoreExtrema",
     "ScoreMoments",
@@ -253,6 +256,7 @@ __all__ = [
     "reference_divergence",
     "relative_position",
     "relative_surprisal",
+    "require_columns",
     "response_statistics",
     "rollout_recipe",
     "rollout_statistics",

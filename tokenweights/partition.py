@@ -374,11 +374,16 @@ def _keys(mask: Tensor, seed: int, sample_ids: Tensor | None) -> Tensor:
     return random_keys(seed, sample_ids.long(), _ordinals(mask) - 1)
 
 
+def exact_share(fraction: float) -> Fraction:
+    """The nearest ratio of integers up to 10^9, as which every share is read."""
+    nearest = Fraction(fraction).limit_denominator(MAX_DENOMINATOR)
+    return max(nearest, Fraction(1, MAX_DENOMINATOR)) if fraction > 0 else nearest
+
+
 def _ratio(function: str, fraction: float) -> Fraction:
     if not 0 <= fraction <= 1:
         raise invalid(function, "fraction", "in [0, 1]", fraction, "Pass a share, 0.2 for 20 %.")
-    nearest = Fraction(fraction).limit_denominator(MAX_DENOMINATOR)
-    return max(nearest, Fraction(1, MAX_DENOMINATOR)) if fraction > 0 else nearest
+    return exact_share(fraction)
 
 
 def _counts(function: str, mask: Tensor, fraction: float) -> Tensor:

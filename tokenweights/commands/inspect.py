@@ -21,7 +21,7 @@ from tokenweights.diagnostics import (
     pearson_correlation,
     rank_correlation,
 )
-from tokenweights.recipes.record import Alignment
+from tokenweights.recipes.attention import Alignment
 from tokenweights.report import (
     TokenRecord,
     append_token_records,

@@ -1,12 +1,22 @@
-"""Recipes: signal, rule, schedule and denominator of a run, declared in one place.
+"""Recipes: a signal that scores tokens, a rule that weighs them, and a denominator, composed.
 
-A recipe is the only thing a trainer adapter reads. Every run of the paper is one by name.
+A recipe is the only thing a trainer adapter reads. Every run of the paper is one by name, and so
+are rules of the field. Signals and rules are parts of `signals`, `rules`, `field` and `combine`, or
+callables of your own.
 """
 
+from tokenweights.recipes import combine as combine
+from tokenweights.recipes import field as field
+from tokenweights.recipes import rules as rules
+from tokenweights.recipes import signals as signals
+from tokenweights.recipes.batch import RolloutBatch as RolloutBatch
 from tokenweights.recipes.config import TokenWeightsConfig as TokenWeightsConfig
 from tokenweights.recipes.named import recipe as recipe
 from tokenweights.recipes.named import recipe_names as recipe_names
-from tokenweights.recipes.record import Recipe as Recipe
-from tokenweights.recipes.rollout import WeightedRollout as WeightedRollout
+from tokenweights.recipes.parts import Rule as Rule
+from tokenweights.recipes.parts import Signal as Signal
+from tokenweights.recipes.recipe import Recipe as Recipe
+from tokenweights.recipes.recipe import WeightedRollout as WeightedRollout
+from tokenweights.recipes.rollout import require_columns as require_columns
 from tokenweights.recipes.rollout import rollout_recipe as rollout_recipe
 from tokenweights.recipes.rollout import weighted_rollout as weighted_rollout

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenweights._errors import invalid
-from tokenweights.recipes.record import Recipe
+from tokenweights.recipes.recipe import Recipe
 from tokenweights.recipes.rollout import rollout_recipe
 
 # The options that name files.
@@ -71,9 +71,9 @@ class TokenWeightsConfig:
     )
 
     def __post_init__(self) -> None:
-        probed, entropy = self.gradient_probe_steps is not None, "attention_entropy"
+        probed = self.gradient_probe_steps is not None
         self._require(
-            self.token_recipe.signal == entropy or self.token_records is None,
+            self.token_recipe.attention is not None or self.token_records is None,
             "token_records",
             "None",
             "A record holds attention entropies; the recipe has none.",

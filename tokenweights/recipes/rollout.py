@@ -1,8 +1,7 @@
-"""What a recipe makes of one rollout batch: the part that all trainer adapters share."""
+"""What a trainer adapter asks of a recipe: one that it can serve, and weights of scores at hand."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -11,15 +10,21 @@ from torch import Tensor
 
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
-from tokenweights.diagnostics import token_weight_metrics
 from tokenweights.distributed import agreed
+from tokenweights.recipes.batch import ON_DEMAND, RolloutBatch
 from tokenweights.recipes.named import recipe
-from tokenweights.recipes.record import Recipe
+from tokenweights.recipes.parts import columns_of, label, parts_of
+from tokenweights.recipes.recipe import Recipe, WeightedRollout
+
+SAME = (
+    "At rollout time the ratio is 1, so |loss| is |advantage|, the same for every token of "
+    "a response: there is nothing to rank. Use `predictive_low20` or `predictive_high20`."
+)
 
 
 @typed
 def rollout_recipe(choice: str | Mapping[str, Any] | Recipe | None, *, caller: str) -> Recipe:
-    """The recipe that a user chose for a trainer, if scores of a rollout batch can serve it.
+    """The recipe that a user chose for a trainer, if a rollout batch can serve it.
 
     Args:
         choice: As `recipe` takes it, or the JSON text of a mapping, as a command line has it.
@@ -29,10 +34,11 @@ def rollout_recipe(choice: str | Mapping[str, Any] | Recipe | None, *, caller: s
         The recipe.
 
     Raises:
-        TokenWeightsError: If the choice is empty or unknown, or the signal is `"loss_magnitude"`.
+        TokenWeightsError: If the choice is empty or unknown, or a part reads the tokens' loss.
 
     Example:
-        >>> rollout_recipe('{"name": "low2high", "warmup_steps": 50}', caller="train").warmup_steps
+        >>> made = rollout_recipe('{"name": "low2high", "warmup_steps": 50}', caller="train")
+        >>> made.rule.warmup_steps
         50
     """
     hint = 'Write `low2high`, or `{"name": "low2high", "warmup_steps": 50}`.'
@@ -46,33 +52,35 @@ def rollout_recipe(choice: str | Mapping[str, Any] | Recipe | None, *, caller: s
             raise invalid(caller, "recipe", condition, repr(choice), hint) from error
     else:
         made = recipe(choice)
-    if made.signal == "loss_magnitude":
-        raise invalid(
-            caller,
-            "recipe",
-            "with a signal other than loss_magnitude",
-            repr(made.name),
-            "At rollout time the ratio is 1, so |loss| is |advantage|, the same for every token of "
-            "a response: there is nothing to rank. Use `predictive_low20` or `predictive_high20`.",
-        )
+    if "token_loss" in made.columns:
+        condition = "with a signal other than loss_magnitude"
+        raise invalid(caller, "recipe", condition, repr(made.name), SAME)
     return made
 
 
-@dataclass(frozen=True)
-class WeightedRollout:
-    """Weights of a rollout batch's tokens, and what to log about them.
+@typed
+def require_columns(made: Recipe, given: Collection[str], *, caller: str) -> None:
+    """Raises where a recipe reads a column that a trainer does not have; before workers start.
 
-    Attributes:
-        weights: Token weights, `batch token`, >= 0, 0 off the mask.
-        scale: The factor on the weights that turns a mean over all valid tokens into the recipe's
-            mean, see `Recipe.denominator_scale`.
-        metrics: Those of `token_weight_metrics`, and `endpoint_low` and `endpoint_high` for a soft
-            recipe; empty if the batch has no valid token.
+    Args:
+        made: The recipe.
+        given: Names of the columns that the trainer has, as it is set up.
+        caller: What the user called, for the message of an error.
+
+    Raises:
+        TokenWeightsError: If a column is missing; it names the part that reads it.
     """
-
-    weights: Float[Tensor, "batch token"]
-    scale: Float[Tensor, ""]
-    metrics: dict[str, float]
+    for name in made.columns:
+        if name not in given:
+            parts = [*parts_of(made.signal), *parts_of(made.rule)]
+            readers = [label(part) for part in parts if name in columns_of(part)]
+            raise invalid(
+                caller,
+                "recipe",
+                f"that reads columns this trainer has ({', '.join(sorted(given))})",
+                f"{made.name!r}, whose {readers[-1]!r} reads `{name}`, the {ON_DEMAND.get(name)}",
+                "Choose another recipe, or another setting of the trainer.",
+            )
 
 
 @agreed
@@ -87,10 +95,9 @@ def weighted_rollout(
     token_groups: Int[Tensor, "batch token"] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> WeightedRollout:
-    """Weights, denominator scale and metrics of a rollout batch, exact over ranks, detached.
+    """Weights, scale and metrics from scores at hand: of a recipe that reads nothing else.
 
-    A trainer that multiplies its advantages by `weights * scale` and goes on as it is follows the
-    recipe, if its loss is homogeneous in the advantage and divides by the number of valid tokens.
+    `Recipe.weighted` does the same with a `RolloutBatch`, for every recipe.
 
     Args:
         recipe: The recipe.
@@ -116,12 +123,5 @@ def weighted_rollout(
         >>> rollout.weights, float(rollout.scale), rollout.metrics["anchor_share"]
         (tensor([[1., 0., 0., 0., 0.]]), 5.0, 1.0)
     """
-    weights = recipe.token_weights(
-        scores, mask, step=step, sample_ids=sample_ids, token_groups=token_groups, group=group
-    )
-    metrics = token_weight_metrics(scores, weights, mask, group=group)
-    if metrics and recipe.rule == "endpoints":
-        endpoints = recipe.endpoints(step)
-        metrics |= {"endpoint_low": endpoints.low, "endpoint_high": endpoints.high}
-    scale = recipe.denominator_scale(weights, mask, group=group)
-    return WeightedRollout(weights, scale, metrics)
+    batch = RolloutBatch(mask=mask, sample_ids=sample_ids, token_ids=token_groups, group=group)
+    return recipe.weighted_scores(scores, batch, step=step)

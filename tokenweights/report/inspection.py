@@ -18,7 +18,7 @@ from tokenweights.attention import (
     attention_weights,
 )
 from tokenweights.capture import CapturedAttention, capture_attention
-from tokenweights.recipes.record import Alignment
+from tokenweights.recipes.attention import Alignment
 from tokenweights.report.records import TokenRecord, token_records
 from tokenweights.signals import predictive_entropy
 

@@ -22,7 +22,7 @@ from tokenweights._errors import TokenWeightsError, invalid
 from tokenweights._typing import typed
 from tokenweights.attention import EntropyKind
 from tokenweights.partition import bottom_fraction, top_fraction
-from tokenweights.recipes.record import Alignment
+from tokenweights.recipes.attention import Alignment
 from tokenweights.report.lines import (
     REPAIR,
     FilePath,

@@ -1,0 +1,112 @@
+"""Token records of a run's rollout batches, every so many steps."""
+
+from collections.abc import Callable
+
+from tokenweights._errors import invalid
+from tokenweights._typing import typed
+from tokenweights.recipes import Recipe, RolloutBatch, WeightedRollout
+from tokenweights.report.records import append_token_records, token_records
+
+
+class RolloutRecords:
+    """Appends token records of one prompt's responses to a file, every so many training steps.
+
+    Args:
+        path: JSONL file; None records nothing.
+        every: Training steps between two recorded rollout batches.
+
+    Example:
+        >>> RolloutRecords(None, every=100).due(0)
+        False
+    """
+
+    @typed
+    def __init__(self, path: str | None, *, every: int) -> None:
+        self._path, self._every = path, every
+        self._next_step = 0
+
+    @typed
+    def due(self, step: int) -> bool:
+        """Whether the rollout batch of a step is one to record.
+
+        Args:
+            step: Training step.
+
+        Returns:
+            Whether so many steps have passed since the last.
+        """
+        return self._path is not None and step >= self._next_step
+
+    @typed
+    def append(
+        self,
+        recipe: Recipe,
+        batch: RolloutBatch,
+        weighted: WeightedRollout,
+        *,
+        step: int,
+        prompt: Callable[[int], str],
+        decode: Callable[[list[int]], str],
+        detailed: Callable[[RolloutBatch, list[int]], RolloutBatch] | None = None,
+    ) -> None:
+        """Appends the responses to the first prompt of a batch, if its step is due.
+
+        Args:
+            recipe: The recipe, with its layers numbered.
+            batch: The batch, with token ids, advantages and attention; what else a record can hold
+                is written where it is there.
+            weighted: What the recipe made of it.
+            step: Training step.
+            prompt: Text of the prompt of a row.
+            decode: Turns a list of token ids into text.
+            detailed: Adds to the recorded rows, given with their numbers in the batch, what costs
+                too much for all of them.
+
+        Raises:
+            TokenWeightsError: If the recipe reads no attention.
+        """
+        rows = first_prompt_rows(batch)
+        if self._path is None or not self.due(step) or not rows:
+            return
+        attention = recipe.attention
+        if attention is None or batch.token_ids is None:
+            hint = "A record holds attention entropies and tokens."
+            raise invalid("RolloutRecords", "recipe", "that reads attention", recipe.name, hint)
+        self._next_step = step + self._every
+        shown = batch.rows(rows)
+        shown = detailed(shown, rows) if detailed else shown
+        assert shown.token_ids is not None and shown.sample_ids is not None
+        records = token_records(
+            attention(shown),
+            shown.mask,
+            step=step,
+            sample_ids=shown.sample_ids,
+            prompts=[prompt(row) for row in rows],
+            token_ids=shown.token_ids,
+            decode=decode,
+            weights=weighted.weights[rows],
+            advantages=None if shown.advantages is None else shown.advantages.float(),
+            layer=recipe.layers,
+            entropy_kind=attention.entropy_kind,
+            alignment=attention.alignment,
+            predictive_entropy=shown.predictive_entropy,
+            log_probs=shown.log_probs,
+        )
+        append_token_records(self._path, records)
+
+
+@typed
+def first_prompt_rows(batch: RolloutBatch) -> list[int]:
+    """Numbers of the rows that answer the same prompt as the first row with a valid token.
+
+    Args:
+        batch: The batch.
+
+    Returns:
+        Numbers of rows with a valid token; empty if there is none.
+    """
+    assert batch.prompt_ids is not None
+    prompts, real = batch.prompt_ids.tolist(), batch.mask.any(-1).tolist()
+    first = next((prompt for prompt, there in zip(prompts, real, strict=True) if there), None)
+    places = enumerate(zip(prompts, real, strict=True))
+    return [row for row, (prompt, there) in places if there and prompt == first]
