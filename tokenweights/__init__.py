@@ -129,6 +129,10 @@ from tokenweights.schedules import linear_schedule as linear_schedule
 from tokenweights.schedules import low_to_high as low_to_high
 from tokenweights.schedules import piecewise_schedule as piecewise_schedule
 from tokenweights.schedules import static_endpoints as static_endpoints
+from tokenweights.selection import score_quantile as score_quantile
+from tokenweights.selection import select as select
+from tokenweights.selection import select_within as select_within
+from tokenweights.selection import selection_bytes as selection_bytes
 from tokenweights.signals import align_to_decision as align_to_decision
 from tokenweights.signals import align_to_own as align_to_own
 from tokenweights.signals import loss_magnitude as loss_magnitude
@@ -263,7 +267,11 @@ __all__ = [
     "sampled_probability",
     "score_extrema",
     "score_moments",
+    "score_quantile",
+    "select",
+    "select_within",
     "selected_parameters",
+    "selection_bytes",
     "self_certainty",
     "sequence_parallel_bytes",
     "sequence_parallel_entropy",
