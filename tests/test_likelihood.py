@@ -44,30 +44,33 @@ def test_signals_agree_with_numpy(case, per_response):
     log_probs, other, third = -8 * stack[0], -8 * stack[1], stack[2]
     advantages = torch.where(mask, third, 0.5)[:, :1] if per_response else third
     n = mask.numpy()
-    p, q, h = (each.double().numpy() for each in (log_probs, other, third))
-    a = np.broadcast_to(advantages.double().numpy(), p.shape)
+    own, q, h = (each.double().numpy() for each in (log_probs, other, third))
+    a = np.broadcast_to(advantages.double().numpy(), own.shape)
     with np.errstate(all="ignore"):
         found = {
-            "surprisal": (tw.surprisal(log_probs), -p),
-            "probability": (tw.sampled_probability(log_probs), np.exp(p)),
+            "surprisal": (tw.surprisal(log_probs), -own),
+            "probability": (tw.sampled_probability(log_probs), np.exp(own)),
             "relative": (
                 tw.relative_surprisal(log_probs, third, mask),
-                -p / np.maximum(h, 1e-6),
+                -own / np.maximum(h, 1e-6),
             ),
-            "ratio": (tw.importance_ratio(log_probs, other, mask), np.exp(p - q)),
-            "divergence": (tw.reference_divergence(log_probs, other), np.expm1(q - p) - (q - p)),
+            "ratio": (tw.importance_ratio(log_probs, other, mask), np.exp(own - q)),
+            "divergence": (
+                tw.reference_divergence(log_probs, other),
+                np.expm1(q - own) - (q - own),
+            ),
             "sensitivity": (
                 tw.entropy_sensitivity(log_probs, third, advantages),
-                np.abs(a) * (1 - np.exp(p)) * np.abs(p + h),
+                np.abs(a) * (1 - np.exp(own)) * np.abs(own + h),
             ),
             "covariance": (
                 tw.advantage_covariance(log_probs, advantages, mask),
-                (a - a[n].mean()) * (p - p[n].mean()) if n.any() else a,
+                (a - a[n].mean()) * (own - own[n].mean()) if n.any() else a,
             ),
         }
         lengths = np.maximum(n.sum(-1, keepdims=True), 1)
-        means = np.where(n, -p, 0).sum(-1, keepdims=True) / lengths
-        found["perplexity"] = tw.log_perplexity(log_probs, mask), np.broadcast_to(means, p.shape)
+        means = np.where(n, -own, 0).sum(-1, keepdims=True) / lengths
+        found["perplexity"] = tw.log_perplexity(log_probs, mask), np.broadcast_to(means, own.shape)
     for name, (actual, expected) in found.items():
         assert actual.dtype == torch.float32, name
         actual = actual.numpy()
