@@ -57,6 +57,19 @@ def calls(rank, slice_number=0):
             {**scored, "endpoints": ends, "form": "literal"},
             {"scores": nan},
         ),
+        tw.mean_one: (scored, {"scores": negative}),
+        tw.z_scores: (
+            {**scored, "scope": "prompt", "prompt_ids": numbers[:, 0]},
+            {"prompt_ids": None},
+        ),
+        tw.min_max: (
+            {**scored, "sign": "positive", "advantages": scores, "per": "response"},
+            {"advantages": nan},
+        ),
+        tw.advantage_covariance: (
+            {"log_probs": scores, "advantages": scores[:, :1], "mask": mask},
+            {"advantages": nan[:, :1]},
+        ),
         tw.match_mass: (weighted, {"weights": negative}),
         tw.weight_statistics: (weighted, {"bins": numbers + 20}),
         tw.loss_denominator: (weighted, {"weights": scores[:, :5]}),

@@ -237,10 +237,25 @@ def extrema(b: Batch) -> tw.ScoreExtrema:
     return tw.score_extrema(b.scores, b.mask)
 
 
+def scaled(scale: Callable[..., Tensor], b: Batch) -> list[Tensor]:
+    return [
+        scale(b.scores, b.mask, scope=scope, prompt_ids=b.lengths // 6, per=per)
+        for scope in ("prompt", "batch")
+        for per in ("token", "response")
+    ]
+
+
+def alone(scale: Callable[..., Tensor], b: Batch) -> Tensor:
+    return scale(b.other, b.mask, scope="response", advantages=b.advantages, sign="positive")
+
+
 LOW, HIGH = tw.Endpoints(0.0, 1.0), tw.Endpoints(0.25, 2.0)
 RECIPE = tw.recipe("low2high")
 
 CASES = {
+    "advantage_covariance": Case(
+        lambda b: tw.advantage_covariance(b.log_probs, b.advantages, b.mask)
+    ),
     "aggregate_loss": Case(
         lambda b: [
             tw.aggregate_loss(b.token_loss, b.mask, b.weights, mode=mode)
@@ -293,6 +308,12 @@ CASES = {
         lambda b: tw.bernoulli_subset(b.mask, probability=0.4, seed=7, sample_ids=b.sample_ids)
     ),
     "bootstrap_interval": Case(lambda b: tw.bootstrap_interval(b.vector, seed=3), ""),
+    "bounded_map": Case(
+        lambda b: [
+            of_valid(tw.bounded_map(b.other, shape=shape, slope=-2.0, high=0.75), b)
+            for shape in ("linear", "exponential", "sigmoid")
+        ]
+    ),
     "bottom_fraction": Case(lambda b: tw.bottom_fraction(b.scores, b.mask, fraction=0.5)),
     "clipped_surrogate_loss": Case(lambda b: surrogate(b, b.log_probs)),
     "clipped_surrogate_loss gradient": Case(
@@ -302,6 +323,9 @@ CASES = {
         lambda b: [
             tw.endpoint_weights(b.scores, b.mask, HIGH, form=form) for form in ("stable", "literal")
         ]
+    ),
+    "entropy_sensitivity": Case(
+        lambda b: of_valid(tw.entropy_sensitivity(b.log_probs, b.scores, b.advantages), b)
     ),
     "extreme_tokens": Case(
         lambda b: b.scores[tuple(tw.extreme_tokens(b.scores, b.mask, count=3).T)], ""
@@ -323,7 +347,9 @@ CASES = {
         ],
         "",
     ),
+    "importance_ratio": Case(lambda b: tw.importance_ratio(b.log_probs, b.old_log_probs, b.mask)),
     "layer_agreement": Case(lambda b: tw.layer_agreement(b.layers, b.mask), ""),
+    "log_perplexity": Case(lambda b: tw.log_perplexity(b.log_probs, b.mask)),
     "loss_denominator": Case(
         lambda b: [
             tw.loss_denominator(b.mask, b.weights, denominator=name)
@@ -344,7 +370,11 @@ CASES = {
         lambda b: tw.matched_random(b.some, b.mask, b.ids, seed=7, sample_ids=b.sample_ids)
     ),
     "mean_at_k": Case(lambda b: tw.mean_at_k(b.correct), ""),
+    "mean_one": Case(lambda b: scaled(tw.mean_one, b)),
+    "mean_one of a response": Case(lambda b: alone(tw.mean_one, b)),
     "median_quadrants": Case(lambda b: tw.median_quadrants(b.scores, b.other, b.mask)),
+    "min_max": Case(lambda b: scaled(tw.min_max, b)),
+    "min_max of a response": Case(lambda b: alone(tw.min_max, b)),
     "overlong_penalty": Case(
         lambda b: tw.overlong_penalty(b.lengths, max_length=10, buffer_length=4), "batch"
     ),
@@ -363,7 +393,13 @@ CASES = {
         lambda b: tw.random_fraction(b.mask, fraction=0.4, seed=7, sample_ids=b.sample_ids)
     ),
     "rank_correlation": Case(lambda b: tw.rank_correlation(b.scores, b.other, b.mask), ""),
+    "reference_divergence": Case(
+        lambda b: of_valid(tw.reference_divergence(b.log_probs, b.old_log_probs), b)
+    ),
     "relative_position": Case(lambda b: tw.relative_position(b.mask)),
+    "relative_surprisal": Case(
+        lambda b: tw.relative_surprisal(b.log_probs, b.scores + 0.5, b.mask)
+    ),
     "response_statistics": Case(
         lambda b: tw.response_statistics(
             tw.AttentionStatistics(raw=b.rows), response_length=1, prompt_length=b.prompts
@@ -371,8 +407,10 @@ CASES = {
         "batch response",
     ),
     "rollout_statistics": Case(lambda b: tw.rollout_statistics(b.mask, b.rewards), ""),
+    "sampled_probability": Case(lambda b: of_valid(tw.sampled_probability(b.log_probs), b)),
     "score_extrema": Case(extrema, ""),
     "score_moments": Case(lambda b: tw.score_moments(b.layers, b.mask), ""),
+    "self_certainty": Case(lambda b: of_valid(tw.self_certainty(b.logits), b)),
     "sequence_parallel_entropy": Case(
         lambda b: tw.sequence_parallel_entropy(
             b.query, b.key, torch.arange(b.mask.shape[1]), key_mask=b.mask
@@ -385,6 +423,7 @@ CASES = {
     "support_concentration": Case(
         lambda b: tw.support_concentration(statistics(b), [b.mask, b.mask & b.some]), ""
     ),
+    "surprisal": Case(lambda b: of_valid(tw.surprisal(b.log_probs), b)),
     "tensor_parallel_entropy": Case(
         lambda b: tw.tensor_parallel_entropy(b.query, b.key, key_mask=b.mask, sinks=b.sinks)
     ),
@@ -401,6 +440,8 @@ CASES = {
     "weighted_token_mean gradient": Case(
         lambda b: gradient(lambda x: tw.weighted_token_mean(x, b.mask, b.weights), b.token_loss)
     ),
+    "z_scores": Case(lambda b: scaled(tw.z_scores, b)),
+    "z_scores of a response": Case(lambda b: alone(tw.z_scores, b)),
     "Recipe.aligned": Case(lambda b: RECIPE.aligned(b.rows, response_length=4), "batch response"),
     "Recipe.denominator_scale": Case(lambda b: RECIPE.denominator_scale(b.weights, b.mask), ""),
     "Recipe.merged_layers": Case(
@@ -413,12 +454,16 @@ CASES = {
 # A row's result depends on the others here: on their extrema, their mass or their number.
 OF_THE_WHOLE_BATCH = {
     "Recipe.token_weights",
+    "advantage_covariance",
     "aggregate_loss gradient",
     "endpoint_weights",
     "masked_mean gradient",
     "match_mass",
+    "mean_one",
+    "min_max",
     "weighted_rollout",
     "weighted_token_mean gradient",
+    "z_scores",
 }
 # Functions of a model and of what it computes, whose suites have layouts of their own.
 OF_A_MODEL = {

@@ -151,6 +151,16 @@ def ruled(inputs: Inputs, recipe: tw.Recipe, sample_ids: Tensor | None = None) -
     )
 
 
+def scaled(scale: Callable[..., Tensor], inputs: Inputs) -> list[Tensor]:
+    options = {"prompt_ids": inputs.sample_ids % 2, "advantages": inputs.advantages}
+    return [
+        scale(inputs.scores, inputs.mask, scope=scope, sign=sign, per=per, **options)
+        for scope in ("response", "prompt", "batch")
+        for sign in ("any", "negative")
+        for per in ("token", "response")
+    ]
+
+
 CALLS: dict[str, Callable[[Inputs], Any]] = {
     "Recipe.aligned": lambda i: tw.recipe("low2high").aligned(i.sequence, response_length=7),
     "Recipe.denominator_scale": lambda i: [
@@ -166,6 +176,7 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
         for name in tw.recipe_names()
         for sample_ids in (None, i.sample_ids)
     ],
+    "advantage_covariance": lambda i: tw.advantage_covariance(i.log_probs, i.advantages, i.mask),
     "aggregate_loss": lambda i: [
         tw.aggregate_loss(i.token_loss, i.mask, i.weights, mode=mode, count=count)
         for mode in MODES
@@ -216,6 +227,10 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
     ],
     "bootstrap_interval": lambda i: tw.bootstrap_interval(i.rewards, resamples=50),
     "bottom_fraction": lambda i: tw.bottom_fraction(i.scores, i.mask),
+    "bounded_map": lambda i: [
+        tw.bounded_map(i.scores, shape=shape, slope=-2.0, offset=0.5, scale=0.7, high=0.6)
+        for shape in ("linear", "exponential", "sigmoid")
+    ],
     "capture_attention": captured,
     "clipped_surrogate_loss": lambda i: [
         tw.clipped_surrogate_loss(
@@ -228,6 +243,7 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
         for form in ("stable", "literal")
         for extrema in (None, tw.score_extrema(i.scores, i.mask))
     ],
+    "entropy_sensitivity": lambda i: tw.entropy_sensitivity(i.log_probs, i.scores, i.advantages),
     "extreme_tokens": lambda i: tw.extreme_tokens(i.scores, i.mask, count=3),
     "first_tokens": lambda i: tw.first_tokens(i.mask, count=2),
     "front_fraction": lambda i: tw.front_fraction(i.mask),
@@ -240,7 +256,11 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
     "group_projection_ratios": lambda i: tw.group_projection_ratios(
         i.ratios, i.groups[2:], i.mask[2:], count=3, tolerance=0.5
     ),
+    "importance_ratio": lambda i: [
+        tw.importance_ratio(i.log_probs, i.old_log_probs, mask) for mask in (None, i.mask)
+    ],
     "layer_agreement": lambda i: tw.layer_agreement(i.layers, i.mask),
+    "log_perplexity": lambda i: tw.log_perplexity(i.log_probs, i.mask),
     "loss_denominator": lambda i: [
         tw.loss_denominator(i.mask, i.weights, denominator=name) for name in DENOMINATORS
     ],
@@ -259,7 +279,9 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
         for ids in (None, i.sample_ids)
     ],
     "mean_at_k": lambda i: tw.mean_at_k(i.correct),
+    "mean_one": lambda i: scaled(tw.mean_one, i),
     "median_quadrants": lambda i: tw.median_quadrants(i.scores, i.other_scores, i.mask),
+    "min_max": lambda i: scaled(tw.min_max, i),
     "overlong_penalty": lambda i: tw.overlong_penalty(
         i.lengths, max_length=100, buffer_length=30, factor=0.7
     ),
@@ -279,12 +301,18 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
         for ids in (None, i.sample_ids)
     ],
     "rank_correlation": lambda i: tw.rank_correlation(i.scores, i.other_scores, i.mask),
+    "reference_divergence": lambda i: tw.reference_divergence(i.log_probs, i.old_log_probs),
     "relative_position": lambda i: tw.relative_position(i.mask),
+    "relative_surprisal": lambda i: tw.relative_surprisal(i.log_probs, i.scores, i.mask),
     "response_statistics": lambda i: tw.response_statistics(i.statistics(), response_length=7),
     "rollout_statistics": lambda i: tw.rollout_statistics(i.mask, i.rewards),
+    "sampled_probability": lambda i: tw.sampled_probability(i.log_probs),
     "score_extrema": lambda i: tw.score_extrema(i.scores, i.mask),
     "score_moments": lambda i: tw.score_moments(i.layers, i.mask),
     "selected_parameters": lambda i: list(tw.selected_parameters(regression()).values()),
+    "self_certainty": lambda i: [
+        tw.self_certainty(i.logits, chunk_tokens=size) for size in (3, 2048)
+    ],
     "sequence_parallel_entropy": lambda i: tw.sequence_parallel_entropy(
         **i.attention(), positions=torch.arange(9), key_mask=i.key_mask
     ),
@@ -295,6 +323,7 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
     "subset_weights": lambda i: tw.subset_weights(i.subset),
     "support_by_entropy": lambda i: tw.support_by_entropy(i.statistics(), i.key_mask, fraction=0.3),
     "support_concentration": lambda i: tw.support_concentration(i.statistics(), [i.key_mask]),
+    "surprisal": lambda i: tw.surprisal(i.log_probs),
     "tensor_parallel_entropy": lambda i: tw.tensor_parallel_entropy(**i.attention()),
     "token_alignment": lambda i: [aligned(i, method) for method in ("differences", "forward")],
     "token_weight_metrics": lambda i: tw.token_weight_metrics(i.scores, i.weights, i.mask),
@@ -312,6 +341,7 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
         for name in DENOMINATORS
         for count in (None, 100003.0, 0.1, i.mask.sum())
     ],
+    "z_scores": lambda i: scaled(tw.z_scores, i),
 }
 
 # What a model computes changes with autocast and half inputs, and gradients need a graph.
