@@ -69,6 +69,13 @@ def require_columns(made: Recipe, given: Collection[str], *, caller: str) -> Non
 
     Raises:
         TokenWeightsError: If a column is missing; it names the part that reads it.
+
+    Returns:
+        Nothing.
+
+    Example:
+        >>> made = recipe("probability_weighted")
+        >>> require_columns(made, {"log_probs", "predictive_entropy"}, caller="train")
     """
     for name in made.columns:
         if name not in given:
