@@ -74,7 +74,8 @@ def segments(
         known = gathered(known, places, dim=0, group=group).unique()
     # A row without a valid token may have a number that no other row has.
     rows = torch.searchsorted(known, own).clamp(max=max(len(known) - 1, 0))
-    return Segments(rows, len(known), group)
+    # A batch without a token has one set, which is empty.
+    return Segments(rows, max(len(known), 1), group)
 
 
 def candidates(
