@@ -2,6 +2,8 @@ import pytest
 
 import tokenweights as tw
 from tokenweights import Recipe, TokenWeightsError
+from tokenweights.recipes.rules import Bottom, EndpointWeights
+from tokenweights.recipes.signals import AttentionEntropy
 
 PAPER = {
     "full", "random20", "bernoulli20", "anchor20_all_tokens", "explorer20_all_tokens",
@@ -13,23 +15,24 @@ PAPER = {
 
 
 def test_every_run_of_the_paper_has_a_name():
-    assert set(tw.recipe_names()) == PAPER
-    for name in PAPER:
+    assert set(tw.recipe_names()[: len(PAPER)]) == PAPER
+    for name in tw.recipe_names():
         assert tw.recipe(name).name == name
 
 
 def test_a_named_recipe_with_changes():
     made = tw.recipe({"name": "anchor20", "fraction": 0.4})
-    assert (made.rule, made.fraction, made.denominator) == ("bottom", 0.4, "selected_tokens")
+    assert (made.rule, made.denominator) == (Bottom(fraction=0.4), "selected_tokens")
     assert tw.recipe(made) is made
     assert tw.recipe(made.to_dict()) == made
-    assert tw.recipe({"rule": "endpoints"}) == Recipe()
+    whole = Recipe(signal=AttentionEntropy(), rule=EndpointWeights())
+    assert tw.recipe({"rule": "endpoints"}) == whole
     assert tw.recipe({"name": "low2high", "layers": 3}).layers == (3,)
 
 
 def test_a_rule_beside_a_known_name_keeps_what_the_name_stands_for():
     made = tw.recipe({"name": "high2low", "rule": "endpoints", "warmup_steps": 50})
-    assert made.endpoints(0) == tw.Endpoints(0.0, 1.0)
+    assert made.rule.endpoints(0) == tw.Endpoints(0.0, 1.0)
     made = tw.recipe({"name": "anchor20", "rule": "bottom", "fraction": 0.1})
     assert made.denominator == "selected_tokens"
 

@@ -1,7 +1,7 @@
 """The shared part of the adapters: weights, scale and metrics of a rollout batch."""
 
 import math
-from typing import get_args, get_type_hints
+from typing import get_args
 
 import pytest
 import torch
@@ -12,7 +12,11 @@ from ranks import on_ranks
 from strategies import scored_masks
 
 import tokenweights as tw
-from tokenweights import Recipe, TokenWeightsError
+from tokenweights import RolloutBatch, TokenWeightsError
+from tokenweights.attention import EntropyKind
+from tokenweights.losses import Denominator
+from tokenweights.recipes.rules import EndpointWeights, ScheduleKind
+from tokenweights.recipes.signals import AttentionEntropy
 
 RECIPES = ["full", "low2high", "anchor20", "random20", "position_matched20"]
 
@@ -29,7 +33,7 @@ def rollout(name, rows=slice(None), group=None):
     made = tw.recipe(name)
     return tw.weighted_rollout(
         made,
-        None if made.signal == "none" else scores[rows],
+        None if made.signal is None else scores[rows],
         mask[rows],
         step=30,
         sample_ids=torch.arange(4)[rows],
@@ -41,12 +45,12 @@ def rollout(name, rows=slice(None), group=None):
 def test_it_holds_what_the_recipe_says(name):
     scores, mask = batch()
     made, whole = tw.recipe(name), rollout(name)
-    scores = None if made.signal == "none" else scores
+    scores = None if made.signal is None else scores
     weights = made.token_weights(scores, mask, step=30, sample_ids=torch.arange(4))
     assert torch.equal(whole.weights, weights)
     assert torch.equal(whole.scale, made.denominator_scale(weights, mask))
     assert whole.metrics["weight_mean"] == pytest.approx(float(weights[mask].mean()))
-    assert ("endpoint_low" in whole.metrics) == (made.rule == "endpoints")
+    assert ("endpoint_low" in whole.metrics) == isinstance(made.rule, EndpointWeights)
 
 
 def test_a_batch_without_tokens_has_no_metrics():
@@ -90,38 +94,72 @@ def test_ranks_equal_the_whole():
             assert part.metrics == pytest.approx(whole.metrics)
 
 
-HINTS = get_type_hints(Recipe)
-SCORED = ("bottom", "top", "endpoints", "type_matched", "position_matched")
 FRACTIONS = st.sampled_from([0.0, 1, 1e-300, 1 / 3]) | st.floats(0, 1)
 WEIGHTS = st.sampled_from([0.0, 1, 5e-324, 1e-40, 1e-20, 1e30, 1e31, math.inf]) | st.floats(0, 2)
+NUMBERS = st.sampled_from([-1e30, -1, 0, 1e-300, 1e300]) | st.floats(-3, 3)
 SCALES = st.sampled_from([5e-324, 1e-40, 1e-8, 1.0, 1e40, 1e300])
 WHOLE = st.sampled_from([1, 10, 10**6, 10**7, 2**63 - 1, 2**63, 2**70])
+SEEDS = st.sampled_from([0, -1, 2**64, -(2**70)])
+SIDES = st.sampled_from(["bottom", "top"])
+SCOPES = st.sampled_from(["response", "prompt", "batch"])
+SIGNS = st.sampled_from(["any", "positive", "negative"])
+PAIRS = st.lists(WEIGHTS, min_size=2, max_size=2)
+EDGE = {"fraction": FRACTIONS, "scope": SCOPES, "sign": SIGNS, "inside": WEIGHTS}
+FIELDS = {
+    "uniform": {},
+    "endpoints": {
+        "low": PAIRS,
+        "high": PAIRS,
+        "schedule": st.sampled_from(get_args(ScheduleKind)),
+        "warmup_steps": st.sampled_from([0, 1, 100, 10**400]),
+        "temperature": SCALES,
+        "form": st.sampled_from(["stable", "literal"]),
+        "eps": SCALES,
+    },
+    "bottom": EDGE,
+    "top": EDGE,
+    "front": {"fraction": FRACTIONS},
+    "random": {"fraction": FRACTIONS, "seed": SEEDS},
+    "bernoulli": {"fraction": FRACTIONS, "seed": SEEDS},
+    "position_matched": {
+        "fraction": FRACTIONS,
+        "seed": SEEDS,
+        "matched_to": SIDES,
+        "position_bins": WHOLE,
+    },
+    "mapped": {
+        "normalise": st.sampled_from(["none", "mean", "deviation", "range"]),
+        "scope": SCOPES,
+        "per": st.sampled_from(["token", "response"]),
+        "shape": st.sampled_from(["linear", "exponential", "sigmoid"]),
+        "slope": NUMBERS,
+        "offset": NUMBERS,
+        "low": WEIGHTS,
+        "high": WEIGHTS,
+    },
+    "within": {"low": NUMBERS, "high": NUMBERS, "weight": st.sampled_from(["one", "score"])},
+    "above_quantile": {"quantile": FRACTIONS, "scope": SCOPES},
+    "bonus": {
+        "scale": NUMBERS,
+        "share": NUMBERS,
+        "towards": st.sampled_from(["plus", "sign"]),
+    },
+    "random_drop": {"low": NUMBERS, "high": NUMBERS, "fraction": FRACTIONS, "seed": SEEDS},
+    "damped": {"floor": WEIGHTS, "least": SCALES},
+}
 
 
 @st.composite
 def fields_of_recipes(draw):
     """Fields of the right types, extreme values and some that no batch could run on."""
-    literals = [name for name, hint in HINTS.items() if get_args(hint) and name != "layers"]
-    made = {
-        name: draw(st.sampled_from(get_args(HINTS[name])))
-        for name in literals
-        if name not in ("low", "high")
-    }
-    made["rule"] = draw(st.just("endpoints") | st.sampled_from(get_args(HINTS["rule"])))
-    if (made["rule"] in SCORED) != (made["signal"] != "none"):
-        made["signal"] = "predictive_entropy" if made["rule"] in SCORED else "none"
-    return made | {
-        "fraction": draw(FRACTIONS),
-        "low": draw(st.lists(WEIGHTS, min_size=2, max_size=2)),
-        "high": draw(st.lists(WEIGHTS, min_size=2, max_size=2)),
-        "temperature": draw(SCALES),
-        "eps": draw(SCALES),
-        "warmup_steps": draw(st.sampled_from([0, 1, 100, 10**400])),
-        "position_bins": draw(WHOLE),
-        "top_k": draw(WHOLE),
-        "fixed_k": draw(WHOLE),
+    kind = draw(st.just("endpoints") | st.sampled_from(sorted(FIELDS)))
+    rule = {"kind": kind} | {name: draw(values) for name, values in FIELDS[kind].items()}
+    scored = kind not in ("uniform", "front", "random", "bernoulli")
+    return {
+        "rule": rule,
+        "signal": "predictive_entropy" if scored else None,
+        "denominator": draw(st.sampled_from(get_args(Denominator))),
         "match_mass": draw(st.booleans()),
-        "seed": draw(st.sampled_from([0, -1, 2**64, -(2**70)])),
     }
 
 
@@ -132,13 +170,22 @@ def test_whatever_recipe_is_accepted_runs(fields, case, step):
     except TokenWeightsError:
         return
     scores, mask = case
-    types = torch.arange(mask.numel()).view(mask.shape) % 3
-    scores = None if made.signal == "none" else scores.float()
-    rollout = tw.weighted_rollout(made, scores, mask, step=step, token_groups=types)
+    batch = RolloutBatch(
+        mask=mask,
+        prompt_ids=torch.arange(len(mask)) // 2,
+        advantages=torch.linspace(-1, 1, len(mask))[:, None],
+        predictive_entropy=scores.float(),
+    )
+    rollout = made.weighted(batch, step=step)
     assert (rollout.weights >= 0).all()
     assert torch.isfinite(rollout.weights * rollout.scale).all()
     assert all(map(math.isfinite, rollout.metrics.values()))
-    query = torch.rand(1, 1, 3, 2)
+
+
+@given(st.sampled_from(get_args(EntropyKind)), WHOLE.filter(lambda k: k < 2**63), st.integers(1, 9))
+def test_whatever_size_an_attention_signal_takes_runs(kind, size, keys):
+    made = AttentionEntropy(entropy_kind=kind, top_k=size, fixed_k=size)
+    query = torch.rand(1, 1, keys, 2)
     entropy = tw.attention_entropy(
         query, query, kind=made.entropy_kind, top_k=made.top_k, fixed_k=made.fixed_k
     )
@@ -150,7 +197,10 @@ def test_whatever_recipe_is_accepted_runs(fields, case, step):
     [
         ({"low": [1e31, 0]}, "each 0 or in [1e-20, 1e30], got (1e+31, 0)"),
         ({"high": [1e-40, 1]}, "each 0 or in [1e-20, 1e30], got (1e-40, 1)"),
-        ({"position_bins": 10**7}, "`position_bins` in [1, 1000000], got 10000000"),
+        (
+            {"name": "position_matched20", "position_bins": 10**7},
+            "`position_bins` in [1, 1000000], got 10000000",
+        ),
         ({"top_k": 2**63}, "`top_k` in [1, 2**63)"),
         ({"fixed_k": 2**70}, "`fixed_k` in [1, 2**63)"),
     ],
@@ -165,9 +215,6 @@ def test_what_could_not_run_is_refused_when_it_is_made(fields, words):
 def test_no_rule_takes_a_negative_step(name):
     scores, mask = batch()
     made = tw.recipe(name)
-    scores = None if made.signal == "none" else scores
+    scores = None if made.signal is None else scores
     with pytest.raises(TokenWeightsError, match="`step` >= 0, got -1"):
         tw.weighted_rollout(made, scores, mask, step=-1)
-    if made.rule in ("uniform", "endpoints"):
-        with pytest.raises(TokenWeightsError, match="`step` >= 0, got -1"):
-            made.endpoints(-1)

@@ -57,6 +57,11 @@ class AttentionEntropy(Part):
     fixed_k: int = 256
     alignment: Alignment = "deciding"
 
+    def __post_init__(self) -> None:
+        if isinstance(self.layers, int):  # one layer
+            object.__setattr__(self, "layers", (self.layers,))
+        super().__post_init__()
+
     def _check(self) -> None:
         for name in ("top_k", "fixed_k"):
             self.require(name, 1 <= getattr(self, name) <= _MAX_POSITIONS, "in [1, 2**63)")

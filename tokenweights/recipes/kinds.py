@@ -173,6 +173,4 @@ def _nested(value: Any, annotation: Any) -> Any:
     if isinstance(value, tuple) and not is_part(value) and annotation is not None:
         inner = getattr(annotation, "__args__", (None,))[0]
         return tuple(_nested(item, inner) for item in value)
-    if isinstance(value, int) and annotation == (tuple[int, ...] | None):
-        return (value,)  # one layer
     return value

@@ -1,0 +1,333 @@
+"""The recipe: what fits together, what a batch becomes, and what of a user's parts is refused."""
+
+import dataclasses
+import json
+import math
+import pickle
+from dataclasses import dataclass
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import scored_masks
+
+import tokenweights as tw
+from tokenweights import Recipe, RolloutBatch, TokenWeightsError
+from tokenweights.recipes import combine, rules, signals
+
+NAMES = tw.recipe_names()
+# Recipes that need scores and no more than a batch has beside them.
+SCORED_ONLY = [name for name in NAMES if not set(tw.recipe(name).columns) - {"attention"}]
+
+
+@st.composite
+def changed_recipes(draw):
+    base = tw.recipe(draw(st.sampled_from(["low2high", "high2low", "static_anchor"])))
+    return tw.recipe(
+        base.to_dict()
+        | {
+            "warmup_steps": draw(st.integers(0, 500)),
+            "temperature": draw(st.floats(1e-4, 1e4)),
+            "layers": draw(st.none() | st.lists(st.integers(-4, 30), min_size=1)),
+            "schedule": draw(st.sampled_from(["constant", "linear", "cosine", "step"])),
+            "match_mass": draw(st.booleans()),
+        }
+    )
+
+
+@given(changed_recipes() | st.sampled_from(NAMES).map(tw.recipe))
+def test_recipes_round_trip_through_dict_json_yaml_and_pickle(made):
+    values = made.to_dict()
+    assert Recipe.from_dict(values) == made == tw.recipe(values)
+    assert Recipe.from_dict(json.loads(json.dumps(values))) == made
+    assert Recipe.from_dict(yaml.safe_load(yaml.safe_dump(values))) == made
+    assert pickle.loads(pickle.dumps(made)) == made
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"rule": "endpoints", "temprature": 1.0}, "'temprature'. Did you mean 'temperature'"),
+        ({"rule": "bottm"}, "Did you mean 'bottom'"),
+        ({"rule": {"kind": "bottm"}}, "Did you mean 'bottom'"),
+        ({"rule": {"fraction": 0.2}}, "a mapping with a kind"),
+        ({"rule": {"kind": "top", "fracton": 0.2}}, "Did you mean 'fraction'"),
+        ({"rule": {"kind": "surprisal"}}, "`rule` known, got 'surprisal'"),
+        ({"rule": "top", "signal": "predictiv_entropy"}, "Did you mean 'predictive_entropy'"),
+        ({"rule": "endpoints", "schedule": "linaer"}, "Did you mean 'linear'"),
+        ({"rule": "endpoints", "temperature": -1.0}, "`temperature` positive"),
+        ({"rule": "endpoints", "temperature": "hot"}, "`temperature` of type float"),
+        ({"rule": "endpoints", "warmup_steps": 0.5}, "`warmup_steps` of type int"),
+        ({"rule": "endpoints", "warmup_steps": -1}, "`warmup_steps` >= 0"),
+        ({"rule": "endpoints", "low": [1.0]}, "`low`"),
+        ({"rule": "endpoints", "high": [0.0, -1.0]}, "`high`"),
+        ({"rule": "endpoints", "low": [1e31, 0.0]}, "`low`"),
+        ({"rule": "position_matched", "position_bins": 10**7}, "`position_bins`"),
+        ({"rule": "endpoints", "layers": []}, "`layers` not empty"),
+        ({"rule": "endpoints", "layers": ["last"]}, "`layers`"),
+        ({"rule": "endpoints", "form": "literal", "eps": 0.0}, "`eps` positive"),
+        ({"rule": "bottom", "fraction": 2.0}, "`fraction`"),
+        ({"rule": "uniform", "fraction": 0.2}, "'fraction'"),
+        ({"rule": "bottom", "signal": "none"}, "expected `signal` given with the rule 'bottom'"),
+        ({"rule": "uniform", "signal": "position"}, "`signal` None with the rule 'uniform'"),
+        ({"rule": "top", "denominator": "tokens"}, "Did you mean 'all_tokens'"),
+        ({"rule": "top", "match_mass": "yes"}, "`match_mass` of type bool"),
+        ({"rule": "top", "name": 3}, "`name` of type str"),
+        ({"name": "low2high"}, "Pass the mapping to `recipe`"),
+        ({"rule": "no.such.module:Rule"}, "a module that can be imported"),
+        ({"rule": "tokenweights.recipes.rules:Topp"}, "Did you mean 'Top'"),
+        ({"rule": "tokenweights.recipes.rules:MIN_WEIGHT"}, "a signal or a rule"),
+    ],
+)
+def test_nonsense_is_refused_with_what_to_do(fields, words):
+    with pytest.raises(TokenWeightsError, match="expected") as error:
+        Recipe.from_dict(fields)
+    assert words in str(error.value)
+
+
+def test_a_key_of_two_parts_is_refused_and_reaches_either_as_a_mapping():
+    top = {"kind": "top", "fraction": 0.1}
+    rule = {"kind": "by_sign", "positive": top, "negative": top | {"fraction": 0.3}}
+    with pytest.raises(TokenWeightsError, match="of exactly one part"):
+        tw.recipe({"rule": rule, "signal": "position", "fraction": 0.5})
+    made = tw.recipe({"rule": rule, "signal": "position"})
+    assert (made.rule.positive.fraction, made.rule.negative.fraction) == (0.1, 0.3)
+
+
+def test_a_word_or_a_mapping_of_the_same_kind_changes_a_named_part():
+    made = tw.recipe({"name": "high2low", "rule": {"kind": "endpoints", "warmup_steps": 7}})
+    assert made.rule.warmup_steps == 7 and made.rule.endpoints(0) == tw.Endpoints(0.0, 1.0)
+
+
+OLD = {
+    "name": "low2high", "signal": "attention_entropy", "rule": "endpoints", "fraction": 0.2,
+    "matched_to": "bottom", "position_bins": 10, "low": [1.0, 0.0], "high": [0.0, 1.0],
+    "schedule": "linear", "warmup_steps": 50, "temperature": 1.0, "form": "stable", "eps": 1e-8,
+    "layers": [3], "layer_reduction": "mean", "entropy_kind": "normalized", "top_k": 256,
+    "fixed_k": 256, "alignment": "deciding", "denominator": "all_tokens", "match_mass": False,
+    "seed": 0,
+}  # fmt: skip
+
+
+def test_a_flat_record_that_was_saved_is_read():
+    made = tw.recipe(OLD)
+    assert made == tw.recipe({"name": "low2high", "warmup_steps": 50, "layers": 3})
+    with pytest.raises(TokenWeightsError, match="'fraction'"):
+        tw.recipe(OLD | {"fraction": 0.3})  # which the rule never had a use for
+
+
+@pytest.mark.parametrize(
+    ("name", "new"),
+    [
+        ("fraction", "recipe.rule.fraction"),
+        ("layers", "recipe.signal.layers"),
+        ("endpoints", "recipe.rule.endpoints"),
+        ("probe_layers", "recipe.placed(depth).layers"),
+        ("captured_entropy", "recipe.attention.captured"),
+    ],
+)
+def test_names_that_moved_say_where_to(name, new):
+    if name != "layers":  # a property now: those that are read
+        with pytest.raises(AttributeError, match="is now") as error:
+            getattr(tw.recipe("anchor20"), name)
+        assert new in str(error.value)
+    if name in ("fraction", "layers"):
+        with pytest.raises(TokenWeightsError, match="is now") as error:
+            Recipe(rule=rules.Top(), **{name: 0.3})
+        assert new in str(error.value)
+
+
+def test_parts_are_objects_not_words():
+    with pytest.raises(TokenWeightsError, match="a part, not its name"):
+        Recipe(rule="top", signal="predictive_entropy")
+    with pytest.raises(TokenWeightsError, match="`rule` callable"):
+        Recipe(rule=3)
+    with pytest.raises(TokenWeightsError, match="`rule` callable"):
+        Recipe(rule=rules.Top, signal=signals.Surprisal())
+
+
+def test_layers_are_numbered_for_a_model():
+    made = tw.recipe("low2high")
+    assert made.layers == () and made.placed(36).layers == (20,)
+    assert tw.recipe({"name": "low2high", "layers": [3, 0, -1]}).placed(4).layers == (3, 0)
+    for name in ("front20", "predictive_low20"):
+        assert tw.recipe(name).placed(4).layers == () and tw.recipe(name).attention is None
+    one, other = signals.AttentionEntropy(layers=(1,)), signals.AttentionEntropy(layers=(-1, 1))
+    both = Recipe(signal=combine.MeanOf(signals=(one, other)), rule=rules.Top())
+    assert both.placed(6).layers == (1, 5)
+
+
+def test_one_recipe_reads_one_statistic_of_attention():
+    one, other = signals.AttentionEntropy(), signals.AttentionEntropy(entropy_kind="raw")
+    with pytest.raises(TokenWeightsError, match="one statistic of attention"):
+        Recipe(signal=combine.MeanOf(signals=(one, other)), rule=rules.Top())
+
+
+def batch(**columns):
+    mask = torch.tensor([[True, True, True, False], [True, True, False, False]])
+    return RolloutBatch(mask=mask, **columns)
+
+
+def test_a_missing_column_is_named_with_who_reads_it():
+    made = tw.recipe("surprisal_boost10")
+    assert made.columns == ("log_probs", "advantages", "predictive_entropy")
+    with pytest.raises(TokenWeightsError, match=r"`surprisal`: expected `log_probs` given"):
+        made.weighted(batch(), step=0)
+    with pytest.raises(TokenWeightsError, match=r"expected `advantages` given"):
+        made.weighted(batch(log_probs=torch.zeros(2, 4)), step=0)
+
+
+@dataclass(frozen=True)
+class Confident:
+    """Probability above a bound."""
+
+    bound: float = 0.5
+    columns = ("log_probs",)
+
+    def __call__(self, batch):
+        return (batch.log_probs.exp() - self.bound).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class Softened:
+    """The score to a power."""
+
+    power: float = 1.0
+
+    def __call__(self, scores, batch, *, step, group=None):
+        return scores.clamp(min=0) ** self.power
+
+
+def test_parts_of_a_users_run_describe_themselves_and_travel_as_text():
+    made = Recipe(name="mine", signal=Confident(0.25), rule=Softened(2.0))
+    given = batch(log_probs=torch.zeros(2, 4))
+    assert made.columns == ("log_probs",)
+    weights = made.weighted(given, step=0).weights
+    assert torch.equal(weights, torch.where(given.mask, 0.5625, 0.0))
+    assert "Probability above a bound." in made.describe()
+    text = json.dumps(made.to_dict())
+    assert "test_recipe:Confident" in text and tw.recipe(json.loads(text)) == made
+    changed = tw.recipe(json.loads(text) | {"power": 1.0})
+    assert changed.rule == Softened(1.0)
+
+
+def power_of_two(scores, batch, *, step, group=None):
+    """Two to the score."""
+    return torch.where(batch.mask, 2.0**scores, 0.0)
+
+
+def test_functions_are_parts():
+    made = tw.recipe({"signal": "position", "rule": f"{__name__}:power_of_two"})
+    assert made.rule is power_of_two and tw.recipe(made.to_dict()) == made
+    assert "Two to the score." in made.describe()
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (lambda s, b, *, step, group=None: s * torch.nan, "finite under a True mask"),
+        (lambda s, b, *, step, group=None: s - 9, ">= 0"),
+        (lambda s, b, *, step, group=None: s[:1], r"of shape \(2, 4\)"),
+        (lambda s, b, *, step, group=None: s.requires_grad_() * 1.0, "without a graph"),
+        (lambda s, b, *, step, group=None: s.long(), "a float tensor"),
+        (lambda s, b, *, step, group=None: None, "a float tensor"),
+    ],
+)
+def test_what_a_users_rule_may_not_return(rule, words):
+    made = Recipe(signal=signals.Position(), rule=rule)
+    with pytest.raises(TokenWeightsError, match=words):
+        made.weighted(batch(), step=0)
+
+
+@pytest.mark.parametrize(
+    ("signal", "words"),
+    [
+        (lambda b: torch.full((2, 4), torch.inf), "finite under a True mask"),
+        (lambda b: torch.zeros(2, 3), r"of shape \(2, 4\)"),
+        (lambda b: torch.zeros(2, 4, requires_grad=True) + 1, "without a graph"),
+        (lambda b: b.mask, "a float tensor"),
+    ],
+)
+def test_what_a_users_signal_may_not_return(signal, words):
+    made = Recipe(signal=signal, rule=rules.Top())
+    with pytest.raises(TokenWeightsError, match=words):
+        made.weighted(batch(), step=0)
+
+
+def test_a_users_values_off_the_mask_do_not_matter():
+    def dirty(batch):
+        return torch.where(batch.mask, 0.5, torch.nan)
+
+    def rule(scores, batch, *, step, group=None):
+        return torch.where(batch.mask, scores, -torch.inf)
+
+    weights = Recipe(signal=dirty, rule=rule).weighted(batch(), step=0).weights
+    assert torch.equal(weights, torch.where(batch().mask, 0.5, 0.0))
+
+
+def test_a_part_that_cannot_be_imported_is_no_text():
+    made = Recipe(signal=lambda batch: batch.mask.float(), rule=rules.Top())
+    with pytest.raises(TokenWeightsError, match="one that can be imported"):
+        made.to_dict()
+    odd = Recipe(signal=Confident(torch.ones(2)), rule=rules.Top())
+    with pytest.raises(TokenWeightsError, match="a plain value"):
+        odd.to_dict()
+
+
+def test_an_unknown_column_is_refused_when_the_recipe_is_made():
+    class Signal:
+        columns = ("log_prob",)
+
+        def __call__(self, batch):
+            return batch.log_prob
+
+    with pytest.raises(TokenWeightsError, match="Did you mean 'log_probs'"):
+        Recipe(signal=Signal(), rule=rules.Top())
+
+
+@given(scored_masks(), st.sampled_from(SCORED_ONLY), st.integers(0, 200))
+def test_every_recipe_gives_weights_and_a_denominator(case, name, step):
+    scores, mask = case
+    made = tw.recipe(name)
+    given_scores = None if made.signal is None else scores.float()
+    weights = made.token_weights(given_scores, mask, step=step)
+    assert (weights >= 0).all() and (weights[~mask] == 0).all() and torch.isfinite(weights).all()
+    scale = made.denominator_scale(weights, mask)
+    token_loss = torch.where(mask, scores * 2 - 1, torch.nan).float()
+    scaled = tw.weighted_token_mean(token_loss, mask, weights * scale)
+    meant = tw.weighted_token_mean(token_loss, mask, weights, denominator=made.denominator)
+    torch.testing.assert_close(scaled, meant)
+
+
+def test_match_mass_keeps_the_mean_weight_at_one():
+    made = tw.recipe({"name": "low2high", "match_mass": True})
+    mask = torch.ones(2, 50, dtype=torch.bool)
+    for step in (0, 30, 100):
+        assert made.token_weights(torch.rand(2, 50), mask, step=step).mean() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_negative_step_is_refused_by_every_rule(name):
+    made, ones = tw.recipe(name), torch.ones(1, 3)
+    scores = None if made.signal is None else ones
+    with pytest.raises(TokenWeightsError, match="`step`"):
+        made.token_weights(scores, ones.bool(), step=-1, token_groups=ones.long())
+
+
+def test_missing_inputs_are_refused():
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    with pytest.raises(TokenWeightsError, match="scores"):
+        tw.recipe("low2high").token_weights(None, mask, step=0)
+    with pytest.raises(TokenWeightsError, match="token_ids"):
+        tw.recipe("type_matched20").token_weights(torch.rand(1, 2), mask, step=0)
+    with pytest.raises(TokenWeightsError, match="finite"):
+        tw.recipe("low2high").token_weights(torch.full((1, 2), math.nan), mask, step=0)
+
+
+def test_a_recipe_is_frozen_and_changed_by_replacement():
+    made = tw.recipe("low2high")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.name = "other"
+    assert dataclasses.replace(made, name="other").rule == made.rule
