@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 
 import tokenweights as tw
+from tokenweights.recipes import kinds
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -23,6 +24,7 @@ NEEDS = {
     "README.md": "tokenweights_trl",
     "docs/guides/see-it.md": "tokenweights_lab",
     "docs/guides/trl.md": "tokenweights_trl",
+    "docs/guides/your-own-rule.md": "tokenweights_trl",
 }
 
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.M | re.S)
@@ -68,9 +70,12 @@ def test_python_blocks_run_and_print_what_follows(page, tmp_path, monkeypatch):
         pytest.importorskip(NEEDS[name(page)])
         warnings.simplefilter("ignore", FutureWarning)  # the trainer's own
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     namespace, output = {"__name__": "__main__"}, None
     for block in blocks(page):
-        if block.language == "python":
+        if block.language == "python" and (file := re.match(r"# (\w+\.py)\n", block.text)):
+            Path(file[1]).write_text(block.text)
+        elif block.language == "python":
             output = printed(block.text, namespace, file=str(page), line=block.line)
         elif block.language == "text" and output is not None and not block.after:
             same = doctest.OutputChecker().check_output(block.text, output, doctest.ELLIPSIS)
@@ -102,6 +107,17 @@ def test_relative_links_resolve(page):
         if not re.match(r"[a-z]+:|#", target):
             path = page.parent / target.split("#")[0]
             assert path.exists(), f"{name(page)} links to {target}"
+
+
+def test_every_part_of_a_recipe_is_in_the_tables():
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*) \|$", (DOCS / "recipes.md").read_text(), re.M)
+    parts = {made.kind: made for made in (*kinds.SIGNALS, *kinds.RULES)}
+    assert [kind for kind, _, _ in rows] == list(parts)
+    for kind, reads, meaning in rows:
+        made = parts[kind]
+        assert meaning == (made.__doc__ or "").partition("\n")[0].rstrip(".")
+        if made in kinds.SIGNALS and "signal" not in reads and reads != "as its parts":
+            assert reads == (", ".join(f"`{name}`" for name in made.columns) or "the mask")
 
 
 def test_every_recipe_is_described_as_it_describes_itself():

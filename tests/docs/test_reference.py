@@ -9,12 +9,15 @@ import yaml
 
 import tokenweights
 import tokenweights.report
+from tokenweights.recipes import kinds
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 ADAPTERS = ("trl", "openrlhf")
 # Its package exports nothing, since its trainer imports it halfway: names come from the modules.
 PLUG_IN = "tokenweights_verl."
+# The parts of a recipe have a page and a namespace of their own.
+PARTS = "tokenweights.recipes."
 
 
 def exported(adapter: str) -> list[str]:
@@ -35,7 +38,15 @@ def test_the_reference_lists_every_public_name_once():
     expected = [f"{module}.{label}" for module, labels in public.items() for label in labels]
     pages = [page.read_text() for page in (DOCS / "api").glob("*.md")]
     listed = [label for text in pages for label in re.findall(r"^::: (\S+)", text, re.M)]
-    assert sorted(label for label in listed if not label.startswith(PLUG_IN)) == sorted(expected)
+    elsewhere = (PLUG_IN, PARTS)
+    assert sorted(label for label in listed if not label.startswith(elsewhere)) == sorted(expected)
+
+
+def test_the_reference_lists_every_part_of_a_recipe_once():
+    listed = re.findall(r"^::: (\S+)", (DOCS / "api/parts.md").read_text(), re.M)
+    made = (*kinds.SIGNALS, *kinds.RULES, *kinds.CONDITIONS)
+    parts = [f"{each.__module__}.{each.__name__}" for each in made]
+    assert listed == [f"{PARTS}Signal", f"{PARTS}Rule", *parts]
 
 
 def test_the_reference_lists_names_that_the_plug_in_has():
