@@ -43,6 +43,7 @@ def calls(rank, slice_number=0):
     attended = {"query": query, "key": key}
     row = {"query": query[0].transpose(0, 1), "key": key[0].transpose(0, 1)}
     soft, hard = tw.recipe("low2high"), tw.recipe("anchor20")
+    batch = tw.RolloutBatch(mask=mask, attention={0: scores})
     return {
         tw.global_sum: ({"values": torch.ones(3)}, {"values": torch.ones(4)}),
         tw.global_extrema: (
@@ -103,7 +104,8 @@ def calls(rank, slice_number=0):
         soft.token_weights: ({**scored, "step": 3}, {"step": -1}),
         hard.token_weights: ({**scored, "step": 3}, {"scores": nan}),
         hard.denominator_scale: (weighted, {"weights": scores[:, :5]}),
-        soft.captured_entropy: ({"captured": packed}, {"captured": None}),
+        hard.scores: ({"batch": batch}, {"batch": tw.RolloutBatch(mask=mask)}),
+        hard.weighted: ({"batch": batch, "step": 3}, {"step": -1}),
         tw.weighted_rollout: ({"recipe": hard, **scored, "step": 3}, {"scores": None}),
         CapturedAttention.packed_entropy: ({"self": packed}, {"self": unpacked}),
         tw.gradient_geometry: (
@@ -191,6 +193,7 @@ def test_no_function_with_a_group_is_missing_above():
     tested = {function.__qualname__ for function in calls(0)}
     # Tested below, since they run a model.
     tested |= {"token_alignment", "GradientProbe.__init__", "CaughtGradients.__init__"}
+    tested |= {"RolloutBatch.__init__"}  # holds a group
     public = [getattr(tw, name) for name in tw.__all__]
     methods = [
         method

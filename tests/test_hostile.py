@@ -219,17 +219,42 @@ def sorted_ordinals(b: Batch) -> Tensor:
     return torch.nn.functional.pad(found, (0, 20 - found.shape[1]))  # as wide in every layout
 
 
+def rollout_batch(b: Batch) -> tw.RolloutBatch:
+    return tw.RolloutBatch(
+        mask=b.mask,
+        sample_ids=b.sample_ids,
+        prompt_ids=b.lengths // 6,
+        token_ids=b.ids,
+        advantages=b.advantages,
+        rewards=b.rewards,
+        log_probs=b.log_probs,
+        sampler_log_probs=b.old_log_probs,
+        predictive_entropy=b.scores,
+        self_certainty=b.other,
+        token_loss=b.token_loss,
+        attention={layer: b.scores for layer in (8, 20, 31)},
+    )
+
+
 def every_recipe(b: Batch) -> list[Tensor]:
+    """Weights of all recipes; each is float32 and the scores' last bits do not matter."""
+    batch = rollout_batch(b)
+    recipes = [tw.recipe(name).placed(36) for name in tw.recipe_names()]
+    return [made.weighted(batch, step=30).weights for made in recipes]
+
+
+def some_recipes(b: Batch) -> list[Tensor]:
+    """Weights from scores at hand, of recipes that read nothing else."""
     return [
         tw.weighted_rollout(
             made := tw.recipe(name),
-            None if made.signal == "none" else b.scores,
+            None if made.signal is None else b.scores,
             b.mask,
             step=30,
             sample_ids=b.sample_ids,
             token_groups=b.ids,
         ).weights
-        for name in tw.recipe_names()
+        for name in tw.recipe_names()[:22]
     ]
 
 
@@ -433,7 +458,7 @@ CASES = {
     "top_fraction": Case(lambda b: tw.top_fraction(b.scores, b.mask, fraction=0.5)),
     "unclipped_losses": Case(unclipped),
     "weight_statistics": Case(lambda b: tw.weight_statistics(b.weights, b.mask, bins=b.bins), ""),
-    "weighted_rollout": Case(every_recipe),
+    "weighted_rollout": Case(some_recipes),
     "weighted_token_mean": Case(
         lambda b: tw.weighted_token_mean(b.token_loss, b.mask, b.weights), ""
     ),
@@ -442,18 +467,16 @@ CASES = {
     ),
     "z_scores": Case(lambda b: scaled(tw.z_scores, b)),
     "z_scores of a response": Case(lambda b: alone(tw.z_scores, b)),
-    "Recipe.aligned": Case(lambda b: RECIPE.aligned(b.rows, response_length=4), "batch response"),
     "Recipe.denominator_scale": Case(lambda b: RECIPE.denominator_scale(b.weights, b.mask), ""),
-    "Recipe.merged_layers": Case(
-        lambda b: of_valid(RECIPE.merged_layers(list(b.layers), b.mask), b)
-    ),
     "Recipe.token_weights": Case(
         lambda b: RECIPE.token_weights(b.scores, b.mask, step=30, sample_ids=b.sample_ids)
     ),
+    "Recipe.weighted_scores": Case(every_recipe),
 }
 # A row's result depends on the others here: on their extrema, their mass or their number.
 OF_THE_WHOLE_BATCH = {
     "Recipe.token_weights",
+    "Recipe.weighted_scores",
     "advantage_covariance",
     "aggregate_loss gradient",
     "endpoint_weights",
@@ -471,7 +494,6 @@ OF_A_MODEL = {
     "CaughtGradients.backward",
     "GradientProbe.geometry",
     "GradientSeries.metrics",
-    "Recipe.captured_entropy",
     "token_alignment",
 }
 

@@ -143,11 +143,28 @@ def losses(inputs: Inputs) -> list[Tensor]:
 
 def ruled(inputs: Inputs, recipe: tw.Recipe, sample_ids: Tensor | None = None) -> Tensor:
     return recipe.token_weights(
-        None if recipe.signal == "none" else inputs.scores,
+        None if recipe.signal is None else inputs.scores,
         inputs.mask,
         step=30,
         sample_ids=sample_ids,
-        token_groups=inputs.groups if recipe.rule == "type_matched" else None,
+        token_groups=inputs.groups,
+    )
+
+
+def rollout_batch(inputs: Inputs) -> tw.RolloutBatch:
+    return tw.RolloutBatch(
+        mask=inputs.mask,
+        sample_ids=inputs.sample_ids,
+        prompt_ids=inputs.sample_ids % 2,
+        token_ids=inputs.groups,
+        advantages=inputs.advantages,
+        rewards=inputs.rewards,
+        log_probs=inputs.log_probs,
+        sampler_log_probs=inputs.old_log_probs,
+        predictive_entropy=inputs.scores,
+        self_certainty=inputs.other_scores,
+        token_loss=inputs.token_loss,
+        attention={layer: inputs.scores for layer in (8, 20, 31)},
     )
 
 
@@ -162,19 +179,18 @@ def scaled(scale: Callable[..., Tensor], inputs: Inputs) -> list[Tensor]:
 
 
 CALLS: dict[str, Callable[[Inputs], Any]] = {
-    "Recipe.aligned": lambda i: tw.recipe("low2high").aligned(i.sequence, response_length=7),
     "Recipe.denominator_scale": lambda i: [
-        tw.Recipe(denominator=name).denominator_scale(i.weights, i.mask) for name in DENOMINATORS
-    ],
-    "Recipe.merged_layers": lambda i: [
-        tw.Recipe(layer_reduction=name).merged_layers(list(layers), i.mask)
-        for name in ("mean", "rank_mean")
-        for layers in (i.layers, i.layers[:1])
+        tw.recipe({"name": "full", "denominator": name}).denominator_scale(i.weights, i.mask)
+        for name in DENOMINATORS
     ],
     "Recipe.token_weights": lambda i: [
         ruled(i, tw.recipe(name), sample_ids)
-        for name in tw.recipe_names()
+        for name in tw.recipe_names()[:22]
         for sample_ids in (None, i.sample_ids)
+    ],
+    "Recipe.weighted_scores": lambda i: [
+        tw.recipe(name).placed(36).weighted(rollout_batch(i), step=30).weights
+        for name in tw.recipe_names()
     ],
     "advantage_covariance": lambda i: tw.advantage_covariance(i.log_probs, i.advantages, i.mask),
     "aggregate_loss": lambda i: [

@@ -181,13 +181,13 @@ def test_a_recipe_reads_both_kinds_of_rows():
             model(ids[None], use_cache=False, **options)
         (captured,) = capture.calls[0]
         expected = getattr(captured, method)(kind="raw")
-        assert torch.equal(made.captured_entropy(captured), expected)
+        assert torch.equal(made.attention.captured(captured), expected)
 
 
 def test_a_recipe_finds_its_layers_in_a_model():
     model = tiny("qwen3", "sdpa")
-    assert tw.recipe("low2high").model_layers(model) == (tw.middle_layer(4),)
-    assert tw.recipe({"name": "low2high", "layers": [-1, 0]}).model_layers(model) == (3, 0)
-    assert tw.recipe("random20").model_layers(torch.nn.Linear(1, 1)) == ()
+    assert tw.recipe("low2high").on_model(model).layers == (tw.middle_layer(4),)
+    assert tw.recipe({"name": "low2high", "layers": [-1, 0]}).on_model(model).layers == (3, 0)
+    assert tw.recipe("random20").on_model(torch.nn.Linear(1, 1)).layers == ()
     with pytest.raises(TokenWeightsError, match="Linear"):
-        tw.recipe("low2high").model_layers(torch.nn.Linear(1, 1))
+        tw.recipe("low2high").on_model(torch.nn.Linear(1, 1))

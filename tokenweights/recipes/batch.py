@@ -1,7 +1,7 @@
 """What a recipe sees of a rollout batch: one record of response-aligned columns."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -133,11 +133,6 @@ class RolloutBatch:
         attention = {layer: scores[index] for layer, scores in (self.attention or {}).items()}
         taken = {name: column[index] for name, column in columns.items()}
         return RolloutBatch(**taken, attention=attention or None)
-
-    @typed
-    def over(self, group: dist.ProcessGroup | None) -> "RolloutBatch":
-        """The same rows as a part of a batch that several ranks share; as they are if None."""
-        return self if group is None or group is self.group else replace(self, group=group)
 
 
 # The shapes of the columns are checked, and what is plainly meant is taken, as in a function.

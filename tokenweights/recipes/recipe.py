@@ -288,7 +288,7 @@ class Recipe:
         """
         if self.signal is None:
             return None
-        batch = batch.over(group)
+        batch = _over(batch, group)
         batch.require(columns_of(self.signal), caller=label(self.signal))
         scores = self.signal(batch)
         _require_tokens(label(self.signal), "scores", scores, batch.mask)
@@ -319,7 +319,7 @@ class Recipe:
             TokenWeightsError: If a column is missing, the step is negative, or a part returns
                 anything but finite numbers, and weights >= 0, for each valid token.
         """
-        batch = batch.over(group)
+        batch = _over(batch, group)
         return self.weighted_scores(self.scores(batch), batch, step=step)
 
     @agreed
@@ -524,6 +524,11 @@ def _without_old_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in values.items()
         if key not in _FLAT_DEFAULTS or value != _FLAT_DEFAULTS[key]
     }
+
+
+def _over(batch: RolloutBatch, group: dist.ProcessGroup | None) -> RolloutBatch:
+    """The rows as a part of a batch that the ranks of a group share; as they are if None."""
+    return batch if group is None else dataclasses.replace(batch, group=group)
 
 
 def _require_tokens(function: str, what: str, values: Any, mask: Tensor) -> None:
