@@ -284,6 +284,21 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
     "rollout_statistics": lambda i: tw.rollout_statistics(i.mask, i.rewards),
     "score_extrema": lambda i: tw.score_extrema(i.scores, i.mask),
     "score_moments": lambda i: tw.score_moments(i.layers, i.mask),
+    "score_quantile": lambda i: [
+        tw.score_quantile(i.scores, i.mask, fraction=0.3, scope=scope)
+        for scope in ("response", "batch")
+    ],
+    "select": lambda i: [
+        tw.select(i.scores, i.mask, scope=scope, **rule)
+        for scope in ("response", "batch")
+        for rule in ({"fraction": 0.3}, {"count": 4}, {"threshold": 0.3})
+    ],
+    "select_within": lambda i: [
+        tw.select_within(
+            i.scores, i.mask, mean=0.3, scope="batch", sign="negative", advantages=i.advantages
+        ),
+        tw.select_within(i.scores, i.mask, total=1.3, side="top"),
+    ],
     "selected_parameters": lambda i: list(tw.selected_parameters(regression()).values()),
     "sequence_parallel_entropy": lambda i: tw.sequence_parallel_entropy(
         **i.attention(), positions=torch.arange(9), key_mask=i.key_mask

@@ -22,7 +22,6 @@ from tokenweights.masked import (
     CHUNK_TOKENS,
     accumulator_dtype,
     require_finite,
-    row_chunks,
     sum_dtype,
 )
 from tokenweights.partition import _ratio
@@ -31,6 +30,7 @@ from tokenweights.scopes import Scope, Sign, candidates, segments
 Side = Literal["top", "bottom"]
 
 DIGITS = 256
+BLOCK_TOKENS = 2**16
 MASS_BITS = 30
 # More tokens, and more mass, than there ever are: `2**33` tokens of the largest mass.
 EVERY = 2**62
@@ -284,8 +284,8 @@ def score_quantile(
         low, high = (part.floats(key).to(at.dtype) for key in (place.key, upper))
         share = at - lower
         value = torch.where(low == high, low, low * (1 - share) + high * share)
-        value = value.clamp(low, high).where(sizes > 0, torch.nan).to(part.scores.dtype)
-        return value.to(sum_dtype(value.dtype))[part.rows, None]
+        value = value.clamp(low, high).where(sizes > 0, torch.nan)
+        return value.to(sum_dtype(part.scores.dtype))[part.rows, None]
 
     result = _over_parts(name, words, batch, mask, scope, prompt_ids, None, group, quantile)
     if scope == "batch":
@@ -468,9 +468,10 @@ def _column(values: Tensor | int) -> Tensor | int:
 
 def _blocks(shape: torch.Size) -> Iterator[tuple[slice, slice]]:
     """Chunks of rows, and of the tokens of a row that is longer than a chunk."""
-    for rows in row_chunks(shape):
-        for start in range(0, shape[1], CHUNK_TOKENS):
-            yield rows, slice(start, start + CHUNK_TOKENS)
+    step = max(BLOCK_TOKENS // max(shape[1], 1), 1)
+    for first in range(0, shape[0], step):
+        for start in range(0, shape[1], BLOCK_TOKENS):
+            yield slice(first, first + step), slice(start, start + BLOCK_TOKENS)
 
 
 def _summed(counts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -546,7 +547,7 @@ def _over_parts(
         assert whole is not None  # there is one part, even of no rows
         return whole
     if prompt_ids is None or scope == "batch":
-        # Refuses missing prompts here, before the ranks agree to go on.
+        # Missing prompts are refused here, before the ranks agree to go on.
         sets = segments(function, mask, scope=scope, prompt_ids=None, group=group)
         _communicating(words, group)
     else:
