@@ -63,7 +63,7 @@ def select(
 
     Under the scope `"response"` it never communicates. Under `"prompt"` and `"batch"` ranks
     exchange 2 KiB for each set in each of at most 16 rounds, see `selection_bytes`. Memory beyond
-    the result is a chunk of tokens and one histogram for each set.
+    the result is a chunk of tokens, a histogram for each set and, with a sign, the candidates.
 
     Args:
         scores: Any scores, finite under the mask; half precision is widened.
