@@ -331,6 +331,7 @@ def test_negative_zero_ties_with_zero():
 
 def test_rows_longer_than_a_chunk(monkeypatch):
     monkeypatch.setattr("tokenweights.selection.BLOCK_TOKENS", 8)
+    monkeypatch.setattr("tokenweights.selection.CHUNK_TOKENS", 100)  # two rows at a time
     generator = torch.Generator().manual_seed(3)
     scores = torch.randint(0, 4, (3, 50), generator=generator) / 4
     mask = torch.rand(3, 50, generator=generator) < 0.8
