@@ -148,9 +148,9 @@ def select_within(
 
     Sums are exact, and the same on any layout, since scores count as whole multiples of a unit: the
     nearest multiple of $2^{e-30}$, where $2^e$ is the power of two next above the largest absolute
-    score of the set's candidates. The budget is rounded down to a multiple. Scores of few binary digits,
-    such as small integers, are thus taken as they are, and a score below half a unit, at most
-    $2^{-30}$ of the largest, counts as 0. Sums are exact up to $2^{32}$ tokens of a set.
+    score of the set's candidates. The budget is rounded down to a multiple. Scores of few binary
+    digits, such as small integers, are thus taken as they are, and a score below half a unit, at
+    most $2^{-30}$ of the largest, counts as 0. Sums are exact up to $2^{32}$ tokens of a set.
 
     Args:
         scores: Any scores, finite under the mask, and >= 0 there for a `total`.
