@@ -39,6 +39,7 @@ def calls(rank, slice_number=0):
     unpacked = CapturedAttention(0, query, key, 1.0, window=None, softcap=None, sinks=None)
     packed = dataclasses.replace(unpacked, position_ids=torch.arange(4)[None])
     scored, weighted = {"scores": scores, "mask": mask}, {"weights": scores, "mask": mask}
+    ranked = {**scored, "scope": "batch", "sample_ids": torch.arange(rows) + 9 * rank}
     pair = {"first": scores, "second": scores**2, "mask": mask}
     attended = {"query": query, "key": key}
     row = {"query": query[0].transpose(0, 1), "key": key[0].transpose(0, 1)}
@@ -95,6 +96,9 @@ def calls(rank, slice_number=0):
         tw.pearson_correlation: (pair, {"second": nan}),
         tw.rank_correlation: (pair, {"first": nan}),
         tw.score_moments: ({"scores": layers, "mask": mask}, {"scores": layers * torch.nan}),
+        tw.select: ({**ranked, "count": 3}, {"scores": nan}),
+        tw.select_within: ({**ranked, "total": 2.0}, {"scores": negative}),
+        tw.score_quantile: ({**scored, "fraction": 0.3, "scope": "batch"}, {"fraction": 2.0}),
         tw.sequence_parallel_entropy: (
             {**attended, "positions": places},
             {"query": query * torch.nan},

@@ -274,6 +274,15 @@ def alone(scale: Callable[..., Tensor], b: Batch) -> Tensor:
     return scale(b.other, b.mask, scope="response", advantages=b.advantages, sign="positive")
 
 
+def scopes(b: Batch) -> list[dict[str, Any]]:
+    """Options of the functions that rank tokens of a response, a prompt or the batch."""
+    return [
+        {"scope": "response"},
+        {"scope": "prompt", "prompt_ids": b.prompts},
+        {"scope": "batch", "sign": "negative", "advantages": b.advantages},
+    ]
+
+
 LOW, HIGH = tw.Endpoints(0.0, 1.0), tw.Endpoints(0.25, 2.0)
 RECIPE = tw.recipe("low2high")
 
@@ -436,6 +445,26 @@ CASES = {
     "score_extrema": Case(extrema, ""),
     "score_moments": Case(lambda b: tw.score_moments(b.layers, b.mask), ""),
     "self_certainty": Case(lambda b: of_valid(tw.self_certainty(b.logits), b)),
+    "score_quantile": Case(
+        lambda b: [
+            tw.score_quantile(b.scores, b.mask, fraction=0.3, scope=scope, prompt_ids=b.prompts)
+            for scope in ("response", "prompt", "batch")
+        ],
+        "batch quantile",
+    ),
+    "select": Case(
+        lambda b: [
+            tw.select(b.scores, b.mask, fraction=0.4, sample_ids=b.sample_ids, **options)
+            for options in scopes(b)
+        ]
+    ),
+    "select_within": Case(
+        lambda b: [
+            tw.select_within(b.scores, b.mask, sample_ids=b.sample_ids, **budget, **options)
+            for budget in ({"mean": 0.3}, {"total": 2.0, "side": "top"})
+            for options in scopes(b)
+        ]
+    ),
     "sequence_parallel_entropy": Case(
         lambda b: tw.sequence_parallel_entropy(
             b.query, b.key, torch.arange(b.mask.shape[1]), key_mask=b.mask
@@ -484,6 +513,9 @@ OF_THE_WHOLE_BATCH = {
     "match_mass",
     "mean_one",
     "min_max",
+    "score_quantile",
+    "select",
+    "select_within",
     "weighted_rollout",
     "weighted_token_mean gradient",
     "z_scores",

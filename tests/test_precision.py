@@ -151,6 +151,10 @@ def ruled(inputs: Inputs, recipe: tw.Recipe, sample_ids: Tensor | None = None) -
     )
 
 
+# Recipes that need scores alone.
+PAPER = tw.recipe_names()[:22]
+
+
 def rollout_batch(inputs: Inputs) -> tw.RolloutBatch:
     return tw.RolloutBatch(
         mask=inputs.mask,
@@ -185,7 +189,7 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
     ],
     "Recipe.token_weights": lambda i: [
         ruled(i, tw.recipe(name), sample_ids)
-        for name in tw.recipe_names()[:22]
+        for name in PAPER
         for sample_ids in (None, i.sample_ids)
     ],
     "Recipe.weighted_scores": lambda i: [
@@ -325,6 +329,21 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
     "sampled_probability": lambda i: tw.sampled_probability(i.log_probs),
     "score_extrema": lambda i: tw.score_extrema(i.scores, i.mask),
     "score_moments": lambda i: tw.score_moments(i.layers, i.mask),
+    "score_quantile": lambda i: [
+        tw.score_quantile(i.scores, i.mask, fraction=0.3, scope=scope)
+        for scope in ("response", "batch")
+    ],
+    "select": lambda i: [
+        tw.select(i.scores, i.mask, scope=scope, **rule)
+        for scope in ("response", "batch")
+        for rule in ({"fraction": 0.3}, {"count": 4}, {"threshold": 0.3})
+    ],
+    "select_within": lambda i: [
+        tw.select_within(
+            i.scores, i.mask, mean=0.3, scope="batch", sign="negative", advantages=i.advantages
+        ),
+        tw.select_within(i.scores, i.mask, total=1.3, side="top"),
+    ],
     "selected_parameters": lambda i: list(tw.selected_parameters(regression()).values()),
     "self_certainty": lambda i: [
         tw.self_certainty(i.logits, chunk_tokens=size) for size in (3, 2048)
@@ -373,8 +392,8 @@ COMPILED: dict[str, Callable[[Inputs], Any]] = {
     "clipped_surrogate_loss": CALLS["clipped_surrogate_loss"],
     "predictive_entropy": lambda i: tw.predictive_entropy(i.logits),
     **{
-        rule: functools.partial(ruled, recipe=tw.recipe(name))
-        for rule, name in {tw.recipe(name).rule: name for name in tw.recipe_names()}.items()
+        kind: functools.partial(ruled, recipe=tw.recipe(name))
+        for kind, name in {tw.recipe(name).rule.kind: name for name in PAPER}.items()
     },
 }
 

@@ -67,7 +67,7 @@ def segments(
     if prompt_ids is None:
         hint = "Pass a number for each response, equal for responses to one prompt."
         raise invalid(function, "prompt_ids", "given for the scope 'prompt'", None, hint)
-    own = prompt_ids.long()
+    own = prompt_ids.long().contiguous()  # searchsorted warns otherwise
     known = own[mask.any(-1)].unique()
     if group is not None:
         places = slice_positions(len(known), device=known.device, group=group)

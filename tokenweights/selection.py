@@ -22,7 +22,6 @@ from tokenweights.masked import (
     CHUNK_TOKENS,
     accumulator_dtype,
     require_finite,
-    row_chunks,
     sum_dtype,
 )
 from tokenweights.partition import _ratio
@@ -31,6 +30,7 @@ from tokenweights.scopes import Scope, Sign, candidates, segments
 Side = Literal["top", "bottom"]
 
 DIGITS = 256
+BLOCK_TOKENS = 2**16  # a few MiB of temporaries
 MASS_BITS = 30
 # More tokens, and more mass, than there ever are: `2**33` tokens of the largest mass.
 EVERY = 2**62
@@ -63,7 +63,7 @@ def select(
 
     Under the scope `"response"` it never communicates. Under `"prompt"` and `"batch"` ranks
     exchange 2 KiB for each set in each of at most 16 rounds, see `selection_bytes`. Memory beyond
-    the result is a chunk of tokens and one histogram for each set.
+    the result is a chunk of tokens, a histogram for each set and, with a sign, the candidates.
 
     Args:
         scores: Any scores, finite under the mask; half precision is widened.
@@ -148,10 +148,9 @@ def select_within(
 
     Sums are exact, and the same on any layout, since scores count as whole multiples of a unit: the
     nearest multiple of $2^{e-30}$, where $2^e$ is the power of two next above the largest absolute
-    score of the set's candidates. The budget is rounded down to a multiple: a `total` in float64,
-    a `mean` likewise. Scores of few binary digits, such as small integers, are thus taken as they
-    are. A token counts as 0 below half a unit, about $2^{-30}$ of the largest. Sums are exact up
-    to $2^{32}$ tokens of a set.
+    score of the set's candidates. The budget is rounded down to a multiple. Scores of few binary
+    digits, such as small integers, are thus taken as they are, and a score below half a unit, at
+    most $2^{-30}$ of the largest, counts as 0. Sums are exact up to $2^{32}$ tokens of a set.
 
     Args:
         scores: Any scores, finite under the mask, and >= 0 there for a `total`.
@@ -284,8 +283,8 @@ def score_quantile(
         low, high = (part.floats(key).to(at.dtype) for key in (place.key, upper))
         share = at - lower
         value = torch.where(low == high, low, low * (1 - share) + high * share)
-        value = value.clamp(low, high).where(sizes > 0, torch.nan).to(part.scores.dtype)
-        return value.to(sum_dtype(value.dtype))[part.rows, None]
+        value = value.clamp(low, high).where(sizes > 0, torch.nan)
+        return value.to(sum_dtype(part.scores.dtype))[part.rows, None]
 
     result = _over_parts(name, words, batch, mask, scope, prompt_ids, None, group, quantile)
     if scope == "batch":
@@ -468,9 +467,10 @@ def _column(values: Tensor | int) -> Tensor | int:
 
 def _blocks(shape: torch.Size) -> Iterator[tuple[slice, slice]]:
     """Chunks of rows, and of the tokens of a row that is longer than a chunk."""
-    for rows in row_chunks(shape):
-        for start in range(0, shape[1], CHUNK_TOKENS):
-            yield rows, slice(start, start + CHUNK_TOKENS)
+    step = max(BLOCK_TOKENS // max(shape[1], 1), 1)
+    for first in range(0, shape[0], step):
+        for start in range(0, shape[1], BLOCK_TOKENS):
+            yield slice(first, first + step), slice(start, start + BLOCK_TOKENS)
 
 
 def _summed(counts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -546,7 +546,7 @@ def _over_parts(
         assert whole is not None  # there is one part, even of no rows
         return whole
     if prompt_ids is None or scope == "batch":
-        # Refuses missing prompts here, before the ranks agree to go on.
+        # Missing prompts are refused here, before the ranks agree to go on.
         sets = segments(function, mask, scope=scope, prompt_ids=None, group=group)
         _communicating(words, group)
     else:

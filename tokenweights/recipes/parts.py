@@ -171,6 +171,12 @@ def columns_of(part: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
+def reader(part: Any, column: str) -> Any:
+    """The part inside of a part that reads a column."""
+    inner = [each for each in parts_of(part) if column in columns_of(each)]
+    return inner[-1] if inner else part
+
+
 def label(part: Any) -> str:
     """What a part is called in messages: its kind, or the name of its class or function."""
     kind = getattr(part, "kind", None)

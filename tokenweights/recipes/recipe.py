@@ -28,6 +28,7 @@ from tokenweights.recipes.parts import (
     label,
     mapped_parts,
     parts_of,
+    reader,
     unknown,
 )
 from tokenweights.recipes.rules import EndpointWeights
@@ -289,7 +290,7 @@ class Recipe:
         if self.signal is None:
             return None
         batch = _over(batch, group)
-        batch.require(columns_of(self.signal), caller=label(self.signal))
+        _require_columns(batch, self.signal)
         scores = self.signal(batch)
         _require_tokens(label(self.signal), "scores", scores, batch.mask)
         require_finite(label(self.signal), "scores", scores, batch.mask)
@@ -413,7 +414,7 @@ class Recipe:
     def _token_weights(self, scores: Tensor | None, batch: RolloutBatch, step: int) -> Tensor:
         if step < 0:
             raise invalid("Recipe", "step", ">= 0", step, "Count training steps from 0.")
-        batch.require(columns_of(self.rule), caller=label(self.rule))
+        _require_columns(batch, self.rule)
         if self.signal is not None and scores is None:
             hint = "Pass one score for each response token."
             raise invalid(
@@ -529,6 +530,11 @@ def _without_old_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
 def _over(batch: RolloutBatch, group: dist.ProcessGroup | None) -> RolloutBatch:
     """The rows as a part of a batch that the ranks of a group share; as they are if None."""
     return batch if group is None else dataclasses.replace(batch, group=group)
+
+
+def _require_columns(batch: RolloutBatch, part: Any) -> None:
+    for name in columns_of(part):
+        batch.require([name], caller=label(reader(part, name)))
 
 
 def _require_tokens(function: str, what: str, values: Any, mask: Tensor) -> None:

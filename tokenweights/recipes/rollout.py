@@ -13,7 +13,7 @@ from tokenweights._typing import typed
 from tokenweights.distributed import agreed
 from tokenweights.recipes.batch import ON_DEMAND, RolloutBatch
 from tokenweights.recipes.named import recipe
-from tokenweights.recipes.parts import columns_of, label, parts_of
+from tokenweights.recipes.parts import columns_of, label, reader
 from tokenweights.recipes.recipe import Recipe, WeightedRollout
 
 SAME = (
@@ -79,13 +79,12 @@ def require_columns(made: Recipe, given: Collection[str], *, caller: str) -> Non
     """
     for name in made.columns:
         if name not in given:
-            parts = [*parts_of(made.signal), *parts_of(made.rule)]
-            readers = [label(part) for part in parts if name in columns_of(part)]
+            whole = made.signal if name in columns_of(made.signal) else made.rule
             raise invalid(
                 caller,
                 "recipe",
                 f"that reads columns this trainer has ({', '.join(sorted(given))})",
-                f"{made.name!r}, whose {readers[-1]!r} reads `{name}`, the {ON_DEMAND.get(name)}",
+                f"{made.name!r}, whose {label(reader(whole, name))!r} reads `{name}`, the {ON_DEMAND.get(name)}",
                 "Choose another recipe, or another setting of the trainer.",
             )
 
