@@ -69,7 +69,8 @@ class TokenWeightsMixin(_Base):
     Once per rollout batch, before TRL shuffles and splits it, what the recipe reads of the
     rollout-time policy becomes weights, and advantages of shape `batch` become weighted ones of
     shape `batch token`, which TRL carries through every micro-batch and iteration. Extrema and
-    counts span all ranks. The schedule's step is `state.global_step` at rollout time. Evaluation stays TRL's own.
+    counts span all ranks. The schedule's step is `state.global_step` at rollout time. Evaluation
+    stays TRL's own.
 
     Attributes:
         recipe: The recipe, with its layers numbered for the model.
