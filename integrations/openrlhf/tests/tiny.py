@@ -1,5 +1,6 @@
 """A tiny policy, hand-made rollouts, and OpenRLHF's own trainer around them."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from tokenweights_openrlhf.train import COMMAND
 from tokenweights_openrlhf.trainer import substituted
 
 HERE = Path(__file__).parent
-PYTHONPATH = (str(HERE), str(HERE / "stand_ins"))
+_INHERITED = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+# Other processes run the code that this one runs.
+PYTHONPATH = (str(HERE), str(HERE / "stand_ins"), *filter(None, _INHERITED))
 PROMPTS, SAMPLES = 4, 4
 # A step of Adam with these settings is the gradient itself, up to a relative error of |g| / 1e6.
 PLAIN_GRADIENT_STEP = (

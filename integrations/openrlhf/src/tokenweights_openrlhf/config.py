@@ -1,10 +1,12 @@
 """What OpenRLHF's own options must be for the token weights that a run asks for."""
 
+from contextlib import suppress
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
-from tokenweights import TokenWeightsConfig
-from tokenweights._errors import invalid
+from tokenweights import TokenWeightsConfig, recipe, require_columns
+from tokenweights._errors import TokenWeightsError, invalid
 
 
 def checked_arguments(arguments: Any, config: TokenWeightsConfig) -> Any:
@@ -12,7 +14,7 @@ def checked_arguments(arguments: Any, config: TokenWeightsConfig) -> Any:
 
     Args:
         arguments: The nested namespace that `openrlhf.utils.config.hierarchize` gives.
-        config: The options of the token weights; OpenRLHF's actors find them there too.
+        config: The options of the token weights; OpenRLHF's trainer finds them there too.
 
     Returns:
         The same namespace.
@@ -20,46 +22,66 @@ def checked_arguments(arguments: Any, config: TokenWeightsConfig) -> Any:
     Raises:
         TokenWeightsError: If OpenRLHF could not train with them as the recipe asks.
     """
-    made, actor, ds = config.token_recipe, arguments.actor, arguments.ds
-    scored, tokens = made.signal != "none", made.denominator == "all_tokens"
-    dynamic = arguments.train.dynamic_batch_enable
-    probed = config.gradient_probe_steps is not None
-    for fits, option, condition, hint in (
-        (actor.policy_loss_type == "ppo", "actor.policy_loss_type", "'ppo'", _SEQUENCE_RATIO),
-        (
-            tokens or actor.loss_agg_mode == "token-mean",
-            "actor.loss_agg_mode",
-            "'token-mean'",
-            f"The recipe divides by {made.denominator}; change this, or the recipe.",
-        ),
-        (
-            ds.zero_stage == 3 or not dynamic,
-            "ds.zero_stage",
-            "3 with --train.dynamic_batch_enable",
-            "At a lower stage OpenRLHF's gradient is wrong there, with token weights or without.",
-        ),
-        (ds.tensor_parallel_size == 1 or not scored, "ds.tensor_parallel_size", "1", _HEADS),
-        (
-            arguments.data.max_images_per_prompt == 0 or not scored,
-            "data.max_images_per_prompt",
-            "0",
-            "Scores of responses to images have not been checked.",
-        ),
-        *(
-            (attrgetter(option)(arguments) in fit or not probed, option, f"one of {fit}", _PROBE)
-            for option, fit in _PROBED_WITH
-        ),
+    made, kl = config.token_recipe, arguments.algo.kl
+    tokens, probed = made.denominator == "all_tokens", config.gradient_probe_steps is not None
+    of_policy = not {"attention", "predictive_entropy"}.isdisjoint(made.columns)
+    for asked, option, fit, hint in (
+        (True, "actor.policy_loss_type", ["ppo"], _SEQUENCE_RATIO),
+        (not tokens, "actor.loss_agg_mode", ["token-mean"], _DIVISOR.format(made.denominator)),
+        (arguments.train.dynamic_batch_enable, "ds.zero_stage", [3], _DYNAMIC),
+        (of_policy, "ds.tensor_parallel_size", [1], _HEADS),
+        (of_policy, "data.max_images_per_prompt", [0], _IMAGES),
+        *(("sampler_log_probs" in made.columns, *row, _SAMPLED) for row in _SAMPLED_WITH),
+        *((probed, *row, _PROBE) for row in _PROBED_WITH),
     ):
-        if not fits:
-            got = repr(attrgetter(option)(arguments))
-            raise invalid("train", f"--{option}", condition, got, hint)
-    arguments.tokenweights = config
+        value = attrgetter(option)(arguments)
+        if asked and value not in fit:
+            raise invalid("train", f"--{option}", " or ".join(map(repr, fit)), repr(value), hint)
+    referred = ["reference_log_probs"] if kl.init_coef > 0 and kl.use_loss else []
+    require_columns(made, [*_COLUMNS, *referred], caller="train")
+    arguments.tokenweights = _as_text(config)
+    # All that policy actors look up: they need no import that only a user's recipe leads to.
+    arguments.policy_attention = made.attention
+    arguments.policy_entropy = "predictive_entropy" in made.columns
     return arguments
 
 
+def _as_text(config: TokenWeightsConfig) -> TokenWeightsConfig:
+    """The same options, the recipe as plain values where these say all of it.
+
+    OpenRLHF's arguments go to every worker; so only the trainer imports what a user wrote.
+    """
+    made = config.token_recipe
+    with suppress(TokenWeightsError):
+        if not isinstance(config.recipe, str) and recipe(made.to_dict()) == made:
+            return replace(config, recipe=made.to_dict())
+    return config
+
+
+# What an experience or the policy's pass has; log-probabilities of a reference need a setting.
+_COLUMNS = (
+    *("token_ids", "advantages", "rewards", "log_probs", "sampler_log_probs"),
+    *("predictive_entropy", "attention"),
+)
 _SEQUENCE_RATIO = (
     "A sequence-level ratio sums the gradients of a response before it multiplies them by the "
     "advantages, so only the mean weight of a response would act."
+)
+_DIVISOR = "The recipe divides by {}; change this, or the recipe."
+_DYNAMIC = (
+    "OpenRLHF's gradient with --train.dynamic_batch_enable is wrong at a lower stage, with token "
+    "weights or without."
+)
+_HEADS = "Each rank sees only its own heads and logits there, and a score needs all of them."
+_IMAGES = "Scores of responses to images have not been checked."
+_SAMPLED = (
+    "The recipe reads `sampler_log_probs`, which OpenRLHF has with a correction only. A token's "
+    "clip to 1 1 leaves the correction to the recipe; any other would correct twice."
+)
+_SAMPLED_WITH = (
+    ("algo.advantage.is_correction_level", ["token"]),
+    ("algo.advantage.is_correction_mode", ["clip"]),
+    ("algo.advantage.is_correction_threshold", [[1, 1]]),
 )
 _PROBE = "The gradient probe has not been made for it: leave out gradient_probe_steps."
 _PROBED_WITH = (
@@ -70,4 +92,3 @@ _PROBED_WITH = (
     ("data.max_images_per_prompt", [0]),
     ("actor.gradient_checkpointing_reentrant", [False]),
 )
-_HEADS = "Each rank sees only its own heads and logits there, and a score needs all of them."

@@ -9,7 +9,6 @@ import argparse
 import re
 import runpy
 import sys
-from contextlib import ExitStack
 from dataclasses import fields
 from importlib.metadata import version
 from typing import Any
@@ -82,16 +81,13 @@ def _run(argv: list[str], config: Any) -> None:
 
     probed = config is not None and config.gradient_probe_steps is not None
     actor_class = GradientProbePolicyActor if probed else TokenWeightsPolicyActor
-    policy_actor = ray.remote(num_gpus=1)(actor_class)
-    with ExitStack() as stack:
-        for module, name, value in (
-            (sys, "argv", [COMMAND, *argv]),
-            (openrlhf_config, "hierarchize", hierarchize_and_check),
-            (ppo_actor, "PolicyModelActor", policy_actor),
-            (ppo_trainer, "PPOTrainer", ray.remote(TokenWeightsPPOTrainer)),
-            (ppo_trainer_async, "PPOTrainerAsync", ray.remote(TokenWeightsPPOTrainerAsync)),
-        ):
-            stack.enter_context(substituted(module, name, value))
+    with (
+        substituted(sys, "argv", [COMMAND, *argv]),
+        substituted(openrlhf_config, "hierarchize", hierarchize_and_check),
+        substituted(ppo_actor, "PolicyModelActor", ray.remote(num_gpus=1)(actor_class)),
+        substituted(ppo_trainer, "PPOTrainer", ray.remote(TokenWeightsPPOTrainer)),
+        substituted(ppo_trainer_async, "PPOTrainerAsync", ray.remote(TokenWeightsPPOTrainerAsync)),
+    ):
         runpy.run_module(COMMAND, run_name="__main__")
 
 
