@@ -17,6 +17,7 @@ from tokenweights.recipes.parts import Rule as Rule
 from tokenweights.recipes.parts import Signal as Signal
 from tokenweights.recipes.recipe import Recipe as Recipe
 from tokenweights.recipes.recipe import WeightedRollout as WeightedRollout
+from tokenweights.recipes.rollout import corrects_sampler as corrects_sampler
 from tokenweights.recipes.rollout import require_columns as require_columns
 from tokenweights.recipes.rollout import rollout_recipe as rollout_recipe
 from tokenweights.recipes.rollout import weighted_rollout as weighted_rollout

@@ -32,6 +32,7 @@ from tokenweights.recipes.parts import (
     unknown,
 )
 from tokenweights.recipes.rules import EndpointWeights
+from tokenweights.recipes.signals import PredictiveEntropy
 from tokenweights.weights import match_mass
 
 # Where the fields and methods of a recipe went that had one flat record of all of them.
@@ -59,8 +60,9 @@ class WeightedRollout:
         weights: Token weights, `batch token`, >= 0, 0 off the mask.
         scale: The factor on the weights that turns a mean over all valid tokens into the recipe's
             mean, see `Recipe.denominator_scale`.
-        metrics: Those of `token_weight_metrics`, and `endpoint_low` and `endpoint_high` for a soft
-            recipe; empty if the batch has no valid token.
+        metrics: Those of `token_weight_metrics`, with `score` for `entropy` where the scores are
+            none, and `endpoint_low` and `endpoint_high` for a soft recipe; empty if the batch has
+            no valid token.
         scores: The scores behind the weights; None if the recipe has no signal.
     """
 
@@ -343,6 +345,8 @@ class Recipe:
         """
         group, weights = batch.group, self._token_weights(scores, batch, step)
         metrics = token_weight_metrics(scores, weights, batch.mask, group=group)
+        if not isinstance(self.signal, AttentionEntropy | PredictiveEntropy):
+            metrics = {name.replace("entropy", "score"): metrics[name] for name in metrics}
         if metrics and isinstance(self.rule, EndpointWeights):
             ends = self.rule.endpoints(step)
             metrics |= {"endpoint_low": ends.low, "endpoint_high": ends.high}

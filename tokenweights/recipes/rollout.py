@@ -13,8 +13,9 @@ from tokenweights._typing import typed
 from tokenweights.distributed import agreed
 from tokenweights.recipes.batch import ON_DEMAND, RolloutBatch
 from tokenweights.recipes.named import recipe
-from tokenweights.recipes.parts import columns_of, label, reader
+from tokenweights.recipes.parts import columns_of, label, parts_of, reader
 from tokenweights.recipes.recipe import Recipe, WeightedRollout
+from tokenweights.recipes.signals import SamplerRatio
 
 SAME = (
     "At rollout time the ratio is 1, so |loss| is |advantage|, the same for every token of "
@@ -84,9 +85,28 @@ def require_columns(made: Recipe, given: Collection[str], *, caller: str) -> Non
                 caller,
                 "recipe",
                 f"that reads columns this trainer has ({', '.join(sorted(given))})",
-                f"{made.name!r}, whose {label(reader(whole, name))!r} reads `{name}`, the {ON_DEMAND.get(name)}",
+                f"{made.name!r}, whose {label(reader(whole, name))!r} reads `{name}`, "
+                f"the {ON_DEMAND.get(name)}",
                 "Choose another recipe, or another setting of the trainer.",
             )
+
+
+@typed
+def corrects_sampler(made: Recipe) -> bool:
+    """Whether a recipe multiplies by the ratio of trainer to sampler, as some trainers do too.
+
+    Args:
+        made: The recipe.
+
+    Returns:
+        Whether one of its parts is `signals.SamplerRatio`.
+
+    Example:
+        >>> corrects_sampler(recipe("sampler_ratio_band")), corrects_sampler(recipe("low2high"))
+        (True, False)
+    """
+    parts = (*parts_of(made.signal), *parts_of(made.rule))
+    return any(isinstance(part, SamplerRatio) for part in parts)
 
 
 @agreed

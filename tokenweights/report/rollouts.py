@@ -48,8 +48,11 @@ class RolloutRecords:
         prompt: Callable[[int], str],
         decode: Callable[[list[int]], str],
         detailed: Callable[[RolloutBatch, list[int]], RolloutBatch] | None = None,
+        write: bool = True,
     ) -> None:
         """Appends the responses to the first prompt of a batch, if its step is due.
+
+        Where several ranks hold parts of the batch, all of them call and one writes.
 
         Args:
             recipe: The recipe, with its layers numbered.
@@ -60,21 +63,24 @@ class RolloutRecords:
             prompt: Text of the prompt of a row.
             decode: Turns a list of token ids into text.
             detailed: Adds to the recorded rows, given with their numbers in the batch, what costs
-                too much for all of them.
+                too much for all of them; called on every rank, with at least one row.
+            write: Whether this rank is the one that writes.
 
         Raises:
             TokenWeightsError: If the recipe reads no attention.
         """
-        rows = first_prompt_rows(batch)
-        if self._path is None or not self.due(step) or not rows:
+        if self._path is None or not self.due(step) or not weighted.metrics:
             return
         attention = recipe.attention
         if attention is None or batch.token_ids is None:
             hint = "A record holds attention entropies and tokens."
             raise invalid("RolloutRecords", "recipe", "that reads attention", recipe.name, hint)
         self._next_step = step + self._every
-        shown = batch.rows(rows)
-        shown = detailed(shown, rows) if detailed else shown
+        rows = first_prompt_rows(batch)
+        shown = batch.rows(rows or [0])
+        shown = detailed(shown, rows or [0]) if detailed else shown
+        if not write or not rows:
+            return
         assert shown.token_ids is not None and shown.sample_ids is not None
         records = token_records(
             attention(shown),

@@ -217,7 +217,7 @@ def _options() -> argparse.Namespace:
             options.recipe = recipe(options.recipe.to_dict() | {"warmup_steps": half})
     except TokenWeightsError as error:
         parser.error(str(error))
-    options.records = options.recipe.signal == "attention_entropy"
+    options.records = options.recipe.attention is not None
     return options
 
 

@@ -36,11 +36,13 @@ class Repeatable(TokenWeightsGRPOTrainer):
         finally:
             hook.remove()
 
-    def _weighted(self, output, scores):
+    def _batch(self, output, columns):
+        batch = super()._batch(output, columns)
+        scores = self.recipe.scores(batch)
         if scores is not None:
-            own = scores[output["completion_mask"].bool()]
+            own = scores[batch.mask]
             self.own_extrema = torch.stack([own.min(), own.max()])
-        return super()._weighted(output, scores)
+        return batch
 
 
 def outcome(folder: str, changes: dict) -> dict:

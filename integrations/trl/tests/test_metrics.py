@@ -18,11 +18,16 @@ SCORED = {"weight_mean", "effective_sample_size", "anchor_share", "explorer_shar
 
 
 class Recorder(TokenWeightsGRPOTrainer):
-    def _weighted(self, output, scores):
-        self.plain, self.scores = output, scores
+    def _weighted(self, output, columns):
+        self.plain = output
         self.rollout_policy = copy.deepcopy(self.model.state_dict())
-        self.weighted = super()._weighted(output, scores)
+        self.weighted = super()._weighted(output, columns)
         return self.weighted
+
+    def _batch(self, output, columns):
+        batch = super()._batch(output, columns)
+        self.scores = self.recipe.scores(batch)
+        return batch
 
 
 def trained(folder, **changes):
@@ -180,8 +185,8 @@ def test_random_subsets_change_from_rollout_to_rollout(tmp_path):
     class Subsets(TokenWeightsGRPOTrainer):
         seen = ()
 
-        def _weighted(self, output, scores):
-            weighted = super()._weighted(output, scores)
+        def _weighted(self, output, columns):
+            weighted = super()._weighted(output, columns)
             self.seen += ((weighted["advantages"] != 0)[:, :5],)
             return weighted
 

@@ -10,9 +10,10 @@ from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer
 
 
 class Recorder(TokenWeightsGRPOTrainer):
-    def _weighted(self, output, scores):
-        self.seen = (output, scores)
-        return super()._weighted(output, scores)
+    def _batch(self, output, columns):
+        batch = super()._batch(output, columns)
+        self.seen = (output, self.recipe.scores(batch))
+        return batch
 
 
 def rollout(folder, model=None, prepare=lambda model: None, **changes):
@@ -188,7 +189,7 @@ def test_a_hybrid_model_is_probed_where_it_has_attention(tmp_path):
         bos_token_id=1,
     )
     trainer, output, scores = rollout(tmp_path, model=Lfm2ForCausalLM(settings))
-    assert trainer.probe_layers == (1,)
+    assert trainer.recipe.layers == (1,)
     assert trainer.score_source == "generation"
     mask = output["completion_mask"].bool()
     assert scores.shape == mask.shape

@@ -5,7 +5,7 @@ from typing import Any
 
 from tokenweights import TokenWeightsConfig
 from tokenweights._errors import invalid
-from tokenweights.recipes import Recipe, rollout_recipe
+from tokenweights.recipes import Recipe, corrects_sampler, require_columns, rollout_recipe
 from trl.trainer.grpo_config import GRPOConfig
 
 # Losses that are homogeneous in the advantage at token-level ratios: for w >= 0 the loss of w * A
@@ -13,6 +13,9 @@ from trl.trainer.grpo_config import GRPOConfig
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "vespo", "luspo")
 # Losses that divide by a token count, which a factor on the advantages can exchange.
 TOKEN_MEAN_LOSS_TYPES = ("dapo", "bnpo", "cispo", "vespo")
+# Columns of a rollout batch that TRL has or that a pass gives, and those that an option adds.
+COLUMNS = ("token_ids", "advantages", "log_probs", "predictive_entropy", "attention")
+WITH_VLLM, WITH_REFERENCE = "sampler_log_probs", "reference_log_probs"
 
 
 @dataclass
@@ -23,8 +26,8 @@ class TokenWeightsGRPOConfig(GRPOConfig):
     a model or a dataset is loaded.
 
     Args:
-        recipe: Name of a recipe, or a dict of recipe fields with `name` first; on the command line
-            the dict is written as JSON.
+        recipe: A recipe, its name, or a dict of it; on the command line the dict is written as
+            JSON.
         token_records: JSONL file to which token records are appended; None writes none.
         token_records_steps: Optimizer steps between two recorded rollout batches, >= 1.
 
@@ -56,6 +59,13 @@ class TokenWeightsGRPOConfig(GRPOConfig):
         super().__post_init__()
         _check(self, shared.token_recipe)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As TRL's; a recipe that was given as an object is written as plain values."""
+        values = super().to_dict()
+        if isinstance(self.recipe, Recipe):
+            values["recipe"] = self.recipe.to_dict()
+        return values
+
     @property
     def token_recipe(self) -> Recipe:
         """The recipe that `recipe` names."""
@@ -67,6 +77,12 @@ def _check(arguments: TokenWeightsGRPOConfig, token_recipe: Recipe) -> None:
         got = repr(getattr(arguments, argument))
         raise invalid("TokenWeightsGRPOConfig", argument, condition, got, hint)
 
+    given = {*COLUMNS, *([WITH_VLLM] * arguments.use_vllm)}
+    given |= {WITH_REFERENCE} if arguments.beta else set()
+    require_columns(token_recipe, given, caller="TokenWeightsGRPOConfig")
+    if arguments.vllm_importance_sampling_correction and corrects_sampler(token_recipe):
+        twice = "TRL and the recipe would both multiply by the ratio of trainer to sampler."
+        refuse("vllm_importance_sampling_correction", "False", twice)
     if arguments.importance_sampling_level != "token":
         refuse(
             "importance_sampling_level",
@@ -83,7 +99,7 @@ def _check(arguments: TokenWeightsGRPOConfig, token_recipe: Recipe) -> None:
         if arguments.top_entropy_quantile < 1.0:
             refuse("top_entropy_quantile", "1.0, a second mask changes the count", reason)
     parallelism = arguments.parallelism_config
-    if token_recipe.signal == "attention_entropy" and getattr(parallelism, "tp_enabled", False):
+    if token_recipe.attention and getattr(parallelism, "tp_enabled", False):
         refuse(
             "parallelism_config",
             "without tensor parallelism",

@@ -120,21 +120,21 @@ class GradientProbeMixin(_Base):
     def _scored(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Attention entropies and log-probabilities under the present policy."""
         own = getattr(self, "recipe", None)
-        rule = own if isinstance(own, Recipe) and own.signal == "attention_entropy" else None
-        rule = rule or recipe("low2high")
+        rule = own if isinstance(own, Recipe) and own.attention else recipe("low2high")
         model = self.accelerator.unwrap_model(self.model_wrapped)
+        attention, mask = rule.on_model(model).attention, batch["completion_mask"].bool()
+        assert attention is not None
         with (
             torch.no_grad(),
             forward_scores(
                 model,
                 torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1).bool(),
-                recipe=rule,
-                layers=rule.model_layers(model),
-                response_length=batch["completion_ids"].shape[1],
+                attention=attention,
+                response_length=mask.shape[1],
             ) as scores,
         ):
             parts = [self._log_probs(self.model_wrapped, batch, rows) for rows in self._rows(batch)]
-        return rule.merged_layers(scores, batch["completion_mask"].bool()), torch.cat(parts)
+        return attention(tw.RolloutBatch(mask=mask, attention=scores)), torch.cat(parts)
 
     def _token_losses(
         self, model: Any, batch: dict[str, Tensor], old_log_probs: Tensor

@@ -9,7 +9,7 @@ import torch
 from tokenweights._errors import invalid
 from tokenweights.capture import CapturedAttention, capture_attention
 from tokenweights.capture.layers import learned_positions
-from tokenweights.recipes import Recipe
+from tokenweights.recipes.signals import AttentionEntropy
 from torch import Tensor, nn
 
 
@@ -18,10 +18,9 @@ def forward_scores(
     model: nn.Module,
     attention_mask: Tensor,
     *,
-    recipe: Recipe,
-    layers: tuple[int, ...],
+    attention: AttentionEntropy,
     response_length: int,
-) -> Iterator[list[Tensor]]:
+) -> Iterator[dict[int, Tensor]]:
     """A context in which forward passes over prompt and response leave scores behind.
 
     The passes run all rows at once or in consecutive chunks of rows. The queries and keys of a
@@ -30,12 +29,11 @@ def forward_scores(
     Args:
         model: The module whose attention layers run.
         attention_mask: True at real tokens of prompt and response, `batch position`.
-        recipe: The entropy's kind and the row that stands for a token.
-        layers: Layers to read.
+        attention: The entropy's kind, the layers, and the row that stands for a token.
         response_length: Number of response positions, the last ones.
 
     Yields:
-        A list that on exit holds the attention entropy of each response token (nats, `batch
+        A mapping that on exit holds the attention entropy of each response token (nats, `batch
         token`) for each layer.
     """
     rows_seen: Counter[int] = Counter()
@@ -44,15 +42,16 @@ def forward_scores(
         start = rows_seen[captured.layer]
         rows_seen[captured.layer] += captured.query.shape[0]
         rows = slice(start, rows_seen[captured.layer])
-        return recipe.captured_entropy(captured, key_mask=attention_mask[rows])
+        return attention.captured(captured, key_mask=attention_mask[rows])
 
-    scores: list[Tensor] = []
+    scores: dict[int, Tensor] = {}
+    layers = attention.layers or ()
     # The row that decides the first response token is the last row of the prompt.
     with capture_attention(model, layers, rows=response_length + 1, reduce=entropy) as capture:
         yield scores
     for layer in layers:
         entropies = torch.cat(capture.calls[layer])
-        scores.append(recipe.aligned(entropies, response_length=response_length))
+        scores[layer] = attention.aligned(entropies, response_length=response_length)
 
 
 def require_positions(model: nn.Module, attention_mask: Tensor) -> None:
@@ -82,10 +81,9 @@ def generation_scores(
     model: nn.Module,
     prompt_lengths: Tensor,
     *,
-    recipe: Recipe,
-    layers: tuple[int, ...],
+    attention: AttentionEntropy,
     prompt_width: int,
-) -> Iterator[list[Tensor]]:
+) -> Iterator[dict[int, Tensor]]:
     """A context in which `model.generate` on left-padded prompts leaves scores behind.
 
     In decoding over a growing cache, the query of each forward pass is the row that decides the
@@ -95,14 +93,14 @@ def generation_scores(
     Args:
         model: The module that generates.
         prompt_lengths: Prompt tokens of each row, `batch`.
-        recipe: The entropy's kind.
-        layers: Layers to read.
+        attention: The entropy's kind and the layers.
         prompt_width: Width of the padded prompts.
 
     Yields:
-        A list that on exit holds the attention entropy of each generated token (nats, `batch step`)
-        for each layer. It stays empty where the passes were not one token a step over a cache that
-        grows by one key (sliding caches, beams, assisted decoding). A static cache is refused.
+        A mapping that on exit holds the attention entropy of each generated token (nats, `batch
+        step`) for each layer. It stays empty where the passes were not one token a step over a
+        cache that grows by one key (sliding caches, beams, assisted decoding). A static cache is
+        refused.
     """
     padding = (prompt_width - prompt_lengths)[:, None]
     latest: dict[int, CapturedAttention] = {}
@@ -112,7 +110,8 @@ def generation_scores(
         latest[captured.layer] = captured
         return captured.key.shape[2], captured.query.clone()
 
-    scores: list[Tensor] = []
+    scores: dict[int, Tensor] = {}
+    layers = attention.layers or ()
     with capture_attention(model, layers, rows=1, reduce=query) as capture:
         yield scores
     calls: list[list[tuple[int, Tensor]]] = [capture.calls[layer] for layer in layers]
@@ -125,4 +124,4 @@ def generation_scores(
     for layer, row in zip(layers, calls, strict=True):
         queries = torch.cat([part for _, part in row], dim=2)
         whole = replace(latest[layer], query=queries)
-        scores.append(recipe.captured_entropy(whole, key_mask=key_mask))
+        scores[layer] = attention.captured(whole, key_mask=key_mask)

@@ -2,13 +2,14 @@
 
 import inspect
 import logging
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from tokenweights import RolloutBatch
 from tokenweights._errors import invalid
-from tokenweights.recipes import weighted_rollout
-from tokenweights.report.records import append_token_records, token_records
+from tokenweights.report.rollouts import RolloutRecords
 from torch import Tensor
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -29,7 +30,7 @@ CONTRACT = {
 }
 
 SOURCES = {
-    "none": "the recipe needs no scores",
+    "none": "the recipe reads nothing that takes a pass",
     "old_log_prob_pass": "scores come from TRL's own pass for the old log-probabilities",
     "generation": "scores come from the generation itself",
     "scoring_pass": "scores cost one more forward pass per rollout batch. It is not needed where "
@@ -37,6 +38,9 @@ SOURCES = {
     "gradient_accumulation_steps), nor for the attention entropy of the deciding row where "
     "transformers generates over a dynamic cache",
 }
+
+# The columns of a rollout batch that a forward pass gives.
+OF_A_PASS = ("log_probs", "predictive_entropy", "attention")
 
 # Caches of transformers that hold every key and grow with it; `generate` takes "hybrid" for None.
 GROWING_CACHES = (None, "dynamic", "offloaded", "hybrid")
@@ -47,14 +51,12 @@ class Rollout:
     """What is known of a rollout batch while TRL makes it.
 
     Attributes:
-        source: Where its scores are to come from, or came from: a key of `SOURCES`.
-        scores: Scores of each layer, `batch token`; None until a pass or the generation gave them.
-        log_probs: Log-probabilities of the pass that gave the scores.
+        source: Where its columns are to come from, or came from: a key of `SOURCES`.
+        columns: The columns of `OF_A_PASS` that a pass or the generation gave.
     """
 
     source: str
-    scores: list[Tensor] | None = None
-    log_probs: Tensor | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
 
 
 # What a mixin calls belongs to the trainer after it; TRL's own types are too loose to check it.
@@ -64,14 +66,13 @@ _Base: Any = object
 class TokenWeightsMixin(_Base):
     """Token weights for `GRPOTrainer` or a subclass of it; name it first among the bases.
 
-    Once per rollout batch, before TRL shuffles and splits it, the scores of the rollout-time policy
-    become weights, and advantages of shape `batch` become weighted ones of shape `batch token`,
-    which TRL carries through every micro-batch and iteration. Extrema and counts span all ranks.
-    The schedule's step is `state.global_step` at rollout time. Evaluation stays TRL's own.
+    Once per rollout batch, before TRL shuffles and splits it, what the recipe reads of the
+    rollout-time policy becomes weights, and advantages of shape `batch` become weighted ones of
+    shape `batch token`, which TRL carries through every micro-batch and iteration. Extrema and
+    counts span all ranks. The schedule's step is `state.global_step` at rollout time. Evaluation stays TRL's own.
 
     Attributes:
-        recipe: The recipe.
-        probe_layers: Layers the attention entropy is read from; empty for other signals.
+        recipe: The recipe, with its layers numbered for the model.
         score_source: Where the last rollout batch's scores came from: a key of `SOURCES`, or None
             before the first.
 
@@ -83,13 +84,12 @@ class TokenWeightsMixin(_Base):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._check_contract()
-        self.recipe = self.args.token_recipe
+        model = self.accelerator.unwrap_model(self.model)
+        self.recipe = self.args.token_recipe.on_model(model)
         self.score_source: str | None = None
         self._rollout: Rollout | None = None  # only while TRL makes a rollout batch
         self._rollout_place = (-1, 0)  # optimizer step of the last rollout, and place within it
-        self._next_record_step = 0
-        model = self.accelerator.unwrap_model(self.model)
-        self.probe_layers = self.recipe.model_layers(model)
+        self._records = RolloutRecords(self.args.token_records, every=self.args.token_records_steps)
 
     def _check_contract(self) -> None:
         name, version = type(self).__name__, "tokenweights-trl is made for trl>=1.16,<1.17."
@@ -111,27 +111,31 @@ class TokenWeightsMixin(_Base):
         self._rollout = rollout = Rollout(self._planned_source())
         try:
             output = super()._generate_and_score_completions(inputs)
-            scores = self._scores(rollout, output)
+            columns = self._columns(rollout, output)
         finally:
             self._rollout = None
         if rollout.source != self.score_source and self.accelerator.is_main_process:
             level = logging.WARNING if rollout.source == "scoring_pass" else logging.INFO
             logger.log(level, "Token weights: %s.", SOURCES[rollout.source])
         self.score_source = rollout.source
-        return self._weighted(output, scores)
+        return self._weighted(output, columns)
 
     def _planned_source(self) -> str:
-        if self.recipe.signal == "none":
+        read = set(OF_A_PASS) & set(self.recipe.columns)
+        if not read:
             return "none"
         generate_every = self.args.steps_per_generation * self.num_iterations
         if self.args.gradient_accumulation_steps % generate_every != 0 or (
             self.use_vllm and self.vllm_importance_sampling_correction
         ):
             return "old_log_prob_pass"
-        # A generation that once gave no scores is not tried again.
-        readable = self.score_source != "scoring_pass" and self.recipe.alignment == "deciding"
+        attention = self.recipe.attention if read == {"attention"} else None
         elsewhere = self.use_vllm or self.use_transformers_continuous_batching or self.rollout_func
-        if not self.probe_layers or not readable or elsewhere or self.tools or self._is_vlm:
+        if attention is None or attention.alignment != "deciding":
+            return "scoring_pass"
+        # A generation that once gave no scores is not tried again.
+        elsewhere = elsewhere or self.score_source == "scoring_pass"
+        if elsewhere or self.tools or self._is_vlm:
             return "scoring_pass"
         defaults = self.accelerator.unwrap_model(self.model).generation_config
         cache = self.generation_config.cache_implementation or defaults.cache_implementation
@@ -146,12 +150,11 @@ class TokenWeightsMixin(_Base):
         with generation_scores(
             self.accelerator.unwrap_model(self.model),
             lengths,
-            recipe=self.recipe,
-            layers=self.probe_layers,
+            attention=self.recipe.attention,
             prompt_width=-(-int(lengths.max()) // multiple) * multiple,
         ) as scores:
             completions = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        rollout.scores = scores
+        rollout.columns["attention"] = scores
         return completions
 
     def _get_per_token_logps_and_entropies(
@@ -168,15 +171,14 @@ class TokenWeightsMixin(_Base):
         if (
             rollout is None
             or rollout.source != "old_log_prob_pass"
-            or rollout.scores is not None
+            or rollout.columns
             or model is not self.model
         ):
             return super()._get_per_token_logps_and_entropies(*arguments, **kwargs)
-        outputs, rollout.scores = self._pass_with_scores(*arguments, **kwargs)
-        rollout.log_probs = outputs[0]
+        outputs, rollout.columns = self._pass_with_columns(*arguments, **kwargs)
         return outputs
 
-    def _pass_with_scores(
+    def _pass_with_columns(
         self,
         model: Any,
         input_ids: Tensor,
@@ -184,82 +186,118 @@ class TokenWeightsMixin(_Base):
         logits_to_keep: int,
         *args: Any,
         **kwargs: Any,
-    ) -> tuple[Any, list[Tensor]]:
-        """What TRL's pass returns, and the scores of each layer."""
-        forward = super()._get_per_token_logps_and_entropies
-        arguments = (model, input_ids, attention_mask, logits_to_keep, *args)
-        require_positions(self.accelerator.unwrap_model(model), attention_mask.bool())
-        if not self.probe_layers:
-            outputs = forward(*arguments, **{**kwargs, "compute_entropy": True})
-            return outputs, [outputs[1]]
-        with forward_scores(
-            self.accelerator.unwrap_model(model),
-            attention_mask.bool(),
-            recipe=self.recipe,
-            layers=self.probe_layers,
-            response_length=logits_to_keep,
-        ) as scores:
-            outputs = forward(*arguments, **kwargs)
-        return outputs, scores
+    ) -> tuple[Any, dict[str, Any]]:
+        """What TRL's pass returns, and the columns of `OF_A_PASS` that it gives."""
+        forward, attention = super()._get_per_token_logps_and_entropies, self.recipe.attention
+        policy, real = self.accelerator.unwrap_model(model), attention_mask.bool()
+        require_positions(policy, real)
+        scores = nullcontext()
+        if attention is not None:
+            options = {"attention": attention, "response_length": logits_to_keep}
+            scores = forward_scores(policy, real, **options)
+        if "predictive_entropy" in self.recipe.columns:
+            kwargs["compute_entropy"] = True
+        with scores as layers:
+            outputs = forward(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        found = (outputs[0], outputs[1], layers)
+        return outputs, dict(zip(OF_A_PASS, found, strict=True))
 
-    def _scores(self, rollout: Rollout, output: dict[str, Any]) -> Tensor | None:
+    def _columns(self, rollout: Rollout, output: dict[str, Any]) -> dict[str, Any]:
+        """The columns of `OF_A_PASS`, from where that was planned or from one more pass."""
+        columns, width = rollout.columns, output["completion_ids"].shape[1]
         if rollout.source == "none":
-            return None
-        scores = rollout.scores or []
+            return {}
         if rollout.source == "generation":
-            missing = output["completion_ids"].shape[1] - (scores[0].shape[1] if scores else 0)
+            layers = columns["attention"]
+            multiple = self.pad_to_multiple_of or 1
+            missing = width - next((scores.shape[1] for scores in layers.values()), -multiple)
             # All ranks must agree: a scoring pass of a sharded model is collective.
             ranks = torch.tensor([missing], device=self.accelerator.device)
             most = int(self.accelerator.gather(ranks).max())
-            complete = most < (self.pad_to_multiple_of or 1)
-            scores = [torch.nn.functional.pad(layer, (0, missing)) for layer in scores]
+            complete = most < multiple
+            padded = torch.nn.functional.pad
+            columns = {"attention": {n: padded(layers[n], (0, missing)) for n in layers}}
         else:
             # With an adapter the reference pass runs the policy's modules; this tells them apart.
-            log_probs = rollout.log_probs
+            log_probs = columns.get("log_probs")
             complete = log_probs is not None and output.get("old_per_token_logps") is log_probs
-        if not complete:
-            rollout.source, scores = "scoring_pass", self._scores_of_one_more_pass(output)
-        return self.recipe.merged_layers(scores, _response_mask(output))
-
-    def _scores_of_one_more_pass(self, output: dict[str, Any]) -> list[Tensor]:
+        if complete:
+            return columns
+        rollout.source = "scoring_pass"
         vision = _parameters(super()._get_per_token_logps_and_entropies)
         vision = vision[len(CONTRACT["_get_per_token_logps_and_entropies"]) :]
         with torch.no_grad():
-            _, scores = self._pass_with_scores(
+            return self._pass_with_columns(
                 self.model,
                 torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
                 torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
-                output["completion_ids"].shape[1],
+                width,
                 batch_size=self.args.per_device_train_batch_size,
                 **{name: output[name] for name in vision if name in output},
-            )
-        return scores
+            )[1]
 
-    def _weighted(self, output: dict[str, Any], scores: Tensor | None) -> dict[str, Any]:
-        step, mask = self.state.global_step, _response_mask(output)
-        group = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
+    def _batch(self, output: dict[str, Any], columns: dict[str, Any]) -> RolloutBatch:
+        """This rank's rows of the rollout batch, with the columns that the recipe reads."""
+        mask, advantages = _response_mask(output), output["advantages"]
         sample_ids = self._sample_ids(len(mask), mask.device)
-        rollout = weighted_rollout(
-            self.recipe,
-            scores,
-            mask,
-            step=step,
+        sampler = output.get("sampling_per_token_logps")
+        if sampler is not None and "log_probs" in columns:
+            # Where vLLM gives none, TRL takes the policy's own, and so does this.
+            sampler = torch.where(sampler.isnan(), columns["log_probs"], sampler)
+        given = columns | {
+            "sampler_log_probs": sampler,
+            "reference_log_probs": output.get("ref_per_token_logps"),
+        }
+        return RolloutBatch(
+            mask=mask,
             sample_ids=sample_ids,
-            token_groups=output["completion_ids"],
-            group=group,
+            prompt_ids=sample_ids // self.num_generations,
+            token_ids=output["completion_ids"],
+            advantages=advantages if advantages.dim() == 2 else advantages[:, None],
+            group=torch.distributed.group.WORLD if torch.distributed.is_initialized() else None,
+            **{name: given.get(name) for name in given if name in self.recipe.columns},
         )
-        if rollout.metrics:
-            self._append_records(output, scores, rollout.weights, sample_ids)
+
+    def _weighted(self, output: dict[str, Any], columns: dict[str, Any]) -> dict[str, Any]:
+        step, batch = self.state.global_step, self._batch(output, columns)
+        rollout = self.recipe.weighted(batch, step=step)
+        prompts, real = output["prompt_ids"], output["prompt_mask"].bool()
+        self._records.append(
+            self.recipe,
+            batch,
+            rollout,
+            step=step,
+            prompt=lambda row: self._tokenizer.decode(prompts[row][real[row]]),
+            decode=self._tokenizer.decode,
+            detailed=lambda shown, rows: self._detailed(output, shown, rows),
+            write=self.accelerator.is_main_process,
+        )
         for name, value in rollout.metrics.items():
             self._metrics["train"][f"token_weights/{name}"].append(value)
-        advantages = output["advantages"]
-        advantages = advantages if advantages.dim() == 2 else advantages[:, None]
-        output = {**output, "advantages": advantages * rollout.weights}
+        output = {**output, "advantages": batch.advantages * rollout.weights}
         if self.recipe.denominator != "all_tokens" and self.args.loss_type == "bnpo":
             output["token_weights"] = rollout.weights  # see `_compute_loss`
         else:
             output["advantages"] *= rollout.scale
         return output
+
+    def _detailed(
+        self, output: dict[str, Any], shown: RolloutBatch, rows: list[int]
+    ) -> RolloutBatch:
+        """Some rows with log-probabilities and entropies, which a token record holds too."""
+        ids, mask, prompts, real = (
+            output[name][rows]
+            for name in ("completion_ids", "completion_mask", "prompt_ids", "prompt_mask")
+        )
+        with torch.no_grad():  # on every rank: the forward pass of a sharded model is collective
+            log_probs, entropies, *_ = super()._get_per_token_logps_and_entropies(
+                self.model,
+                torch.cat([prompts, ids], dim=1),
+                torch.cat([real, mask], dim=1),
+                ids.shape[1],
+                compute_entropy=True,
+            )
+        return replace(shown, log_probs=log_probs, predictive_entropy=entropies)
 
     def _sample_ids(self, rows: int, device: torch.device) -> Tensor:
         """Row numbers of a rollout batch that no other of the run has, over all ranks.
@@ -275,47 +313,6 @@ class TokenWeightsMixin(_Base):
         rollout += self._rollout_place[1]
         first = (rollout * self.accelerator.num_processes + self.accelerator.process_index) * rows
         return torch.arange(first, first + rows, device=device)
-
-    def _append_records(
-        self, output: dict[str, Any], scores: Tensor | None, weights: Tensor, sample_ids: Tensor
-    ) -> None:
-        """Token records of the first prompt's responses, every `token_records_steps` steps."""
-        step, path = self.state.global_step, self.args.token_records
-        if path is None or scores is None or step < self._next_record_step:
-            return
-        self._next_record_step = step + self.args.token_records_steps
-        rows = slice(0, self.num_generations)
-        ids, mask = output["completion_ids"][rows], output["completion_mask"][rows]
-        prompts, prompt_mask = output["prompt_ids"][rows], output["prompt_mask"][rows].bool()
-        with torch.no_grad():  # on every rank: the forward pass of a sharded model is collective
-            log_probs, entropies, *_ = super()._get_per_token_logps_and_entropies(
-                self.model,
-                torch.cat([prompts, ids], dim=1),
-                torch.cat([prompt_mask, mask], dim=1),
-                ids.shape[1],
-                compute_entropy=True,
-            )
-        if not self.accelerator.is_main_process:
-            return
-        decode = self._tokenizer.decode
-        advantages = output["advantages"][rows]
-        records = token_records(
-            scores[rows],
-            mask.bool(),
-            step=step,
-            sample_ids=sample_ids[rows],
-            prompts=[decode(row[real]) for row, real in zip(prompts, prompt_mask, strict=True)],
-            token_ids=ids,
-            decode=decode,
-            weights=weights[rows],
-            advantages=advantages if advantages.dim() == 2 else advantages[:, None],
-            layer=self.probe_layers,
-            entropy_kind=self.recipe.entropy_kind,
-            alignment=self.recipe.alignment,
-            predictive_entropy=entropies,
-            log_probs=log_probs,
-        )
-        append_token_records(path, records)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if "token_weights" in inputs:
