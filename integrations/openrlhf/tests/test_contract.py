@@ -119,9 +119,10 @@ def test_engines_are_asked_for_log_probabilities_only_with_a_correction():
 def test_log_probabilities_of_the_reference_are_kept_with_the_kl_loss_only():
     source = inspect.getsource(RemoteExperienceMaker.make_experience)
     assert "if not args.algo.kl.use_loss:\n                base_action_log_probs = None" in source
-    assert "if args.algo.kl.init_coef > 0:\n        ref_model" in Path(
-        find_spec(COMMAND).origin
-    ).read_text()
+    assert (
+        "if args.algo.kl.init_coef > 0:\n        ref_model"
+        in Path(find_spec(COMMAND).origin).read_text()
+    )
 
 
 def test_the_trainer_looks_its_experience_maker_up_when_it_starts():

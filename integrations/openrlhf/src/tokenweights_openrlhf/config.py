@@ -7,6 +7,7 @@ from typing import Any
 
 from tokenweights import TokenWeightsConfig, recipe, require_columns
 from tokenweights._errors import TokenWeightsError, invalid
+from tokenweights.recipes import corrects_sampler
 
 
 def checked_arguments(arguments: Any, config: TokenWeightsConfig) -> Any:
@@ -31,14 +32,16 @@ def checked_arguments(arguments: Any, config: TokenWeightsConfig) -> Any:
         (arguments.train.dynamic_batch_enable, "ds.zero_stage", [3], _DYNAMIC),
         (of_policy, "ds.tensor_parallel_size", [1], _HEADS),
         (of_policy, "data.max_images_per_prompt", [0], _IMAGES),
-        *(("sampler_log_probs" in made.columns, *row, _SAMPLED) for row in _SAMPLED_WITH),
+        *((corrects_sampler(made), *row, _TWICE) for row in _CORRECTED_ONCE),
         *((probed, *row, _PROBE) for row in _PROBED_WITH),
     ):
         value = attrgetter(option)(arguments)
         if asked and value not in fit:
             raise invalid("train", f"--{option}", " or ".join(map(repr, fit)), repr(value), hint)
-    referred = ["reference_log_probs"] if kl.init_coef > 0 and kl.use_loss else []
-    require_columns(made, [*_COLUMNS, *referred], caller="train")
+    sampled = arguments.algo.advantage.is_correction_level != "off"
+    given = {*_COLUMNS, *(["sampler_log_probs"] * sampled)}
+    given |= {"reference_log_probs"} if kl.init_coef > 0 and kl.use_loss else set()
+    require_columns(made, given, caller="train")
     arguments.tokenweights = _as_text(config)
     # All that policy actors look up: they need no import that only a user's recipe leads to.
     arguments.policy_attention = made.attention
@@ -58,11 +61,8 @@ def _as_text(config: TokenWeightsConfig) -> TokenWeightsConfig:
     return config
 
 
-# What an experience or the policy's pass has; log-probabilities of a reference need a setting.
-_COLUMNS = (
-    *("token_ids", "advantages", "rewards", "log_probs", "sampler_log_probs"),
-    *("predictive_entropy", "attention"),
-)
+# Columns that an experience or the policy's pass has; settings add two.
+_COLUMNS = ("token_ids", "advantages", "rewards", "log_probs", "predictive_entropy", "attention")
 _SEQUENCE_RATIO = (
     "A sequence-level ratio sums the gradients of a response before it multiplies them by the "
     "advantages, so only the mean weight of a response would act."
@@ -74,11 +74,11 @@ _DYNAMIC = (
 )
 _HEADS = "Each rank sees only its own heads and logits there, and a score needs all of them."
 _IMAGES = "Scores of responses to images have not been checked."
-_SAMPLED = (
-    "The recipe reads `sampler_log_probs`, which OpenRLHF has with a correction only. A token's "
-    "clip to 1 1 leaves the correction to the recipe; any other would correct twice."
+_TWICE = (
+    "The recipe and OpenRLHF would both multiply by the ratio of trainer to sampler. With 'token', "
+    "'clip' and 1 1 OpenRLHF changes nothing, and still asks its engines for log-probabilities."
 )
-_SAMPLED_WITH = (
+_CORRECTED_ONCE = (
     ("algo.advantage.is_correction_level", ["token"]),
     ("algo.advantage.is_correction_mode", ["clip"]),
     ("algo.advantage.is_correction_threshold", [[1, 1]]),

@@ -29,15 +29,14 @@ from tokenweights_openrlhf.trainer import (
     substituted,
 )
 
+PROGRAM = "python -m tokenweights_openrlhf.train"
 COMMAND = "openrlhf.cli.train_ppo_ray"
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs OpenRLHF's training command with token weights."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="python -m tokenweights_openrlhf.train", allow_abbrev=False, add_help=False
-    )
+    parser = argparse.ArgumentParser(PROGRAM, allow_abbrev=False, add_help=False)
     add = parser.add_argument_group("token weights").add_argument
     prefix = "tokenweights."
     for option in fields(TokenWeightsConfig):

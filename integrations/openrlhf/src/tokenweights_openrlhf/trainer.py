@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -79,6 +80,7 @@ class TokenWeightsExperienceMaker(RemoteExperienceMaker):
         self.metrics = rollout.metrics
         prompts = [prompt for made in experiences for prompt in made.prompts]
         texts = {"prompt": lambda row: prompts[order[row]], "decode": self.tokenizer.decode}
+        texts["detailed"] = lambda few, own: replace(few, log_probs=rows("action_log_probs")[own])
         self._records.append(self.recipe, batch, rollout, step=self.global_step, **texts)
         factors = (rollout.weights * rollout.scale)[order.argsort()]
         sizes = [len(made.advantages) for made in experiences]
@@ -87,8 +89,9 @@ class TokenWeightsExperienceMaker(RemoteExperienceMaker):
         return experiences
 
     def _rollout_batch(self, rows: Callable[[str], Tensor | None], order: Tensor) -> RolloutBatch:
-        """All columns at hand, in the rollout's order, where a prompt's responses are together."""
-        columns: Any = {name: rows(field) for name, field in _FIELDS.items()}
+        """The columns that the recipe reads, in the rollout's order: each prompt's rows adjoin."""
+        asked = {"mask", "token_ids", "advantages", *self.recipe.columns}
+        columns: Any = {name: rows(field) for name, field in _FIELDS.items() if name in asked}
         for name in self._columns[0] if self._columns else ():
             columns[name] = _joined([made[name] for made in self._columns])[order]
         attention = {name: columns.pop(name) for name in [*columns] if isinstance(name, int)}
