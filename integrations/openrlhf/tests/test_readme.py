@@ -96,15 +96,18 @@ def test_every_recipe_of_every_experiment_is_accepted(experiment, layers, tmp_pa
         "../every_recipe.sh", tmp_path, "openrlhf", experiment, TRAIN="train.jsonl"
     )
     assert result.returncode == 0, result.stderr
-    known = [name for name in recipe_names() if recipe(name).signal != "loss_magnitude"]
+    missing = {"token_loss", "self_certainty"}
+    known = [name for name in recipe_names() if missing.isdisjoint(recipe(name).columns)]
     names = [name for name in known if max(recipe(name).layers or [0]) < layers]
     assert len(lines) == len(names)
     for name, (dash_m, module, *words) in zip(names, lines, strict=True):
         assert (dash_m, module) == ("-m", "tokenweights_openrlhf.train")
         made = accepted(words)
         assert made.tokenweights.token_recipe == recipe(name)
-        has_entropy = recipe(name).signal == "attention_entropy"
+        has_entropy = recipe(name).attention is not None
         assert (made.tokenweights.token_records is not None) == has_entropy
+        corrected = made.algo.advantage.is_correction_level != "off"
+        assert corrected == ("sampler_log_probs" in recipe(name).columns)
         assert (made.algo.kl.init_coef, made.rollout.top_p) == (0, 0.95)
         assert made.vllm.num_engines * made.vllm.tensor_parallel_size == 4 * 8
 
