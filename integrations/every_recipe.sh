@@ -13,8 +13,8 @@ case $experiment in
 esac
 # Left out are loss magnitude, which at rollout time is the same for every token of a response, and
 # layers that the model does not have.
-for recipe in $(python -c 'import sys, tokenweights as tw; print(*(name for name in tw.recipe_names() \
-    if tw.recipe(name).signal != "loss_magnitude" \
+for recipe in $(python -c 'import sys, tokenweights as tw; print(*(name \
+    for name in tw.recipe_names(source="paper") if "token_loss" not in tw.recipe(name).columns \
     and max(tw.recipe(name).layers or (0,)) < int(sys.argv[1])))' "$layers"); do
   bash "$here/$adapter/examples/paper.sh" "$experiment" "$recipe" "$@"
 done

@@ -254,7 +254,7 @@ def some_recipes(b: Batch) -> list[Tensor]:
             sample_ids=b.sample_ids,
             token_groups=b.ids,
         ).weights
-        for name in tw.recipe_names()[:22]
+        for name in tw.recipe_names(source="paper")
     ]
 
 

@@ -152,7 +152,7 @@ def ruled(inputs: Inputs, recipe: tw.Recipe, sample_ids: Tensor | None = None) -
 
 
 # Recipes that need scores alone.
-PAPER = tw.recipe_names()[:22]
+PAPER = tw.recipe_names(source="paper")
 
 
 def rollout_batch(inputs: Inputs) -> tw.RolloutBatch:

@@ -1,7 +1,7 @@
 """Recipes by name: the paper's runs, and rules of the field."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
@@ -65,17 +65,23 @@ def recipe(name: str | Mapping[str, Any] | Recipe) -> Recipe:
 
 
 @typed
-def recipe_names() -> tuple[str, ...]:
+def recipe_names(*, source: Literal["paper", "field"] | None = None) -> tuple[str, ...]:
     """The names of the paper's runs, and after them those of rules of the field.
 
+    Args:
+        source: `"paper"` or `"field"` for the names of one; None for all.
+
     Returns:
-        Every name that `recipe` takes.
+        Names that `recipe` takes.
 
     Example:
         >>> recipe_names()[:4]
         ('full', 'random20', 'bernoulli20', 'anchor20')
+        >>> len(recipe_names(source="paper"))
+        22
     """
-    return tuple(_RECIPES)
+    recipes = {"paper": _PAPER, "field": field_named.RECIPES}
+    return tuple(_RECIPES) if source is None else tuple(made.name for made in recipes[source])
 
 
 def _hard(name: str, rule: Rule, signal: Signal | None = None) -> Recipe:

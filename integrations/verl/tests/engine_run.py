@@ -96,7 +96,9 @@ def inference(worker, probe):
     data = tu.index_select_tensor_dict(data, own)
     tu.assign_non_tensor(data, temperature=1.0, calculate_entropy=True, compute_loss=False)
     if probe:
-        tu.assign_non_tensor_data(data, PROBE, recipe({"name": "low2high", "layers": LAYERS}))
+        tu.assign_non_tensor_data(
+            data, PROBE, recipe({"name": "low2high", "layers": LAYERS}).attention
+        )
     output = worker.infer_batch(data)
     if output is None:
         return None

@@ -23,7 +23,7 @@ def probed(worker):
     data["sample_ids"] = torch.arange(ROWS)
     data = tu.index_select_tensor_dict(data, own)
     tu.assign_non_tensor(data, temperature=1.0, tolerance=None)
-    tu.assign_non_tensor_data(data, PROBE, recipe({"name": "low2high", "layers": LAYERS}))
+    tu.assign_non_tensor_data(data, PROBE, recipe({"name": "low2high", "layers": LAYERS}).attention)
     return tu.get(worker.gradient_metrics(data), "metrics")
 
 

@@ -6,6 +6,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from tokenweights import TokenWeightsConfig
 from tokenweights._errors import invalid
+from tokenweights.recipes import corrects_sampler, require_columns
+
+from tokenweights_verl.scores import COLUMNS
 
 # Losses that are homogeneous in the advantage, token by token: for w >= 0 the loss of w * A is w
 # times the loss of A, so weighting advantages is weighting token losses.
@@ -46,6 +49,16 @@ def _check(config: DictConfig, token_weights: TokenWeightsConfig) -> None:
 
     made, probed = token_weights.token_recipe, token_weights.gradient_probe_steps is not None
     actor, correction = "actor_rollout_ref.actor", "algorithm.rollout_correction"
+    rollout, kl = "actor_rollout_ref.rollout.calculate_log_probs", "use_kl_loss"
+    reference = (f"{actor}.{kl}", "algorithm.use_kl_in_reward")
+    given = {*COLUMNS, "attention"}
+    given -= set() if OmegaConf.select(config, rollout) else {"sampler_log_probs"}
+    uses_reference = any(OmegaConf.select(config, key) for key in reference)
+    given -= set() if uses_reference else {"reference_log_probs"}
+    require_columns(made, given, caller="verl")
+    if corrects_sampler(made):
+        twice = "VeRL and the recipe would both multiply by the ratio of trainer to sampler."
+        require_one(f"{correction}.rollout_is", (None,), twice)
     mode, plain = "trainer.v1.trainer_mode", "Any other trainer of VeRL would ignore the recipe."
     require_one("trainer.use_v1", (True,), plain)
     named = str(OmegaConf.select(config, mode)).startswith("tokenweights_")
@@ -63,7 +76,7 @@ def _check(config: DictConfig, token_weights: TokenWeightsConfig) -> None:
         hint = f"The recipe divides by {made.denominator}; change this, or the recipe."
         require_one(f"{actor}.loss_agg_mode", ("token-mean",), hint)
         require_one(f"{correction}.rollout_rs", (None,), hint)
-    if made.signal != "attention_entropy" and not probed:
+    if made.attention is None and not probed:
         return
     one_copy = "It packs the responses of a prompt behind one copy of it."
     require_one(f"{actor}.use_prefix_grouper", (False, None), one_copy)

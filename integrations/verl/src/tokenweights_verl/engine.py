@@ -27,8 +27,8 @@ _Base: Any = object
 class TokenWeightsEngineMixin(_Base):
     """Attention entropy for an FSDP engine or a subclass of it; name it first among the bases.
 
-    A forward-only batch that carries a recipe comes back with one more output for each of the
-    recipe's layers, nested like `log_probs`: the entropy of every position's attention, in nats or
+    A forward-only batch that carries an attention signal comes back with one more output for each
+    of its layers, nested like `log_probs`: the entropy of every position's attention, in nats or
     normalized. Every other batch runs as it always does. Packed and padded rows, dynamic
     micro-batches, adapters and the slices of Ulysses sequence parallelism are the engine's own.
     """
@@ -36,9 +36,9 @@ class TokenWeightsEngineMixin(_Base):
     _capture: AttentionCapture | None = None
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
-        """VeRL's step of one micro-batch, with the tap open where a recipe asks for it."""
-        recipe = tu.get_non_tensor_data(data=micro_batch, key=PROBE, default=None)
-        if recipe is None or not forward_only:
+        """VeRL's step of one micro-batch, with the tap open where a signal asks for it."""
+        attention = tu.get_non_tensor_data(data=micro_batch, key=PROBE, default=None)
+        if attention is None or not forward_only:
             return super().forward_step(micro_batch, loss_function, forward_only)
         packed = tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True)
 
@@ -47,12 +47,12 @@ class TokenWeightsEngineMixin(_Base):
             # Queries and keys stay in the precision they have; the sums over them are float32.
             with torch.autocast(captured.query.device.type, enabled=False):
                 if packed:
-                    return recipe.captured_entropy(captured, group=self.ulysses_parallel_group)[0]
+                    return attention.captured(captured, group=self.ulysses_parallel_group)[0]
                 mask = build_attention_mask_from_nested(micro_batch["input_ids"])
                 mask = mask.bool().to(captured.query.device)
-                return recipe.captured_entropy(captured, key_mask=mask)[mask]
+                return attention.captured(captured, key_mask=mask)[mask]
 
-        tap = capture_attention(self.module, recipe.layers, packed=packed, reduce=entropy)
+        tap = capture_attention(self.module, attention.layers, packed=packed, reduce=entropy)
         with tap as self._capture:
             try:
                 return super().forward_step(micro_batch, loss_function, forward_only)

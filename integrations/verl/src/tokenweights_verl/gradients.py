@@ -24,8 +24,8 @@ def gradient_metrics(engine: Any, data: TensorDict, series: tw.GradientSeries) -
 
     Args:
         engine: An FSDP engine with `TokenWeightsEngineMixin`.
-        data: This rank's rows as VeRL trains on them, with `sample_ids`; a recipe with the layers
-            it reads, `temperature` and `tolerance` go along.
+        data: This rank's rows as VeRL trains on them, with `sample_ids`; an attention signal with
+            the layers it reads, `temperature` and `tolerance` go along.
         series: Holds the dispersion over the probes so far.
 
     Returns:
@@ -35,7 +35,7 @@ def gradient_metrics(engine: Any, data: TensorDict, series: tw.GradientSeries) -
         TokenWeightsError: If the engine trains in float16, or the projection ratios do not sum to
             one.
     """
-    recipe, tolerance = (tu.get_non_tensor_data(data, key, None) for key in (PROBE, "tolerance"))
+    attention, tolerance = (tu.get_non_tensor_data(data, key, None) for key in (PROBE, "tolerance"))
     # Dynamic micro-batches are not consecutive rows; from here on theirs is the order of rows.
     parts = _micro_batches(engine, data)
     width = max(int(part["response_mask"].offsets().diff().max()) for part in parts)
@@ -55,9 +55,9 @@ def gradient_metrics(engine: Any, data: TensorDict, series: tw.GradientSeries) -
             found = [(part, _model_output(engine, part, forward_only=True)) for part in parts]
         padded = [part.select("response_mask", "advantages").to_padded_tensor() for part in parts]
         masks = [wide(rows["response_mask"]).bool() for rows in padded]
+        keys = [ENTROPY.format(place) for place in range(len(attention.layers))]
         layers = [
-            torch.cat([responses(*own, ENTROPY.format(place), recipe.alignment) for own in found])
-            for place in range(len(recipe.layers))
+            torch.cat([responses(*own, key, attention.alignment) for own in found]) for key in keys
         ]
         mask, losses = torch.cat(masks), []
         for own, rows, valid in zip(found, padded, masks, strict=True):
@@ -72,7 +72,7 @@ def gradient_metrics(engine: Any, data: TensorDict, series: tw.GradientSeries) -
         return series.metrics(
             tw.GradientProbe(module, group=group, gradients=lambda: _taken_gradients(module)),
             losses,
-            scores=recipe.merged_layers(layers, mask),
+            scores=attention.merged(layers, mask),
             mask=mask,
             sample_ids=torch.cat([part["sample_ids"] for part in parts]),
             tolerance=tolerance,

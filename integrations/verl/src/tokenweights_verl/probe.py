@@ -1,6 +1,5 @@
 """Gradient geometry during training: every N steps, on a probe batch that stays the same."""
 
-from dataclasses import replace
 from typing import Any
 
 import tokenweights as tw
@@ -12,7 +11,7 @@ from transfer_queue import KVBatchMeta
 from verl.utils import tensordict_utils as tu
 from verl.utils.debug import marked_timer
 
-from tokenweights_verl.scores import PROBE, attention_layers, sample_ids
+from tokenweights_verl.scores import PROBE, placed, sample_ids
 
 # What the probe reads of a rollout batch.
 IDS, KEYS = ("prompts", "responses"), ("input_ids", "position_ids", "response_mask", "advantages")
@@ -49,9 +48,8 @@ class GradientProbeMixin(_Base):
         if self.processor is not None:
             hint = "Leave out the probe."
             raise invalid("verl", "model", "a text model", "one with images", hint)
-        fits = self.recipe.signal == "attention_entropy"
-        rule = self.recipe if fits else tw.recipe("low2high")
-        self._probe_recipe = replace(rule, layers=attention_layers(rule, self.config))
+        rule = self.recipe if self.recipe.attention else tw.recipe("low2high")
+        self._probe_attention = placed(rule, self.config).attention
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         batch = super()._compute_advantage(batch, metrics)
@@ -79,5 +77,5 @@ class GradientProbeMixin(_Base):
         tolerance = self._token_weights.gradient_probe_tolerance
         temperature = self.config.actor_rollout_ref.rollout.temperature
         tu.assign_non_tensor(data, temperature=temperature, tolerance=tolerance)
-        tu.assign_non_tensor_data(data, PROBE, self._probe_recipe)
+        tu.assign_non_tensor_data(data, PROBE, self._probe_attention)
         return tu.get(self.actor_rollout_wg.gradient_metrics(data), "metrics")

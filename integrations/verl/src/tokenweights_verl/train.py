@@ -10,7 +10,7 @@ from verl.trainer import main_ppo
 
 from tokenweights_verl.config import token_weights_config
 from tokenweights_verl.plugin import require_plugin
-from tokenweights_verl.scores import attention_layers
+from tokenweights_verl.scores import placed
 
 
 @hydra.main(config_path="configurations", config_name="token_weights", version_base=None)
@@ -19,7 +19,7 @@ def main(config: DictConfig) -> None:
     try:
         require_plugin()
         asked = token_weights_config(config)
-        attention_layers(asked.token_recipe, config)
+        placed(asked.token_recipe, config)
     except TokenWeightsError as error:
         sys.exit(f"train: error: {error}")
     # Ray's processes have another working directory than this one.
