@@ -23,9 +23,8 @@ from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
 from openrlhf.utils.utils import zero_pad_sequences
 from tokenweights import TokenWeightsError
 
-from tokenweights_openrlhf.scores import plain_class
+from tokenweights_openrlhf.scores import COLUMNS, plain_class
 from tokenweights_openrlhf.train import COMMAND
-from tokenweights_openrlhf.trainer import _FIELDS
 
 ACTOR_CLASSES = [
     PolicyModelActor,
@@ -90,10 +89,10 @@ def test_the_actor_can_be_asked_for_entropies():
 
 
 def test_an_experience_has_the_fields_that_are_read():
-    fields = {*_FIELDS.values(), "attention_mask", "index", "prompts"}
+    fields = {*COLUMNS.values(), "action_mask", "attention_mask", "index", "prompts"}
     assert fields <= set(Experience.__dataclass_fields__)
     # Log-probabilities are of response tokens, one less than the sequence's: the prompt is masked.
-    assert [name for name in _FIELDS.values() if not Experience.is_step_tensor_field(name)] == [
+    assert [name for name in COLUMNS.values() if not Experience.is_step_tensor_field(name)] == [
         "rewards"
     ]
 

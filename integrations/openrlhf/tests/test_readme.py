@@ -96,8 +96,8 @@ def test_every_recipe_of_every_experiment_is_accepted(experiment, layers, tmp_pa
         "../every_recipe.sh", tmp_path, "openrlhf", experiment, TRAIN="train.jsonl"
     )
     assert result.returncode == 0, result.stderr
-    missing = {"token_loss", "self_certainty"}
-    known = [name for name in recipe_names() if missing.isdisjoint(recipe(name).columns)]
+    paper = recipe_names(source="paper")
+    known = [name for name in paper if "token_loss" not in recipe(name).columns]
     names = [name for name in known if max(recipe(name).layers or [0]) < layers]
     assert len(lines) == len(names)
     for name, (dash_m, module, *words) in zip(names, lines, strict=True):
@@ -106,10 +106,18 @@ def test_every_recipe_of_every_experiment_is_accepted(experiment, layers, tmp_pa
         assert made.tokenweights.token_recipe == recipe(name)
         has_entropy = recipe(name).attention is not None
         assert (made.tokenweights.token_records is not None) == has_entropy
-        corrected = made.algo.advantage.is_correction_level != "off"
-        assert corrected == ("sampler_log_probs" in recipe(name).columns)
         assert (made.algo.kl.init_coef, made.rollout.top_p) == (0, 0.95)
         assert made.vllm.num_engines * made.vllm.tensor_parallel_size == 4 * 8
+
+
+@pytest.mark.parametrize("name", ["entropy_bonus", "sampler_ratio_band", "second_moment_drop"])
+def test_recipes_of_the_field_are_accepted(name, tmp_path):
+    _, lines = started("examples/paper.sh", tmp_path, "qwen3_8b_base", name, TRAIN="train.jsonl")
+    ((_, _, *words),) = lines
+    made = accepted(words)
+    assert made.tokenweights.token_records is None
+    corrected = made.algo.advantage.is_correction_level != "off"
+    assert corrected == ("sampler_log_probs" in recipe(name).columns)
 
 
 def test_a_launch_script_says_what_is_missing(tmp_path):

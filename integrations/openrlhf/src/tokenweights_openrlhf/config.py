@@ -9,6 +9,8 @@ from tokenweights import TokenWeightsConfig, recipe, require_columns
 from tokenweights._errors import TokenWeightsError, invalid
 from tokenweights.recipes import corrects_sampler
 
+from tokenweights_openrlhf.scores import COLUMNS, OF_A_PASS
+
 
 def checked_arguments(arguments: Any, config: TokenWeightsConfig) -> Any:
     """OpenRLHF's arguments with `tokenweights` added, if the recipe can be honoured with them.
@@ -23,24 +25,23 @@ def checked_arguments(arguments: Any, config: TokenWeightsConfig) -> Any:
     Raises:
         TokenWeightsError: If OpenRLHF could not train with them as the recipe asks.
     """
-    made, kl = config.token_recipe, arguments.algo.kl
-    tokens, probed = made.denominator == "all_tokens", config.gradient_probe_steps is not None
-    of_policy = not {"attention", "predictive_entropy"}.isdisjoint(made.columns)
+    made, probed = config.token_recipe, config.gradient_probe_steps is not None
+    tokens, of_a_pass = made.denominator == "all_tokens", {*OF_A_PASS} & {*made.columns}
     for asked, option, fit, hint in (
         (True, "actor.policy_loss_type", ["ppo"], _SEQUENCE_RATIO),
         (not tokens, "actor.loss_agg_mode", ["token-mean"], _DIVISOR.format(made.denominator)),
         (arguments.train.dynamic_batch_enable, "ds.zero_stage", [3], _DYNAMIC),
-        (of_policy, "ds.tensor_parallel_size", [1], _HEADS),
-        (of_policy, "data.max_images_per_prompt", [0], _IMAGES),
+        (of_a_pass, "ds.tensor_parallel_size", [1], _HEADS),
+        (of_a_pass, "data.max_images_per_prompt", [0], _IMAGES),
         *((corrects_sampler(made), *row, _TWICE) for row in _CORRECTED_ONCE),
         *((probed, *row, _PROBE) for row in _PROBED_WITH),
     ):
         value = attrgetter(option)(arguments)
         if asked and value not in fit:
             raise invalid("train", f"--{option}", " or ".join(map(repr, fit)), repr(value), hint)
-    sampled = arguments.algo.advantage.is_correction_level != "off"
-    given = {*_COLUMNS, *(["sampler_log_probs"] * sampled)}
-    given |= {"reference_log_probs"} if kl.init_coef > 0 and kl.use_loss else set()
+    sampled, kl = arguments.algo.advantage.is_correction_level != "off", arguments.algo.kl
+    given = {*COLUMNS, *OF_A_PASS} - (set() if sampled else {"sampler_log_probs"})
+    given -= set() if kl.use_loss and kl.init_coef > 0 else {"reference_log_probs"}
     require_columns(made, given, caller="train")
     arguments.tokenweights = _as_text(config)
     # All that policy actors look up: they need no import that only a user's recipe leads to.
@@ -61,8 +62,6 @@ def _as_text(config: TokenWeightsConfig) -> TokenWeightsConfig:
     return config
 
 
-# Columns that an experience or the policy's pass has; settings add two.
-_COLUMNS = ("token_ids", "advantages", "rewards", "log_probs", "predictive_entropy", "attention")
 _SEQUENCE_RATIO = (
     "A sequence-level ratio sums the gradients of a response before it multiplies them by the "
     "advantages, so only the mean weight of a response would act."

@@ -11,7 +11,17 @@ from tokenweights.capture import CapturedAttention, capture_attention
 from tokenweights.recipes.attention import AttentionEntropy, model_layers
 from torch import Tensor, nn
 
-# Columns of a rollout batch by their names; attention entropies by the number of their layer.
+# Where an experience holds columns of a rollout batch, and those that the policy's pass has.
+COLUMNS = {
+    "token_ids": "sequences",
+    "advantages": "advantages",
+    "rewards": "rewards",
+    "log_probs": "action_log_probs",
+    "sampler_log_probs": "rollout_log_probs",
+    "reference_log_probs": "base_action_log_probs",
+}
+OF_A_PASS = ("attention", "predictive_entropy")
+# Columns of a pass by their names; attention entropies by the number of their layer.
 Columns = dict[str | int, Tensor]
 
 

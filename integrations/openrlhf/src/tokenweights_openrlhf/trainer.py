@@ -18,19 +18,9 @@ from tokenweights.report.rollouts import RolloutRecords
 from torch import Tensor
 
 from tokenweights_openrlhf.probe import probe_batches
-from tokenweights_openrlhf.scores import Columns, plain_class
+from tokenweights_openrlhf.scores import COLUMNS, Columns, plain_class
 
 _Trainer: Any = object  # what a mixin calls belongs to the trainer after it
-# Where an experience holds columns of a rollout batch; the policy's pass has the others.
-_FIELDS = {
-    "mask": "action_mask",
-    "token_ids": "sequences",
-    "advantages": "advantages",
-    "rewards": "rewards",
-    "log_probs": "action_log_probs",
-    "sampler_log_probs": "rollout_log_probs",
-    "reference_log_probs": "base_action_log_probs",
-}
 
 
 class TokenWeightsExperienceMaker(RemoteExperienceMaker):
@@ -88,14 +78,14 @@ class TokenWeightsExperienceMaker(RemoteExperienceMaker):
             made.advantages = made.advantages * factor[:, : made.advantages.shape[1]]
         return experiences
 
-    def _rollout_batch(self, rows: Callable[[str], Tensor | None], order: Tensor) -> RolloutBatch:
+    def _rollout_batch(self, rows: Callable[[str], Any], order: Tensor) -> RolloutBatch:
         """The columns that the recipe reads, in the rollout's order: each prompt's rows adjoin."""
-        asked = {"mask", "token_ids", "advantages", *self.recipe.columns}
-        columns: Any = {name: rows(field) for name, field in _FIELDS.items() if name in asked}
+        asked = {"token_ids", "advantages", *self.recipe.columns}
+        columns: Any = {name: rows(field) for name, field in COLUMNS.items() if name in asked}
         for name in self._columns[0] if self._columns else ():
             columns[name] = _joined([made[name] for made in self._columns])[order]
         attention = {name: columns.pop(name) for name in [*columns] if isinstance(name, int)}
-        mask, samples = columns.pop("mask").bool(), self.args.rollout.n_samples_per_prompt
+        mask, samples = rows("action_mask").bool(), self.args.rollout.n_samples_per_prompt
         most = self.args.rollout.batch_size * samples
         sample_ids = self.global_step * most + torch.arange(len(mask))
         keys = {"sample_ids": sample_ids, "prompt_ids": sample_ids // samples}
