@@ -77,13 +77,13 @@ _TWICE = (
     "The recipe and OpenRLHF would both multiply by the ratio of trainer to sampler. With 'token', "
     "'clip' and 1 1 OpenRLHF changes nothing, and still asks its engines for log-probabilities."
 )
-_CORRECTED_ONCE = (
+_CORRECTED_ONCE: tuple[tuple[str, list[Any]], ...] = (
     ("algo.advantage.is_correction_level", ["token"]),
     ("algo.advantage.is_correction_mode", ["clip"]),
     ("algo.advantage.is_correction_threshold", [[1, 1]]),
 )
 _PROBE = "The gradient probe has not been made for it: leave out gradient_probe_steps."
-_PROBED_WITH = (
+_PROBED_WITH: tuple[tuple[str, list[Any]], ...] = (
     ("ds.param_dtype", ["bf16", "fp32"]),  # gradients in float16 need a scale
     ("ds.ring_attn_size", [1]),
     ("ds.tensor_parallel_size", [1]),

@@ -82,7 +82,7 @@ class GradientProbePolicyActor(TokenWeightsPolicyActor):
                 probe = tw.GradientProbe(
                     model, group=caught.group, backward=caught.backward, gradients=caught.take
                 )
-                tokens = {"scores": scores, "mask": mask, "sample_ids": rows["sample_ids"]}
+                tokens: Any = {"scores": scores, "mask": mask, "sample_ids": rows["sample_ids"]}
                 tolerance = args.tokenweights.gradient_probe_tolerance
                 return self._series.metrics(probe, losses, **tokens, tolerance=tolerance)
         finally:

@@ -91,7 +91,7 @@ class TokenWeightsPolicyActor(plain_class(PolicyModelActor)):
 @contextmanager
 def attention_scores(
     actor: Any, attended: Tensor, attention: AttentionEntropy, length: int, ring_group: Any = None
-) -> Iterator[Columns]:
+) -> Iterator[dict[int, Tensor]]:
     """A context in which one forward pass of an OpenRLHF `Actor` leaves attention entropies.
 
     Args:
@@ -112,7 +112,7 @@ def attention_scores(
         key_mask = None if packed else attended.bool().to(captured.key.device)
         return attention.captured(captured, key_mask=key_mask, group=ring_group)
 
-    scores: Columns = {}
+    scores: dict[int, Tensor] = {}
     with capture_attention(actor.model, layers, packed=packed, reduce=entropy) as capture:
         yield scores
     for layer in layers:
@@ -125,7 +125,7 @@ def attention_scores(
 
 
 @contextmanager
-def predictive_scores(actor: nn.Module, length: int) -> Iterator[Columns]:
+def predictive_scores(actor: nn.Module, length: int) -> Iterator[dict[str, Tensor]]:
     """A context in which one forward pass of an OpenRLHF `Actor` leaves predictive entropies.
 
     They are those of the sampling distribution, logits over the rollout temperature.
@@ -137,7 +137,7 @@ def predictive_scores(actor: nn.Module, length: int) -> Iterator[Columns]:
     Yields:
         A mapping that on exit holds the entropies (nats, `batch token`) as `predictive_entropy`.
     """
-    scores: Columns = {}
+    scores: dict[str, Tensor] = {}
 
     def ask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         return args, {**kwargs, "return_output": True, "return_entropy": True}
