@@ -66,7 +66,14 @@ options=(
   --logger.tensorboard_dir "$OUTPUT/board"
 )
 case $recipe in
-  full | random20 | bernoulli20 | front20 | back20 | predictive_*) ;; # no attention entropy to record
-  *) options+=(--tokenweights.token_records "$OUTPUT/tokens.jsonl") ;;
+  *anchor* | *explorer* | *low2high* | *high2low* | *_matched20*) # attention entropy to record
+    options+=(--tokenweights.token_records "$OUTPUT/tokens.jsonl")
+    ;;
+  *sampler_ratio* | *second_moment*) # asks the engines for log-probabilities; a clip to 1 is none
+    options+=(
+      --algo.advantage.is_correction_level token --algo.advantage.is_correction_mode clip
+      --algo.advantage.is_correction_threshold 1 1
+    )
+    ;;
 esac
 exec python -m tokenweights_openrlhf.train "${options[@]}" "$@"

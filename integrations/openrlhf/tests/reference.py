@@ -34,7 +34,7 @@ def attention_entropies(attention, places, row):
     return entropies
 
 
-def read(policy, responses, *, row="deciding", temperature=1.0):
+def read(policy, responses, *, row="deciding", temperature=1.0, layer=PROBE):
     """Log-probabilities (with gradient), attention and predictive entropies of every response."""
     model, found = load(policy), []
     for response in responses:
@@ -46,7 +46,7 @@ def read(policy, responses, *, row="deciding", temperature=1.0):
         found.append(
             {
                 "log_probs": deciding.gather(1, ids[0, places][:, None])[:, 0],
-                "attention": attention_entropies(output.attentions[PROBE][0].detach(), places, row),
+                "attention": attention_entropies(output.attentions[layer][0].detach(), places, row),
                 "predictive": (-(deciding.exp() * deciding).sum(-1)).tolist(),
             }
         )

@@ -17,12 +17,13 @@ from openrlhf.models.ring_attn_utils import gather_and_pad_tensor
 from openrlhf.trainer import ppo_trainer, ppo_trainer_async
 from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
+from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 from openrlhf.trainer.ray.launcher import RayActorGroup
 from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
 from openrlhf.utils.utils import zero_pad_sequences
 from tokenweights import TokenWeightsError
 
-from tokenweights_openrlhf.scores import plain_class
+from tokenweights_openrlhf.scores import COLUMNS, plain_class
 from tokenweights_openrlhf.train import COMMAND
 
 ACTOR_CLASSES = [
@@ -70,13 +71,6 @@ SIGNATURES = [
         gather_and_pad_tensor,
         ["tensor", "ring_attn_group", "ring_attn_pad_len", "indices", "batch", "seqlen"],
     ),
-    (
-        RemoteExperienceMaker.__init__,
-        [
-            *("self", "actor_model_group", "critic_model_group", "reward_model_group"),
-            *("initial_model_group", "kl_controller", "strategy", "tokenizer"),
-        ],
-    ),
 ]
 
 
@@ -95,15 +89,48 @@ def test_the_actor_can_be_asked_for_entropies():
 
 
 def test_an_experience_has_the_fields_that_are_read():
-    fields = {"sequences", "action_mask", "advantages", "action_log_probs", "index", "prompts"}
+    fields = {*COLUMNS.values(), "action_mask", "attention_mask", "index", "prompts"}
     assert fields <= set(Experience.__dataclass_fields__)
+    # Log-probabilities are of response tokens, one less than the sequence's: the prompt is masked.
+    assert [name for name in COLUMNS.values() if not Experience.is_step_tensor_field(name)] == [
+        "rewards"
+    ]
 
 
-def test_the_trainer_makes_its_experience_maker_of_attributes_that_it_keeps():
-    source = inspect.getsource(ppo_trainer.BasePPOTrainer.__init__)
-    names = ("actor_model_group", "critic_model_group", "reward_model_group")
-    for name in (*names, "reference_model_group", "kl_ctl", "experience_maker", "tokenizer"):
-        assert f"self.{name} = " in source, f"BasePPOTrainer has no attribute {name}"
+def test_a_rollout_has_the_responses_to_a_prompt_together():
+    """Also with dynamic filtering, which drops or keeps a prompt, and where a rollout is cut."""
+    source = inspect.getsource(SamplesGenerator._generate_vllm)
+    assert "accepted_experiences.extend(experiences)" in source
+    assert "for response in ray.get(ref)" in source
+    source = inspect.getsource(SamplesGenerator.generate_samples)
+    assert "self.args.rollout.batch_size * self.args.rollout.n_samples_per_prompt" in source
+    assert "self._sample_buffer[:chunk_size]" in source
+    source = inspect.getsource(RemoteExperienceMaker.compute_advantages_and_returns)
+    assert "rewards.reshape(-1, args.rollout.n_samples_per_prompt)" in source
+
+
+def test_engines_are_asked_for_log_probabilities_only_with_a_correction():
+    source = inspect.getsource(SamplesGenerator._dispatch_prompts_to_vllm)
+    asked = 'logprobs=1 if self.args.algo.advantage.is_correction_level != "off" else None'
+    assert asked in source
+
+
+def test_log_probabilities_of_the_reference_are_kept_with_the_kl_loss_only():
+    source = inspect.getsource(RemoteExperienceMaker.make_experience)
+    assert "if not args.algo.kl.use_loss:\n                base_action_log_probs = None" in source
+    assert (
+        "if args.algo.kl.init_coef > 0:\n        ref_model"
+        in Path(find_spec(COMMAND).origin).read_text()
+    )
+
+
+def test_the_trainer_looks_its_experience_maker_up_when_it_starts():
+    start = ppo_trainer.BasePPOTrainer.__init__
+    assert "RemoteExperienceMaker" in start.__code__.co_names
+    assert start.__globals__ is vars(ppo_trainer)
+    source = inspect.getsource(start)
+    assert "self.experience_maker = RemoteExperienceMaker(" in source
+    assert "self.actor_model_group = " in source
 
 
 def test_the_trainer_makes_experiences_before_it_balances_and_hands_them_out():

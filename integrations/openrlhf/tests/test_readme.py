@@ -23,7 +23,13 @@ from tokenweights import (
 from tokenweights_openrlhf import checked_arguments
 
 ADAPTER = tiny.HERE.parent
-PAGES = [ADAPTER / "README.md", ADAPTER.parents[1] / "docs/guides/openrlhf.md"]
+GUIDES = ADAPTER.parents[1] / "docs/guides"
+PAGES = [ADAPTER / "README.md", GUIDES / "openrlhf.md"]
+# The recipes of their commands, in order; one is of a user's own.
+RECIPES = [
+    ["low2high"],
+    ["low2high", "low2high", "sampler_ratio_truncated", "custom", "low2high"],
+]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 
 
@@ -52,18 +58,24 @@ def test_python_blocks_run_and_print_what_follows(page):
             assert doctest.OutputChecker().check_output(text, output, 0), output
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_are_accepted(page, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "recipes"), zip(PAGES, RECIPES, strict=True), ids=str)
+def test_commands_are_accepted(page, recipes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    _, own = next(iter(FENCE.findall((GUIDES / "your-own-rule.md").read_text())))
+    (tmp_path / "my_rules.py").write_text(own)
     blocks = [text for language, text in FENCE.findall(page.read_text()) if language == "bash"]
-    commands = [text for text in blocks if text.startswith("python -m tokenweights_openrlhf.train")]
-    assert commands
-    for text in commands:
-        words = shlex.split(text.replace("\\\n", " "))[3:]
-        made = accepted(words)
-        assert made.tokenweights.token_recipe.name == "low2high"
+    command, names = "python -m tokenweights_openrlhf.train", []
+    for text in blocks:
+        before, found, options = text.replace("\\\n", " ").partition(command)
+        if not found or before not in ("", "PYTHONPATH=. "):
+            continue
+        made = accepted(shlex.split(options))
+        names.append(made.tokenweights.token_recipe.name)
         if made.reward.remote_url:
             assert (ADAPTER.parents[1] / made.reward.remote_url).exists()
+    assert names == recipes
+    sys.modules.pop("my_rules", None)
 
 
 def started(script, folder, *words, **variables):
@@ -96,17 +108,28 @@ def test_every_recipe_of_every_experiment_is_accepted(experiment, layers, tmp_pa
         "../every_recipe.sh", tmp_path, "openrlhf", experiment, TRAIN="train.jsonl"
     )
     assert result.returncode == 0, result.stderr
-    known = [name for name in recipe_names() if recipe(name).signal != "loss_magnitude"]
+    paper = recipe_names(source="paper")
+    known = [name for name in paper if "token_loss" not in recipe(name).columns]
     names = [name for name in known if max(recipe(name).layers or [0]) < layers]
     assert len(lines) == len(names)
     for name, (dash_m, module, *words) in zip(names, lines, strict=True):
         assert (dash_m, module) == ("-m", "tokenweights_openrlhf.train")
         made = accepted(words)
         assert made.tokenweights.token_recipe == recipe(name)
-        has_entropy = recipe(name).signal == "attention_entropy"
+        has_entropy = recipe(name).attention is not None
         assert (made.tokenweights.token_records is not None) == has_entropy
         assert (made.algo.kl.init_coef, made.rollout.top_p) == (0, 0.95)
         assert made.vllm.num_engines * made.vllm.tensor_parallel_size == 4 * 8
+
+
+@pytest.mark.parametrize("name", ["entropy_bonus", "sampler_ratio_band", "second_moment_drop"])
+def test_recipes_of_the_field_are_accepted(name, tmp_path):
+    _, lines = started("examples/paper.sh", tmp_path, "qwen3_8b_base", name, TRAIN="train.jsonl")
+    ((_, _, *words),) = lines
+    made = accepted(words)
+    assert made.tokenweights.token_records is None
+    corrected = made.algo.advantage.is_correction_level != "off"
+    assert corrected == ("sampler_log_probs" in recipe(name).columns)
 
 
 def test_a_launch_script_says_what_is_missing(tmp_path):

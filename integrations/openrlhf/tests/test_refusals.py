@@ -13,11 +13,12 @@ DYNAMIC = ("--train.dynamic_batch_enable", "--ds.zero_stage")
 REFUSED = [
     ("full", GSPO, "`--actor.policy_loss_type` 'ppo', got 'gspo'"),
     ("anchor20", MEAN_OF_MEANS, "divides by selected_tokens"),
-    ("low2high", (*DYNAMIC, 2), "`--ds.zero_stage` 3 with --train.dynamic_batch_enable, got 2"),
-    ("full", (*DYNAMIC, 1), "`--ds.zero_stage` 3 with --train.dynamic_batch_enable, got 1"),
+    ("low2high", (*DYNAMIC, 2), "`--ds.zero_stage` 3, got 2. OpenRLHF's gradient with --train.dyn"),
+    ("full", (*DYNAMIC, 1), "`--ds.zero_stage` 3, got 1. OpenRLHF's gradient with --train.dynamic"),
     ("low2high", ("--ds.tensor_parallel_size", 2), "`--ds.tensor_parallel_size` 1, got 2"),
     ("predictive_low20", ("--ds.tensor_parallel_size", 2), "`--ds.tensor_parallel_size` 1"),
     ("low2high", ("--data.max_images_per_prompt", 1), "`--data.max_images_per_prompt` 0, got 1"),
+    ("entropy_bonus", ("--data.max_images_per_prompt", 1), "`--data.max_images_per_prompt` 0"),
 ]
 
 
@@ -50,6 +51,7 @@ def test_options_that_the_gradient_probe_does_not_know_are_refused(options):
         ("low2high", MEAN_OF_MEANS),
         ("low2high", (*DYNAMIC, 3)),
         ("random20", ("--ds.tensor_parallel_size", 2)),
+        ("probability_weighted", ("--ds.tensor_parallel_size", 2)),
         ("low2high", ("--actor.dual_clip", 3)),
     ],
     ids=str,

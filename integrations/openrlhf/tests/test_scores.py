@@ -12,7 +12,7 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.trainer.ppo_utils.kl_controller import FixedKLController
 from tokenweights import TokenWeightsConfig
-from tokenweights.recipes import recipe
+from tokenweights.recipes.attention import AttentionEntropy
 from tokenweights.report.records import read_metrics, read_token_records
 from tokenweights_lab import load_tokenizer
 
@@ -37,14 +37,11 @@ def test_attention_entropies_equal_eager_attention(policy, packed, row):
     batch, model = one_batch(policy), actor(policy, packed)
     _, found = reference.read(policy, list(tiny.responses()), row=row)
     length = batch.action_mask.shape[1]
-    made = recipe({"name": "low2high", "alignment": row})
-    layers = (reference.PROBE,)
-    with (
-        torch.no_grad(),
-        attention_scores(model, batch.attention_mask, made, layers, length) as (scores),
-    ):
+    read = AttentionEntropy(layers=(reference.PROBE,), alignment=row)
+    with torch.no_grad(), attention_scores(model, batch.attention_mask, read, length) as scores:
         model(batch.sequences, batch.action_mask, batch.attention_mask)
-    for signals, values, mask in zip(found, scores[0], batch.action_mask.bool(), strict=True):
+    entropies = scores[reference.PROBE]
+    for signals, values, mask in zip(found, entropies, batch.action_mask.bool(), strict=True):
         assert values[mask].tolist() == pytest.approx(signals["attention"], abs=1e-5)
 
 
@@ -56,7 +53,8 @@ def test_predictive_entropies_equal_the_full_softmax(policy, packed):
         log_probs = model(batch.sequences, batch.action_mask, batch.attention_mask)
     plain = model(batch.sequences, batch.action_mask, batch.attention_mask)
     assert torch.equal(log_probs, plain)  # and the hooks are gone
-    for signals, values, mask in zip(found, scores[0], batch.action_mask.bool(), strict=True):
+    entropies = scores["predictive_entropy"]
+    for signals, values, mask in zip(found, entropies, batch.action_mask.bool(), strict=True):
         assert values[mask].tolist() == pytest.approx(signals["predictive"], abs=1e-5)
 
 

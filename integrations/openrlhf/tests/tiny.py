@@ -1,5 +1,6 @@
 """A tiny policy, hand-made rollouts, and OpenRLHF's own trainer around them."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from tokenweights_openrlhf.train import COMMAND
 from tokenweights_openrlhf.trainer import substituted
 
 HERE = Path(__file__).parent
-PYTHONPATH = (str(HERE), str(HERE / "stand_ins"))
+_INHERITED = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+# Other processes run the code that this one runs.
+PYTHONPATH = (str(HERE), str(HERE / "stand_ins"), *filter(None, _INHERITED))
 PROMPTS, SAMPLES = 4, 4
 # A step of Adam with these settings is the gradient itself, up to a relative error of |g| / 1e6.
 PLAIN_GRADIENT_STEP = (
@@ -107,9 +110,13 @@ def actor_group(actor_class, ranks, ring):
     return RayActorGroup(1, ranks, actor_class, num_gpus_per_actor=1, duplicate_actors=ring)
 
 
-def responses(seed=0):
-    """Prompts of 3 to 6 tokens; responses of 1 to 12, some of them in two turns; a reward each."""
+def responses(seed=0, sampled=False):
+    """Prompts of 3 to 6 tokens; responses of 1 to 12, some of them in two turns; a reward each.
+
+    With `sampled` they have the engine's log-probabilities, which are anything here.
+    """
     draw = torch.Generator().manual_seed(seed)
+    log_probs = torch.Generator().manual_seed(seed)
 
     def number(low, high):
         return int(torch.randint(low, high + 1, (), generator=draw))
@@ -130,13 +137,17 @@ def responses(seed=0):
                 "scores": reward,
                 "observation_tokens": tokens,
                 "action_ranges": ranges,
-                "rollout_log_probs": None,
+                "rollout_log_probs": (-7 * torch.rand(len(tokens), generator=log_probs)).tolist()
+                if sampled
+                else None,
             }
 
 
 def rollouts(args, seed=0):
     generator = SamplesGenerator(get_strategy(args), None, None, None, [])
-    return [generator._process_response_into_experience(made) for made in responses(seed)]
+    sampled = args.algo.advantage.is_correction_level != "off"
+    made = responses(seed, sampled)
+    return [generator._process_response_into_experience(response) for response in made]
 
 
 class PlainTrainer(BasePPOTrainer):
@@ -147,15 +158,15 @@ class WeightedTrainer(TokenWeightsMixin, BasePPOTrainer):
     """The same with token weights."""
 
 
-def trained(actors, args, *, steps=1, first_step=0):
+def trained(actors, args, *, steps=1, first_step=0, trainer_class=None, reference=None):
     """The status of each step, and the parameters after the last, of plain or weighted training."""
     weighted = hasattr(args, "tokenweights")
     actor_class = WeightedActor if weighted else PolicyModelActor
-    trainer_class = WeightedTrainer if weighted else PlainTrainer
+    trainer_class = trainer_class or (WeightedTrainer if weighted else PlainTrainer)
     group = actors(actor_class, args.actor.num_gpus_per_node, args.ds.ring_attn_size)
     strategy = get_strategy(args)
     ray.get(group.async_init_model_from_pretrained(strategy, args.actor.model_name_or_path, 10))
-    trainer = trainer_class(strategy, group, None, None, None, None, load_tokenizer())
+    trainer = trainer_class(strategy, group, None, None, reference, None, load_tokenizer())
     statuses = []
     for step in range(first_step, first_step + steps):
         status, _ = trainer.train_step(rollouts(args, seed=step - first_step), step)

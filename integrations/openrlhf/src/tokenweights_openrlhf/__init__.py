@@ -1,23 +1,10 @@
 """Token weights inside OpenRLHF's PPO trainers, by subclasses at its own seams."""
 
-from tokenweights_openrlhf.config import checked_arguments
-from tokenweights_openrlhf.probe import GradientProbePolicyActor
-from tokenweights_openrlhf.scores import TokenWeightsPolicyActor
-from tokenweights_openrlhf.trainer import (
-    TokenWeightsExperienceMaker,
-    TokenWeightsMixin,
-    TokenWeightsPPOTrainer,
-    TokenWeightsPPOTrainerAsync,
-    TokenWeightsTrainingActor,
-)
-
-__all__ = [
-    "GradientProbePolicyActor",
-    "TokenWeightsExperienceMaker",
-    "TokenWeightsMixin",
-    "TokenWeightsPPOTrainer",
-    "TokenWeightsPPOTrainerAsync",
-    "TokenWeightsPolicyActor",
-    "TokenWeightsTrainingActor",
-    "checked_arguments",
-]
+from tokenweights_openrlhf.config import checked_arguments as checked_arguments
+from tokenweights_openrlhf.probe import GradientProbePolicyActor as GradientProbePolicyActor
+from tokenweights_openrlhf.scores import TokenWeightsPolicyActor as TokenWeightsPolicyActor
+from tokenweights_openrlhf.trainer import TokenWeightsExperienceMaker as TokenWeightsExperienceMaker
+from tokenweights_openrlhf.trainer import TokenWeightsMixin as TokenWeightsMixin
+from tokenweights_openrlhf.trainer import TokenWeightsPPOTrainer as TokenWeightsPPOTrainer
+from tokenweights_openrlhf.trainer import TokenWeightsPPOTrainerAsync as TokenWeightsPPOTrainerAsync
+from tokenweights_openrlhf.trainer import TokenWeightsTrainingActor as TokenWeightsTrainingActor

@@ -1,5 +1,6 @@
 """Gradient geometry during training: every N steps, on a probe batch that stays the same."""
 
+from functools import partial
 from typing import Any
 
 import tokenweights as tw
@@ -8,7 +9,8 @@ import torch.distributed as dist
 from deepspeed.utils import get_z3_leaf_modules
 from tokenweights._errors import invalid
 from tokenweights.gradients.preserved import preserved
-from tokenweights.recipes import Recipe, recipe
+from tokenweights.recipes import RolloutBatch
+from tokenweights.recipes.attention import AttentionEntropy
 from torch import Tensor
 
 from tokenweights_openrlhf.scores import TokenWeightsPolicyActor, attention_scores
@@ -45,8 +47,9 @@ class GradientProbePolicyActor(TokenWeightsPolicyActor):
     """
 
     def init_model_from_pretrained(self, strategy: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the parent's; also begins a series."""
+        """As the parent's; also begins a series, with the middle layer if the recipe has none."""
         result = super().init_model_from_pretrained(strategy, *args, **kwargs)
+        self._attention = (self.attention or AttentionEntropy()).placed(**self.attention_layers())
         self._series = tw.GradientSeries()
         if strategy.args.ds.zero_stage == 3 and get_z3_leaf_modules(self.actor.model.module):
             hint = "DeepSpeed reduces gradients of its leaf modules apart: leave out the probe."
@@ -68,30 +71,20 @@ class GradientProbePolicyActor(TokenWeightsPolicyActor):
         model, batched = engine.module, not args.train.dynamic_batch_enable
         size = args.train.micro_batch_size if batched else 1
         parts = [slice(start, start + size) for start in range(0, len(mask), size)]
-        rule = self.recipe if self.recipe.signal == "attention_entropy" else recipe("low2high")
         self.actor.model = model
         try:
             with preserved("gradient_metrics", model, hooks_allowed=True), torch.no_grad():
-                passes = [self._scored(rows, part, rule) for part in parts]
+                passes = [self._scored(rows, part) for part in parts]
             scores, log_probs = (torch.cat(found) for found in zip(*passes, strict=True))
+            own, advantages = partial(self._log_probs, rows), rows["advantages"].to(log_probs.dtype)
+            losses = tw.unclipped_losses(own, log_probs, advantages, mask, micro_batch_size=size)
             with tw.CaughtGradients(model, group=dist.group.WORLD) as caught:
                 probe = tw.GradientProbe(
                     model, group=caught.group, backward=caught.backward, gradients=caught.take
                 )
-                return self._series.metrics(
-                    probe,
-                    tw.unclipped_losses(
-                        lambda part: self._log_probs(rows, part),
-                        log_probs,
-                        rows["advantages"].to(log_probs.dtype),
-                        mask,
-                        micro_batch_size=size,
-                    ),
-                    scores=scores,
-                    mask=mask,
-                    sample_ids=rows["sample_ids"],
-                    tolerance=args.tokenweights.gradient_probe_tolerance,
-                )
+                tokens: Any = {"scores": scores, "mask": mask, "sample_ids": rows["sample_ids"]}
+                tolerance = args.tokenweights.gradient_probe_tolerance
+                return self._series.metrics(probe, losses, **tokens, tolerance=tolerance)
         finally:
             self.actor.model = engine
             engine.empty_partition_cache()  # ZeRO-3 lets go of what a backward pass left gathered
@@ -101,10 +94,9 @@ class GradientProbePolicyActor(TokenWeightsPolicyActor):
         names = ("sequences", "action_mask", "attention_mask")
         return self.actor(*(rows[name][part] for name in names))
 
-    def _scored(self, rows: dict[str, Tensor], part: slice, rule: Recipe) -> tuple[Tensor, Tensor]:
+    def _scored(self, rows: dict[str, Tensor], part: slice) -> tuple[Tensor, Tensor]:
         """Attention entropies and log-probabilities under the present policy."""
-        mask, layers = rows["action_mask"][part].bool(), rule.model_layers(self.actor.model)
-        attended = rows["attention_mask"][part]
-        with attention_scores(self.actor, attended, rule, layers, mask.shape[1]) as scores:
+        mask, attended = rows["action_mask"][part].bool(), rows["attention_mask"][part]
+        with attention_scores(self.actor, attended, self._attention, mask.shape[1]) as scores:
             log_probs = self._log_probs(rows, part)
-        return rule.merged_layers(scores, mask).float(), log_probs
+        return self._attention(RolloutBatch(mask=mask, attention=scores)).float(), log_probs

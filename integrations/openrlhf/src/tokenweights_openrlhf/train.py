@@ -9,7 +9,6 @@ import argparse
 import re
 import runpy
 import sys
-from contextlib import ExitStack
 from dataclasses import fields
 from importlib.metadata import version
 from typing import Any
@@ -30,15 +29,14 @@ from tokenweights_openrlhf.trainer import (
     substituted,
 )
 
+PROGRAM = "python -m tokenweights_openrlhf.train"
 COMMAND = "openrlhf.cli.train_ppo_ray"
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs OpenRLHF's training command with token weights."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="python -m tokenweights_openrlhf.train", allow_abbrev=False, add_help=False
-    )
+    parser = argparse.ArgumentParser(PROGRAM, allow_abbrev=False, add_help=False)
     add = parser.add_argument_group("token weights").add_argument
     prefix = "tokenweights."
     for option in fields(TokenWeightsConfig):
@@ -82,16 +80,13 @@ def _run(argv: list[str], config: Any) -> None:
 
     probed = config is not None and config.gradient_probe_steps is not None
     actor_class = GradientProbePolicyActor if probed else TokenWeightsPolicyActor
-    policy_actor = ray.remote(num_gpus=1)(actor_class)
-    with ExitStack() as stack:
-        for module, name, value in (
-            (sys, "argv", [COMMAND, *argv]),
-            (openrlhf_config, "hierarchize", hierarchize_and_check),
-            (ppo_actor, "PolicyModelActor", policy_actor),
-            (ppo_trainer, "PPOTrainer", ray.remote(TokenWeightsPPOTrainer)),
-            (ppo_trainer_async, "PPOTrainerAsync", ray.remote(TokenWeightsPPOTrainerAsync)),
-        ):
-            stack.enter_context(substituted(module, name, value))
+    with (
+        substituted(sys, "argv", [COMMAND, *argv]),
+        substituted(openrlhf_config, "hierarchize", hierarchize_and_check),
+        substituted(ppo_actor, "PolicyModelActor", ray.remote(num_gpus=1)(actor_class)),
+        substituted(ppo_trainer, "PPOTrainer", ray.remote(TokenWeightsPPOTrainer)),
+        substituted(ppo_trainer_async, "PPOTrainerAsync", ray.remote(TokenWeightsPPOTrainerAsync)),
+    ):
         runpy.run_module(COMMAND, run_name="__main__")
 
 

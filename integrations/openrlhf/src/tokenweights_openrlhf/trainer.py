@@ -1,7 +1,9 @@
-"""The trainers: scores become weights on the driver, before the replay buffers see anything."""
+"""The trainers: columns become weights on the driver, before the replay buffers see anything."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -10,12 +12,13 @@ from openrlhf.trainer import ppo_trainer, ppo_trainer_async
 from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.utils.utils import zero_pad_sequences
-from tokenweights.recipes import weighted_rollout
-from tokenweights.report.records import append_log, append_token_records, token_records
+from tokenweights.recipes import RolloutBatch
+from tokenweights.report.records import append_log
+from tokenweights.report.rollouts import RolloutRecords
 from torch import Tensor
 
 from tokenweights_openrlhf.probe import probe_batches
-from tokenweights_openrlhf.scores import plain_class
+from tokenweights_openrlhf.scores import COLUMNS, Columns, plain_class
 
 _Trainer: Any = object  # what a mixin calls belongs to the trainer after it
 
@@ -28,7 +31,7 @@ class TokenWeightsExperienceMaker(RemoteExperienceMaker):
 
     Attributes:
         global_step: The schedule's step.
-        metrics: What the last rollout batch was like; see `tokenweights.weighted_rollout`.
+        metrics: What the last rollout batch was like; see `tokenweights.Recipe.weighted`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -37,17 +40,19 @@ class TokenWeightsExperienceMaker(RemoteExperienceMaker):
         self.recipe = self.config.token_recipe
         self.global_step = 0
         self.metrics: dict[str, float] = {}
+        self._columns: list[Columns] = []
         self._probe_batches: list[dict[str, Tensor]] = []
-        self._scores: list[Tensor] | None = None
-        self._next_record_step = 0
+        every = self.config.token_records_steps
+        self._records = RolloutRecords(self.config.token_records, every=every)
 
     def make_experience(self, samples_list: list[Experience]) -> list[Experience]:
-        """As OpenRLHF's; also fetches the scores that the policy's pass has left behind."""
+        """As OpenRLHF's; also fetches the columns that the policy's pass has left behind."""
         experiences = super().make_experience(samples_list)
-        if self.recipe.signal != "none":
-            references = self.actor_model_group.async_run_method("take_token_scores")
-            copies = self.args.ds.ring_attn_size * self.args.ds.tensor_parallel_size
-            self._scores = self._flatten_results(references, copies)
+        run = self.actor_model_group.async_run_method
+        if self.recipe.attention is not None:
+            self.recipe = self.recipe.placed(**ray.get(run("attention_layers"))[0])
+        copies = self.args.ds.ring_attn_size * self.args.ds.tensor_parallel_size
+        self._columns = self._flatten_results(run("take_columns"), copies)
         return experiences
 
     def compute_advantages_and_returns(self, experiences: list[Experience]) -> list[Experience]:
@@ -55,32 +60,37 @@ class TokenWeightsExperienceMaker(RemoteExperienceMaker):
         experiences = super().compute_advantages_and_returns(experiences)
         # Back in the order of the rollout, which does not depend on how it was split.
         order = torch.tensor([row for made in experiences for row in made.index]).argsort()
-        mask = _rows(experiences, order, "action_mask").bool()
+        rows = partial(_rows, experiences, order)
         if self.config.gradient_probe_steps is not None and not self._probe_batches:
             names = ("sequences", "attention_mask", "action_mask", "advantages")
-            rows = {name: _rows(experiences, order, name) for name in names}
-            self._probe_batches = probe_batches(
-                rows, self.args.actor.num_nodes * self.args.actor.num_gpus_per_node
-            )
-        scores = None if self._scores is None else _joined(self._scores)[order]
-        most = self.args.rollout.batch_size * self.args.rollout.n_samples_per_prompt
-        sample_ids = self.global_step * most + torch.arange(len(mask))
-        rollout = weighted_rollout(
-            self.recipe,
-            scores,
-            mask,
-            step=self.global_step,
-            sample_ids=sample_ids,
-            token_groups=_rows(experiences, order, "sequences")[:, 1:],
-        )
+            ranks = self.args.actor.num_nodes * self.args.actor.num_gpus_per_node
+            self._probe_batches = probe_batches({name: rows(name) for name in names}, ranks)
+        batch = self._rollout_batch(rows, order)
+        rollout = self.recipe.weighted(batch, step=self.global_step)
         self.metrics = rollout.metrics
-        if rollout.metrics and scores is not None:
-            self._append_records(experiences, order, scores, mask, rollout.weights, sample_ids)
+        prompts = [prompt for made in experiences for prompt in made.prompts]
+        texts = {"prompt": lambda row: prompts[order[row]], "decode": self.tokenizer.decode}
+        texts["detailed"] = lambda few, own: replace(few, log_probs=rows("action_log_probs")[own])
+        self._records.append(self.recipe, batch, rollout, step=self.global_step, **texts)
         factors = (rollout.weights * rollout.scale)[order.argsort()]
         sizes = [len(made.advantages) for made in experiences]
         for made, factor in zip(experiences, factors.split(sizes), strict=True):
             made.advantages = made.advantages * factor[:, : made.advantages.shape[1]]
         return experiences
+
+    def _rollout_batch(self, rows: Callable[[str], Any], order: Tensor) -> RolloutBatch:
+        """The columns that the recipe reads, in the rollout's order: each prompt's rows adjoin."""
+        asked = {"token_ids", "advantages", *self.recipe.columns}
+        columns: Any = {name: rows(field) for name, field in COLUMNS.items() if name in asked}
+        for name in self._columns[0] if self._columns else ():
+            columns[name] = _joined([made[name] for made in self._columns])[order]
+        attention = {name: columns.pop(name) for name in [*columns] if isinstance(name, int)}
+        mask, samples = rows("action_mask").bool(), self.args.rollout.n_samples_per_prompt
+        most = self.args.rollout.batch_size * samples
+        sample_ids = self.global_step * most + torch.arange(len(mask))
+        keys = {"sample_ids": sample_ids, "prompt_ids": sample_ids // samples}
+        columns["token_ids"] = columns["token_ids"][:, 1:]
+        return RolloutBatch(mask=mask, attention=attention or None, **keys, **columns)
 
     def gradient_metrics(self, step: int) -> dict[str, float]:
         """What the gradient probe finds after a step; empty where it has none to do."""
@@ -93,41 +103,6 @@ class TokenWeightsExperienceMaker(RemoteExperienceMaker):
             append_log(path, metrics, step=step)
         return metrics
 
-    def _append_records(
-        self,
-        experiences: list[Experience],
-        order: Tensor,
-        scores: Tensor,
-        mask: Tensor,
-        weights: Tensor,
-        sample_ids: Tensor,
-    ) -> None:
-        """Token records of the first prompt's responses, every `token_records_steps` steps."""
-        step, path = self.global_step, self.config.token_records
-        if path is None or step < self._next_record_step:
-            return
-        self._next_record_step = step + self.config.token_records_steps
-        layers = ray.get(self.actor_model_group.async_run_method("token_score_layers"))[0]
-        prompts = [prompt for made in experiences for prompt in made.prompts]
-        first = order[: self.args.rollout.n_samples_per_prompt]
-        rows = slice(0, len(first))
-        records = token_records(
-            scores[rows],
-            mask[rows],
-            step=step,
-            sample_ids=sample_ids[rows],
-            prompts=[prompts[row] for row in first],
-            token_ids=_rows(experiences, first, "sequences")[:, 1:],
-            decode=self.tokenizer.decode,
-            weights=weights[rows],
-            advantages=_rows(experiences, first, "advantages").float(),
-            layer=layers,
-            entropy_kind=self.recipe.entropy_kind,
-            alignment=self.recipe.alignment,
-            log_probs=_rows(experiences, first, "action_log_probs").float(),
-        )
-        append_token_records(path, records)
-
 
 class TokenWeightsMixin(_Trainer):
     """Token weights for a subclass of OpenRLHF's `BasePPOTrainer`; name it first among the bases.
@@ -136,16 +111,8 @@ class TokenWeightsMixin(_Trainer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.experience_maker = TokenWeightsExperienceMaker(
-            self.actor_model_group,
-            self.critic_model_group,
-            self.reward_model_group,
-            self.reference_model_group,
-            self.kl_ctl,
-            self.strategy,
-            self.tokenizer,
-        )
+        with substituted(ppo_trainer, "RemoteExperienceMaker", TokenWeightsExperienceMaker):
+            super().__init__(*args, **kwargs)
 
     def ppo_train(self, global_steps: int) -> dict[str, Any]:
         """As OpenRLHF's; then a gradient probe where one is due, while the engines still sleep."""
@@ -191,10 +158,11 @@ def substituted(module: Any, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, before)
 
 
-def _rows(experiences: list[Experience], order: Tensor, field: str) -> Tensor:
-    """A field of all experiences, padded to the same width, in the given order."""
-    return _joined([getattr(made, field) for made in experiences])[order]
+def _rows(experiences: list[Experience], order: Tensor, field: str) -> Any:
+    """A field of all experiences, padded to the same width, in the given order; None without it."""
+    parts = [getattr(made, field) for made in experiences]
+    return None if parts[0] is None else _joined(parts)[order]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    return zero_pad_sequences(parts, side="right")
+    return torch.cat(parts) if parts[0].dim() == 1 else zero_pad_sequences(parts, side="right")
