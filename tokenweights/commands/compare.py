@@ -121,7 +121,7 @@ def _aligned(table: Table) -> list[str]:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    return [_shown(table.title), *(f"  {line}" for line in lines)]
+    return [_shown(table.title), f"  {table.note}", "", *(f"  {line}" for line in lines)]
 
 
 def _shown(text: str) -> str:

@@ -14,8 +14,9 @@ from tokenweights.rewards import Interval
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Hues that a color blindness brings together differ in their stroke, and so do repeated colors.
 _COLORS = (style.ANCHOR, style.EXPLORER, style.ACCENT, style.SECOND, style.INK)
-_STROKES = ("-", "--", ":", "-.")  # one after another where colours repeat
+_STROKES, _STROKE_OF = ("-", "--", ":", "-."), (0, 0, 1, 2, 3)
 _LABEL = 22
 
 
@@ -25,11 +26,13 @@ class Table:
 
     Attributes:
         title: What it shows.
+        note: How to read it.
         heads: Name of each column.
         rows: Cells; the first names the row.
     """
 
     title: str
+    note: str
     heads: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
@@ -37,7 +40,7 @@ class Table:
 def comparison_tables(comparison: Comparison) -> list[Table]:
     """Values of every recipe, and effects against the baseline where there are any."""
     metric = comparison.metric
-    heads = ("recipe", "seeds", "final", "mean", "mean weight", "effective sample")
+    heads = ("recipe", "seeds", "final", "mean", "mean weight", "effective sample size")
     rows = tuple(
         (
             result.recipe,
@@ -49,7 +52,11 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         )
         for result in comparison.results
     )
-    tables = [Table(metric, heads, rows)]
+    note = (
+        "Final is the last common step, mean is over all of them; in brackets the 95 % bootstrap "
+        "interval over seeds."
+    )
+    tables = [Table(metric, note, heads, rows)]
     effects = tuple(
         (
             result.recipe,
@@ -62,7 +69,8 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     )
     if effects:
         title = f"{metric}, difference to {comparison.baseline}"
-        tables.append(Table(title, ("recipe", "final", "mean", "compared"), effects))
+        note = "Paired: the mean of the differences seed by seed. Unpaired: no seed is shared."
+        tables.append(Table(title, note, ("recipe", "final", "mean", "compared"), effects))
     return tables
 
 
@@ -85,13 +93,13 @@ def comparison_figure(comparison: Comparison) -> "Figure":
         >>> figure.axes[0].get_ylabel()
         'reward'
     """
-    baseline, lines, others = comparison.baseline, [], 0
-    strokes = []
+    baseline, lines, strokes, others = comparison.baseline, [], [], 0
     for result in comparison.results:
         color, stroke = style.ALL, "-"
         if result.recipe != baseline:
-            color = _COLORS[others % len(_COLORS)]
-            stroke = _STROKES[others // len(_COLORS) % len(_STROKES)]
+            around, place = divmod(others, len(_COLORS))
+            color = _COLORS[place]
+            stroke = _STROKES[(_STROKE_OF[place] + around) % len(_STROKES)]
             others += 1
         name = _short(result.recipe)
         lines.append(Line(name, color, comparison.steps, result.curve, result.spread))
@@ -159,7 +167,8 @@ def _table_html(table: Table) -> str:
         + "</tr>"
         for name, *cells in table.rows
     )
-    return filled("comparison_table.html", title=escaped(table.title), heads=heads, rows=rows)
+    title, note = escaped(table.title), escaped(table.note)
+    return filled("comparison_table.html", title=title, note=note, heads=heads, rows=rows)
 
 
 def _minus(cell: str) -> str:
