@@ -4,10 +4,10 @@ Run from this folder, it writes the page's table anew; a test keeps the page tru
 """
 
 import ast
-import re
 from pathlib import Path
 
 import tokenweights as tw
+from tokenweights.recipes.batch import COLUMNS
 from tokenweights.recipes.published import NO_WEIGHTS, PUBLISHED
 
 ROOT = Path(__file__).parents[1]
@@ -22,17 +22,12 @@ WITH = {
 
 
 def columns(adapter: str) -> set[str]:
-    """The columns that an adapter's source says it fills, read without importing its trainer."""
+    """The columns that an adapter's source names, read without importing its trainer."""
     folder = ROOT / "integrations" / adapter / "src" / f"tokenweights_{adapter}"
-    found: set[str] = set()
-    for path in folder.glob("*.py"):
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in NAMES:
-                found |= {each for each in re.findall(r"'(\w+)'", ast.unparse(node.value))}
-    return (found & set(tw.recipes.batch.COLUMNS)) | {"attention"}
-
-
-NAMES = ("COLUMNS", "OF_A_PASS", "(WITH_VLLM, WITH_REFERENCE)")
+    trees = [ast.parse(path.read_text()) for path in folder.glob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    words = {node.value for node in nodes if isinstance(node, ast.Constant)}
+    return words & set(COLUMNS)
 
 
 def cell(name: str, adapter: str) -> str:
