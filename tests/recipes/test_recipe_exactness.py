@@ -244,7 +244,7 @@ def packed(batch: RolloutBatch, order: Tensor) -> RolloutBatch:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=8)
+@settings(max_examples=3)
 @given(layout=layouts(len(LENGTHS)), poison=poisons)
 def test_padding_and_order_of_rows(kind, layout, poison):
     batch = padded(drawn(kind), layout, poison)
@@ -252,34 +252,29 @@ def test_padding_and_order_of_rows(kind, layout, poison):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(order=st.permutations(range(len(LENGTHS))))
 def test_packed_order(kind, order):
     batch = packed(drawn(kind), torch.tensor(order))
     assert not differences(kind, {name: outcome(made, batch) for name, made in RECIPES.items()})
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_split_into_micro_batches(name, kind):
-    batch, made, want = drawn(kind), RECIPES[name], expected(name, kind)
+def test_every_split_into_micro_batches(name):
+    batch, made, want = drawn("open"), RECIPES[name], expected(name, "open")
     weights = made.weighted(batch, step=STEP).weights
     count = tw.loss_denominator(batch.mask, weights, denominator=made.denominator)
 
     def loss_of(rows):
         return policy_loss(batch.rows(rows), weights[list(rows)], count)
 
-    one_by_one = [loss_of([row]) for row in range(len(LENGTHS))]
-    for size in range(1, len(LENGTHS) + 1):
-        starts = range(0, len(LENGTHS), size)
-        parts = [range(start, min(start + size, len(LENGTHS))) for start in starts]
-        losses = [loss_of(part) for part in parts]
-        torch.testing.assert_close(sum(losses), want.loss, rtol=1e-6, atol=1e-6)
-        # A micro-batch is the sum of its rows, and so is any other one.
-        for part, loss in zip(parts, losses, strict=True):
-            torch.testing.assert_close(
-                loss, sum(one_by_one[row] for row in part), rtol=1e-6, atol=1e-6
-            )
+    rows = range(len(LENGTHS))
+    for size in rows[1:]:
+        losses = sum(loss_of(rows[start : start + size]) for start in rows[::size])
+        torch.testing.assert_close(losses, want.loss, rtol=1e-6, atol=1e-6)
+    # Nor does it matter which rows a micro-batch holds, and in which order.
+    apart = loss_of([8, 0, 3]), loss_of([2, 5, 10, 1, 4]), loss_of([9, 6, 7])
+    torch.testing.assert_close(sum(apart), want.loss, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", sorted(ALONE))
@@ -293,13 +288,16 @@ def test_a_response_alone_weighs_what_it_weighs_in_a_batch(name):
 
 # Ranks.
 
+# Both ranks know as many prompts, and not the same, so that no shape gives a mistake away.
+APART = [0, 1, 1, 0, 0, 1, 1, 0, 1, 0, 1]
 # Who holds each row: rows of one prompt lie apart, and one rank has nothing.
 OWNERS = {
     1: {"alone": [0] * 11},
-    2: {"uneven": [0, 1, 1, 0, 1, 0, 1, 1, 1, 1, 0], "empty": [1] * 11},
+    2: {"uneven": [0, 1, 1, 0, 1, 0, 1, 1, 1, 1, 0], "empty": [1] * 11, "apart": APART},
     4: {"uneven": [0, 1, 2, 1, 0, 2, 1, 1, 2, 1, 1], "empty": [3, 0, 3, 0, 3, 3, 0, 3, 3, 0, 3]},
 }
-LAYOUTS_OF_RANKS = [(size, case) for size, cases in OWNERS.items() for case in cases]
+LAYOUTS_OF_RANKS = [(size, case, "open") for size, cases in OWNERS.items() for case in cases]
+LAYOUTS_OF_RANKS += [(2, "uneven", "closed"), (4, "uneven", "closed")]
 
 
 @pytest.fixture(scope="module")
@@ -346,8 +344,7 @@ def ranks_differ(pool, kind, owners, names, mutation=None):
     return differences(kind, {name: merged([part[name] for part in parts]) for name in names})
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("size", "case"), LAYOUTS_OF_RANKS)
+@pytest.mark.parametrize(("size", "case", "kind"), LAYOUTS_OF_RANKS)
 def test_ranks(pools, size, case, kind):
     assert not ranks_differ(pools(size), kind, OWNERS[size][case], list(RECIPES))
 
@@ -406,14 +403,11 @@ MUTATIONS = {
     "prompt, extrema of moments": ("scaling._least", local_counts, "perplexity_shaping"),
     "prompt, extrema": ("scaling._least", local_counts, "prompt range"),
 }  # fmt: skip
-# Both ranks know as many prompts, and not the same, so that no shape gives a mistake away.
-APART = [0, 1, 1, 0, 0, 1, 1, 0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("merge", MUTATIONS)
 def test_a_local_merge_is_noticed(pools, merge):
     *mutation, name = MUTATIONS[merge]
-    assert not ranks_differ(pools(2), "open", APART, [name])
     assert ranks_differ(pools(2), "open", APART, [name], mutation)
 
 
@@ -482,7 +476,7 @@ def rollouts(draw):
     )
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(rollouts(), st.integers(0, 150))
 def test_weights_are_weights(batch, step):
     for name, made in RECIPES.items():
