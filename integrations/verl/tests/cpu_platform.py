@@ -14,7 +14,9 @@ import torch
 ENVIRONMENT = {
     "VERL_PLATFORM": "cpu",
     "VERL_USE_EXTERNAL_MODULES": "cpu_platform",
-    "PYTHONPATH": str(Path(__file__).parent),
+    "PYTHONPATH": os.pathsep.join(
+        filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
+    ),
     "PYTHONWARNINGS": "ignore",
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",

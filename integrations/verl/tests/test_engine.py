@@ -61,8 +61,8 @@ def by_row(results, key, output):
 
 @pytest.mark.parametrize(("run", "case"), EVERY_CASE)
 def test_entropy_equals_that_of_eager_attention(results, run, case):
-    for place in range(len(LAYERS)):
-        found = by_row(results(run, case), "probed", f"attention_entropy_{place}")
+    for place, layer in enumerate(LAYERS):
+        found = by_row(results(run, case), "probed", f"attention_entropy_{layer}")
         for row, (_, entropies) in zip(found, expected_rows(), strict=True):
             assert row.shape == entropies[place].shape
             atol = allowed(case, "entropy")
