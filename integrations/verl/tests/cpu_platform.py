@@ -111,6 +111,8 @@ def _undo_refusals():
 
     # FSDP1 synchronizes states over gloo well enough, and refuses only for the sake of speed.
     fsdp._check_module_states_for_sync_module_states = lambda module_states: None
+    # A reference policy is offloaded to pinned memory, which only an accelerator has a use for.
+    torch.Tensor.pin_memory = lambda tensor, device=None: tensor
     init_process_group = torch.distributed.init_process_group
 
     def init(backend=None, **options):
