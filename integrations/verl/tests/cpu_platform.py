@@ -14,7 +14,9 @@ import torch
 ENVIRONMENT = {
     "VERL_PLATFORM": "cpu",
     "VERL_USE_EXTERNAL_MODULES": "cpu_platform",
-    "PYTHONPATH": str(Path(__file__).parent),
+    "PYTHONPATH": os.pathsep.join(
+        filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
+    ),
     "PYTHONWARNINGS": "ignore",
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -109,6 +111,8 @@ def _undo_refusals():
 
     # FSDP1 synchronizes states over gloo well enough, and refuses only for the sake of speed.
     fsdp._check_module_states_for_sync_module_states = lambda module_states: None
+    # A reference policy is offloaded to pinned memory, which only an accelerator has a use for.
+    torch.Tensor.pin_memory = lambda tensor, device=None: tensor
     init_process_group = torch.distributed.init_process_group
 
     def init(backend=None, **options):

@@ -43,7 +43,7 @@ class Server:
         options = requests[0][1]
         torch.manual_seed(self.global_steps or 0)
         with torch.no_grad():
-            tokens = self.model.generate(
+            made = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 do_sample=True,
@@ -51,13 +51,19 @@ class Server:
                 top_p=options.get("top_p", 1.0),
                 top_k=0,
                 max_new_tokens=46,
-            )[:, width:]
-        for (_, _, answer), row in zip(requests, tokens.tolist(), strict=True):
+                return_dict_in_generate=True,
+                output_scores=True,
+            )
+        tokens = made.sequences[:, width:]
+        # Of the distribution that was sampled from, as the servers of VeRL have them.
+        scores = torch.stack(made.scores, 1).log_softmax(-1)
+        log_probs = scores.gather(-1, tokens[..., None])[..., 0].tolist()
+        for (_, _, answer), row, found in zip(requests, tokens.tolist(), log_probs, strict=True):
             response = row[: row.index(1) + 1] if 1 in row else row
             answer.set_result(
                 TokenOutput(
                     token_ids=response,
-                    log_probs=None,
+                    log_probs=found[: len(response)] if options.get("logprobs") else None,
                     stop_reason="completed",
                     extra_fields={"global_steps": self.global_steps},
                 )

@@ -1,16 +1,18 @@
-"""VeRL's trainer with another recipe every two steps, so that one run tries them all."""
+"""VeRL's trainer with another recipe every two steps, so that one run tries many.
 
-import tokenweights as tw
+The key `swapped` of the configuration lists them as `token_weights.recipe` would have each.
+"""
+
+import copy
+
+from omegaconf import OmegaConf
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 
+from tokenweights_verl.config import token_weights_config
 from tokenweights_verl.scores import placed
 from tokenweights_verl.trainer import TokenWeightsTrainerSync
 
-# Recipes that need the sampler's log-probabilities, which the rollout of these tests does not have.
-SAMPLED = ("sampler_ratio_truncated", "sampler_ratio_band", "second_moment_drop")
-# What no setting of VeRL gives.
-NEVER = ("loss_low20", "loss_high20", "certainty_shaping")
-SWAPPED = [name for name in tw.recipe_names() if name not in (*SAMPLED, *NEVER)]
+STEPS = 2
 
 
 @register_trainer("tokenweights_swapping")
@@ -20,9 +22,10 @@ class SwappingTrainer(TokenWeightsTrainerSync):
         super().__init__(config)
 
     def _compute_old_log_prob(self, batch, metrics):
-        name = SWAPPED[(self.global_steps - 1) // 2]
-        made = tw.recipe(name)
-        if "_layer" in name:  # which the embedded policy does not have
-            made = tw.recipe(made.to_dict() | {"layers": [-1]})
-        self.recipe = placed(made, self.config)
+        # Checked as the configuration of a run of its own would be.
+        config = copy.deepcopy(self.config)
+        asked = config.swapped[(self.global_steps - 1) // STEPS]
+        OmegaConf.update(config, "token_weights.recipe", asked, merge=False)
+        config.trainer.v1.trainer_mode = "tokenweights_sync"
+        self.recipe = placed(token_weights_config(config).token_recipe, config)
         return super()._compute_old_log_prob(batch, metrics)

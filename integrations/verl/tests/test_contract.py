@@ -6,12 +6,15 @@ A failure here names what has changed; the adapter's code has to follow.
 import inspect
 
 from verl.trainer.distillation import losses as distillation
+from verl.trainer.ppo.v1 import agent_loop_tq
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 from verl.workers.engine.utils import prepare_micro_batches
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from verl.workers.utils.padding import build_attention_mask_from_nested, response_to_nested
+
+from tokenweights_verl.scores import COLUMNS
 
 SIGNATURES = [
     (PPOTrainerSync.__init__, ["self", "config"]),
@@ -58,6 +61,25 @@ def test_the_trainer_weights_what_it_trains_on():
     source = inspect.getsource(PPOTrainerSync._step_once)
     old, made = source.index("_compute_old_log_prob("), source.index("_compute_advantage(")
     assert old < made < source.index("_update_actor(")
+
+
+def test_outputs_are_made_by_keyword():
+    source = inspect.getsource(FSDPEngineWithLMHead.forward_step)
+    assert "output_args=output_args, micro_batch=micro_batch" in source
+
+
+def test_the_columns_of_a_rollout_batch_have_these_names():
+    old, made = (
+        inspect.getsource(method)
+        for method in (PPOTrainerSync._compute_old_log_prob, PPOTrainerSync._compute_advantage)
+    )
+    # The entropy is there whatever the settings; where `bypass_mode` leaves it out, it is refused.
+    assert '"calculate_entropy": True' in old and 'select("old_log_probs", "entropy")' in old
+    reference = inspect.getsource(PPOTrainerSync._compute_ref_log_prob)
+    assert 'data.select("ref_log_prob")' in reference
+    for field in ("rm_scores", "rollout_log_probs", "old_log_probs", "ref_log_prob"):
+        assert field in COLUMNS.values() and f'"{field}"' in made
+    assert 'keys.append(f"{uid}_{session_id}_{i}")' in inspect.getsource(agent_loop_tq)
 
 
 def test_a_distillation_without_task_rewards_has_no_policy_loss():

@@ -3,10 +3,14 @@
 from functools import cache
 
 import pytest
+import tokenweights as tw
 import torch
-from batches import CASES, LAYERS, ROWS, rows
+from batches import CASES, LAYERS, ROWS, nested, plain_advantages, rows
 from ranks import results_by_case
+from tensordict import TensorDict
 from tokenweights_lab import load_policy
+
+from tokenweights_verl.scores import response_scores, rollout_batch
 
 RUNS = {
     "one": (1, ["fsdp", "fsdp2", "padded", "bucketed", "lora", "bfloat16", "flash"]),
@@ -61,8 +65,8 @@ def by_row(results, key, output):
 
 @pytest.mark.parametrize(("run", "case"), EVERY_CASE)
 def test_entropy_equals_that_of_eager_attention(results, run, case):
-    for place in range(len(LAYERS)):
-        found = by_row(results(run, case), "probed", f"attention_entropy_{place}")
+    for place, layer in enumerate(LAYERS):
+        found = by_row(results(run, case), "probed", f"attention_entropy_{layer}")
         for row, (_, entropies) in zip(found, expected_rows(), strict=True):
             assert row.shape == entropies[place].shape
             atol = allowed(case, "entropy")
@@ -100,6 +104,51 @@ def test_weights_stay_with_their_tokens(results, run, case):
     if CASES[case].get("dynamic", True):
         orders = [[row for row, _ in result["seen"]] for result in results(run, case)]
         assert any(order != sorted(order) for order in orders), "nothing was re-ordered"
+
+
+# With budgets and bounds that the few tokens of these rows meet.
+SELECTED = {
+    "predictive_high20_batch": {},
+    "surprisal_boost10_damp10": {"below": 9.0},
+    "covariance_drop": {"low": 0.1, "fraction": 0.1},
+}
+
+
+def rollout(results):
+    """Columns from the ranks' outputs, rank after rank as they hold the rows, and the rows' order.
+
+    There are two responses to each prompt.
+    """
+    order = [row for result in results for row in result["probed"]["rows"]]
+    texts, advantages = rows(), plain_advantages()
+    masks = [torch.ones(len(texts[row][1]), dtype=torch.long) for row in order]
+    fields = {
+        "response_mask": masks,
+        "prompts": [torch.tensor(texts[row][0]) for row in order],
+        "responses": [torch.tensor(texts[row][1]) for row in order],
+        "advantages": [advantages[row] for row in order],
+    }
+    for output, field in (("log_probs", "old_log_probs"), ("entropy", "entropy")):
+        whole = [part for result in results for part in result["probed"][output]]
+        scores = response_scores(nested(whole), nested(masks), alignment="deciding")
+        fields[field] = [part[: len(mask)] for part, mask in zip(scores, masks, strict=True)]
+    data = {name: nested(parts) for name, parts in fields.items()}
+    return [f"{row // 2}_{row}_0" for row in order], TensorDict(data, batch_size=ROWS), order
+
+
+@pytest.mark.parametrize("name", SELECTED)
+@pytest.mark.parametrize("case", ["fsdp", "fsdp2"])
+def test_one_rank_and_two_select_the_same_tokens(results, case, name):
+    """The weights are made of the whole batch, whichever rank computed a row's columns."""
+    recipe, weights = tw.recipe({"name": name, **SELECTED[name]}), []
+    for run in ("one", "two"):
+        keys, data, order = rollout(results(run, case))
+        found = recipe.weighted(rollout_batch(recipe, 1, keys, data), step=0).weights
+        weights.append(found[torch.tensor(order).argsort()])
+    assert torch.equal(*weights)
+    lengths = [len(response) for _, response in rows()]
+    valid = torch.arange(weights[0].shape[1]) < torch.tensor(lengths)[:, None]
+    assert weights[0][valid].unique().numel() > 1
 
 
 def gradient_norm(weighted):

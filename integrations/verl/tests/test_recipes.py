@@ -1,6 +1,5 @@
 """Every named recipe trains on VeRL's real trainer, or is refused by name; and one of one's own."""
 
-import json
 import math
 import os
 import subprocess
@@ -12,55 +11,91 @@ import torch
 from batches import nested
 from configured import composed
 from cpu_platform import ENVIRONMENT
-from swapping import SAMPLED, SWAPPED
+from swapping import STEPS
 from tensordict import TensorDict
 from test_trainer import run
 from tokenweights import TokenWeightsError
 
 from tokenweights_verl.config import token_weights_config
-from tokenweights_verl.scores import ENTROPY, rollout_batch
+from tokenweights_verl.scores import COLUMNS, ENTROPY, rollout_batch
 
-# What no setting of VeRL gives, and who reads it.
-NEVER = {
-    "loss_low20": "loss_magnitude",
-    "loss_high20": "loss_magnitude",
-    "certainty_shaping": "`self_certainty`",
-}
 SAMPLER = "actor_rollout_ref.rollout.calculate_log_probs"
+REFERENCE = "actor_rollout_ref.actor.use_kl_loss"
 ROLLOUT_IS = "algorithm.rollout_correction.rollout_is"
+# What runs as VeRL comes, with nothing but rewards and old log-probabilities.
+PLAIN = (
+    *("full", "random20", "bernoulli20", "anchor20", "explorer20"),
+    *("anchor20_all_tokens", "explorer20_all_tokens", "low2high", "low2high_layer8"),
+    *("low2high_layer20", "low2high_layer31", "high2low", "static_anchor", "static_explorer"),
+    *("front20", "back20", "predictive_low20", "predictive_high20", "type_matched20"),
+    *("position_matched20", "predictive_high20_batch", "predictive_high20_batch_all_tokens"),
+    *("predictive_above80_batch", "predictive_above80_batch_all_tokens", "surprisal_boost10"),
+    *("surprisal_boost10_damp10", "probability_weighted", "entropy_proportional"),
+    *("covariance_drop", "entropy_bonus", "position_bonus", "perplexity_shaping"),
+    *("relative_surprisal_band", "positive_high_entropy50", "positive_low_entropy50"),
+    *("negative_high_entropy50", "negative_low_entropy50", "rare_positives_drop"),
+    *("rare_positives_drop_older", "entropy_change_damped"),
+)
+# What needs one setting more, and the column that this gives.
+WITH = {
+    "sampler_ratio_truncated": (SAMPLER, "sampler_log_probs"),
+    "sampler_ratio_band": (SAMPLER, "sampler_log_probs"),
+    "second_moment_drop": (SAMPLER, "sampler_log_probs"),
+}
+# What no setting gives, and the reason in the message.
+REFUSED = {
+    "loss_low20": r"\|loss\| is \|advantage\|",
+    "loss_high20": r"\|loss\| is \|advantage\|",
+    "certainty_shaping": "'response_certainty' reads `self_certainty`",
+}
+# No named recipe reads the reference.
+DIVERGENCE = "{rule: {kind: damped}, signal: reference_divergence}"
+# Layers that the embedded policy has in place of those of the paper's models.
+SMALL = {name: f"{{name: {name}, layers: [-1]}}" for name in PLAIN if "_layer" in name}
 
 
 def test_each_named_recipe_is_trained_or_refused():
-    assert {*SWAPPED, *SAMPLED, *NEVER} == set(tw.recipe_names())
+    assert sorted([*PLAIN, *WITH, *REFUSED]) == sorted(tw.recipe_names())
 
 
-@pytest.mark.parametrize("name", NEVER)
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_plainest_configuration_serves_most(name):
+    plain = composed(f"token_weights.recipe={name}", f"{SAMPLER}=false", f"{REFERENCE}=false")
+    assert token_weights_config(plain).token_recipe == tw.recipe(name)
+
+
+@pytest.mark.parametrize("name", REFUSED)
 def test_a_recipe_that_verl_cannot_serve_is_refused(name):
-    with pytest.raises(TokenWeightsError) as error:
-        token_weights_config(composed(f"token_weights.recipe={name}"))
-    assert NEVER[name] in str(error.value)
+    settings = [f"{SAMPLER}=true", f"{REFERENCE}=true"]
+    with pytest.raises(TokenWeightsError, match=REFUSED[name]):
+        token_weights_config(composed(f"token_weights.recipe={name}", *settings))
 
 
-@pytest.mark.parametrize("name", SAMPLED)
-def test_the_samplers_log_probs_have_to_be_asked_for(name):
-    asked = f"token_weights.recipe={name}"
-    with pytest.raises(TokenWeightsError, match="`sampler_log_probs`"):
-        token_weights_config(composed(asked, f"{SAMPLER}=false"))
-    assert token_weights_config(composed(asked, f"{SAMPLER}=true")).recipe == name
+@pytest.mark.parametrize(
+    ("recipe", "setting", "column"),
+    [
+        *((name, *WITH[name]) for name in WITH),
+        (DIVERGENCE, REFERENCE, "reference_log_probs"),
+        (DIVERGENCE, "algorithm.use_kl_in_reward", "reference_log_probs"),
+    ],
+)
+def test_a_column_has_to_be_asked_for(recipe, setting, column):
+    asked = f"token_weights.recipe={recipe}"
+    with pytest.raises(TokenWeightsError, match=f"reads `{column}`"):
+        token_weights_config(composed(asked, f"{setting}=false"))
+    assert column in token_weights_config(composed(asked, f"{setting}=true")).token_recipe.columns
 
 
-def test_the_ratio_to_the_sampler_is_not_corrected_twice():
-    asked = ["token_weights.recipe=sampler_ratio_band", f"{SAMPLER}=true", f"{ROLLOUT_IS}=token"]
-    with pytest.raises(TokenWeightsError, match="rollout_is"):
-        token_weights_config(composed(*asked))
-
-
-def test_the_reference_is_a_column_where_there_is_one():
-    signal = "token_weights.recipe={rule: entropy_rule, signal: reference_divergence}"
-    signal = signal.replace("entropy_rule", "{kind: damped}")
-    with pytest.raises(TokenWeightsError, match="`reference_log_probs`"):
-        token_weights_config(composed(signal))
-    token_weights_config(composed(signal, "actor_rollout_ref.actor.use_kl_loss=true"))
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("name", ["sampler_ratio_truncated", "sampler_ratio_band"])
+def test_the_ratio_to_the_sampler_is_not_corrected_twice(name, level):
+    asked = [f"token_weights.recipe={name}", f"{SAMPLER}=true"]
+    with pytest.raises(TokenWeightsError, match=f"`{ROLLOUT_IS}`.*got '{level}'.*both multiply"):
+        token_weights_config(composed(*asked, f"{ROLLOUT_IS}={level}"))
+    # A mask is no correction, and VeRL may correct what other recipes weigh.
+    for other in ("second_moment_drop", "low2high"):
+        asked[0] = f"token_weights.recipe={other}"
+        token_weights_config(composed(*asked, f"{ROLLOUT_IS}={level}"))
 
 
 def rows(order):
@@ -79,9 +114,12 @@ def rows(order):
         "prompts": [torch.tensor([prompt, 1]) for _, _, prompt, *_ in made],
         "responses": [ids for *_, ids in made],
         "advantages": [(values[:1] * 4 - 2)[0, :1].expand(n) for _, n, _, values, *_ in made],
-        "old_log_probs": [-3 * values[1] for *_, values, _, _ in made],
+        # Some tokens are improbable, as rules for such tokens want them.
+        "old_log_probs": [-12 * values[1] ** 4 for *_, values, _, _ in made],
         "entropy": [values[2] / 3 for *_, values, _, _ in made],
-        "rollout_log_probs": [-3 * values[3] for *_, values, _, _ in made],
+        "rollout_log_probs": [-12 * values[1] ** 4 + values[3] - 0.5 for *_, values, _, _ in made],
+        "ref_log_prob": [-3 * values[4] for *_, values, _, _ in made],
+        "rm_scores": [values[4] for *_, values, _, _ in made],
         ENTROPY.format(0): [whole for *_, whole, _ in made],
     }
     data = {name: nested(parts) for name, parts in fields.items()}
@@ -89,9 +127,24 @@ def rows(order):
     return keys, TensorDict(data, batch_size=len(made))
 
 
-@pytest.mark.parametrize("name", sorted({*SWAPPED, *SAMPLED}))
+def test_columns_are_verls_fields():
+    keys, data = rows(range(7))
+    batch = rollout_batch(tw.recipe("low2high").placed(1), 7, keys, data)
+    assert {*batch.filled} == {*COLUMNS, "mask", "sample_ids", "prompt_ids", "attention"}
+    assert batch.prompt_ids.tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert len(set(batch.sample_ids.tolist())) == 7
+    for name, field in COLUMNS.items():
+        found, expected = getattr(batch, name), data[field].unbind()
+        for row, values in enumerate(expected):
+            own = found[row, : len(values)] if name != "rewards" else found[row]
+            torch.testing.assert_close(own, values if name != "rewards" else values.sum())
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *WITH])
 def test_weights_do_not_depend_on_the_order_of_rows(name):
-    recipe, order = tw.recipe(name).placed(1 if "_layer" not in name else 40), [4, 0, 6, 2, 5, 1, 3]
+    order, fields = [4, 0, 6, 2, 5, 1, 3], {"name": name}
+    fields |= {"layers": [-1]} if name in SMALL else {}
+    recipe = tw.recipe(fields).placed(1)
     straight, mixed = (
         recipe.weighted(rollout_batch(recipe, 7, *rows(places)), step=30)
         for places in (range(7), order)
@@ -99,25 +152,39 @@ def test_weights_do_not_depend_on_the_order_of_rows(name):
     width = mixed.weights.shape[1]
     torch.testing.assert_close(mixed.weights, straight.weights[order, :width], rtol=1e-6, atol=0)
     torch.testing.assert_close(mixed.scale, straight.scale)
+    mask = rollout_batch(recipe, 7, *rows(range(7))).mask
+    assert name == "full" or straight.weights[mask].unique().numel() > 1, "nothing was weighed"
 
 
-def test_every_named_recipe_trains(tmp_path):
-    """One run takes another recipe every two steps."""
+def trained(folder, recipes, *settings, modules="cpu_platform,swapping"):
+    """The metrics of the steps of each recipe, of one run that takes one after another."""
     more = ["trainer.v1.trainer_mode=tokenweights_swapping", "data.train_batch_size=2"]
     more += ["actor_rollout_ref.actor.ppo_mini_batch_size=2", "actor_rollout_ref.rollout.n=4"]
-    steps, modules = 2 * len(SWAPPED), "cpu_platform,swapping"
-    metrics = run(tmp_path, steps, 1, *more, modules=modules, timeout=1500)
+    more += [f"+swapped=[{','.join(recipes)}]", *settings]
+    steps = STEPS * len(recipes)
+    metrics = run(folder, steps, 1, *more, modules=modules, timeout=1500)
     assert sorted(metrics) == list(range(1, steps + 1))
-    for place, name in enumerate(SWAPPED):
-        for step in (2 * place + 1, 2 * place + 2):
-            weight, norm = (
-                metrics[step][key] for key in ("token_weights/weight_mean", "actor/grad_norm")
-            )
-            assert weight >= 0 and math.isfinite(weight) and math.isfinite(norm), name
+    for step, logged in metrics.items():
+        weight, norm = logged["token_weights/weight_mean"], logged["actor/grad_norm"]
+        name = recipes[(step - 1) // STEPS]
+        assert weight >= 0 and math.isfinite(weight) and math.isfinite(norm), name
+    return [
+        [metrics[STEPS * place + step] for step in range(1, STEPS + 1)]
+        for place in range(len(recipes))
+    ]
+
+
+def test_every_named_recipe_trains_in_the_plainest_configuration(tmp_path):
+    trained(tmp_path, [SMALL.get(name, name) for name in PLAIN])
 
 
 MODULE = """
+import os
 from dataclasses import dataclass
+
+import torch
+
+assert "RANK" not in os.environ, "a worker needs no class of a user's"
 
 
 @dataclass(frozen=True)
@@ -131,29 +198,56 @@ class Doubt:
 @dataclass(frozen=True)
 class Doubted:
     gamma: float = 0.3
+    columns = ("rewards", "advantages")
 
     def __call__(self, scores, batch, *, step, group=None):
+        for prompt in batch.prompt_ids.unique():
+            own = batch.prompt_ids == prompt
+            rewards = batch.rewards[own]
+            expected = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+            found = batch.advantages[own, 0]
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
         return 1 + self.gamma * scores
 """
-OWN = '{signal: "verl_rules:Doubt", rule: {kind: "verl_rules:Doubted", gamma: 0.5}}'
+OWN = "rule: {kind: 'verl_rules:Doubted', gamma: 0.5}"
+SIGNAL = "{kind: mean_of, signals: [{kind: 'verl_rules:Doubt'}, attention_entropy]}"
 
 
-def test_a_recipe_of_a_users_own_is_found_by_its_path(tmp_path, monkeypatch):
+def test_columns_that_settings_give_and_a_recipe_of_a_users_own(tmp_path):
+    """The user's rule checks VeRL's advantages against the rewards of each prompt's responses."""
     (tmp_path / "verl_rules.py").write_text(MODULE)
-    monkeypatch.syspath_prepend(tmp_path)
-    made = token_weights_config(composed(f"token_weights.recipe={OWN}")).token_recipe
-    weighted = made.weighted(rollout_batch(made, 7, *rows(range(7))), step=0)
-    assert weighted.weights.max() > 1
-    sys.modules.pop("verl_rules")
+    settings = [f"{SAMPLER}=true", f"{REFERENCE}=true", "actor_rollout_ref.rollout.top_p=1"]
+    own = f"{{signal: {SIGNAL}, {OWN}}}"
+    first, *_, mine, ratio, last = trained(
+        tmp_path,
+        [
+            DIVERGENCE,
+            "second_moment_drop",
+            "sampler_ratio_band",
+            own,
+            "sampler_ratio_truncated",
+            DIVERGENCE,
+        ],
+        *settings,
+    )
+    # The reference is the policy of the first step, and no later one.
+    assert first[0]["token_weights/score_mean"] == pytest.approx(0, abs=1e-6)
+    assert last[0]["token_weights/score_mean"] > 1e-6
+    assert all(metrics["token_weights/weight_mean"] > 1 for metrics in mine)
+    # The engines of both are on one CPU: but for rounding the ratio of each token is one.
+    for metrics in ratio:
+        assert metrics["token_weights/score_mean"] == pytest.approx(1, abs=1e-3)
+        assert metrics["token_weights/score_std"] < 1e-3
 
 
 def test_a_misspelt_path_fails_before_workers_start(tmp_path):
     (tmp_path / "verl_rules.py").write_text(MODULE)
     path = os.pathsep.join([str(tmp_path), ENVIRONMENT["PYTHONPATH"]])
+    wrong = OWN.replace("Doubted", "Doubtd")
     result = subprocess.run(
         [
             *(sys.executable, "-m", "tokenweights_verl.train"),
-            f"token_weights.recipe={OWN.replace('Doubted', 'Doubtd')}",
+            f"token_weights.recipe={{signal: {SIGNAL}, {wrong}}}",
             f"hydra.run.dir={tmp_path}",
         ],
         env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path},
@@ -163,5 +257,5 @@ def test_a_misspelt_path_fails_before_workers_start(tmp_path):
         cwd=tmp_path,
     )
     assert result.returncode == 1
-    assert "Did you mean 'Doubted'" in result.stderr, json.dumps(result.stderr[-3000:])
+    assert "Did you mean 'Doubted'" in result.stderr, result.stderr[-3000:]
     assert "ray" not in result.stdout.lower()

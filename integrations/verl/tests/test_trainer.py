@@ -30,6 +30,7 @@ def run(folder, steps, ranks, *more, modules="cpu_platform", timeout=600):
         env={
             **os.environ,
             **ENVIRONMENT,
+            "PYTHONPATH": os.pathsep.join([str(folder), ENVIRONMENT["PYTHONPATH"]]),
             "VERL_USE_EXTERNAL_MODULES": modules,
             "RAY_TMPDIR": ray,
             "RAY_prestart_worker_first_driver": "0",

@@ -7,18 +7,16 @@ import torch
 from tensordict import TensorDict
 from tokenweights import GradientSeries
 from tokenweights.capture import AttentionCapture, CapturedAttention, capture_attention
-from torch import Tensor
 from verl.single_controller.base.decorator import make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
-from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
-from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker, TrainingWorkerConfig
 from verl.workers.utils.padding import build_attention_mask_from_nested
 
-from tokenweights_verl.gradients import gradient_metrics
+from tokenweights_verl.probe import gradient_metrics
 from tokenweights_verl.scores import ENTROPY, PROBE
 
-VENDOR = "tokenweights"
+VENDOR, DEVICES = "tokenweights", ["cuda", "npu", "cpu"]
 
 # What a mixin calls belongs to the engine after it; VeRL's own types are too loose to check it.
 _Base: Any = object
@@ -42,7 +40,7 @@ class TokenWeightsEngineMixin(_Base):
             return super().forward_step(micro_batch, loss_function, forward_only)
         packed = tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True)
 
-        def entropy(captured: CapturedAttention) -> Tensor:
+        def entropy(captured: CapturedAttention) -> torch.Tensor:
             """Entropies of this rank's real tokens, row after row."""
             # Queries and keys stay in the precision they have; the sums over them are float32.
             with torch.autocast(captured.query.device.type, enabled=False):
@@ -59,28 +57,21 @@ class TokenWeightsEngineMixin(_Base):
             finally:
                 self._capture = None
 
-    def prepare_model_outputs(
-        self, output: Any, output_args: dict[str, Any], micro_batch: TensorDict, **kwargs: Any
-    ) -> dict[str, Any]:
+    def prepare_model_outputs(self, **given: Any) -> dict[str, Any]:
         """VeRL's outputs of one micro-batch, and the entropies where the tap is open."""
-        outputs = super().prepare_model_outputs(
-            output=output, output_args=output_args, micro_batch=micro_batch, **kwargs
-        )
+        outputs = super().prepare_model_outputs(**given)
         if self._capture is not None:
-            ids: Any = micro_batch["input_ids"]
-            bounds = ids.offsets()
-            for place, (entropy,) in enumerate(self._capture.calls.values()):
+            bounds, places = given["micro_batch"]["input_ids"].offsets(), given["output_args"]
+            for layer, (entropy,) in self._capture.calls.items():
                 # Slices are gathered, and the padding at the end of a packed row is dropped.
-                if "pad_size" in output_args:
-                    entropy = self._gather_and_unpad_packed(entropy, output_args["pad_size"])
+                if "pad_size" in places:
+                    entropy = self._gather_and_unpad_packed(entropy, places["pad_size"])
                 entropy = torch.nested.nested_tensor_from_jagged(entropy, bounds.to(entropy.device))
-                outputs[ENTROPY.format(place)] = entropy
+                outputs[ENTROPY.format(layer)] = entropy
         return outputs
 
 
-@EngineRegistry.register(
-    "language_model", ["fsdp", "fsdp2"], device=["cuda", "npu", "cpu"], vendor=VENDOR
-)
+@EngineRegistry.register("language_model", ["fsdp", "fsdp2"], device=DEVICES, vendor=VENDOR)
 class TokenWeightsFSDPEngine(TokenWeightsEngineMixin, FSDPEngineWithLMHead):
     """VeRL's FSDP engine with attention entropies; see `TokenWeightsEngineMixin`."""
 
@@ -100,7 +91,7 @@ class TokenWeightsTrainingWorker(TrainingWorker):
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"))
     def gradient_metrics(self, data: TensorDict) -> TensorDict:
-        """The `gradient/*` metrics of a probe batch; see `gradients.gradient_metrics`."""
+        """The `gradient/*` metrics of a probe batch; see `probe.gradient_metrics`."""
         metrics = gradient_metrics(self.engine, data, self._series)
         return tu.get_tensordict(tensor_dict={}, non_tensor_dict={"metrics": metrics})
 

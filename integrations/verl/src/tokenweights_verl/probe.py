@@ -1,21 +1,37 @@
-"""Gradient geometry during training: every N steps, on a probe batch that stays the same."""
+"""Gradient geometry during training: every N steps, on a probe batch that stays the same.
 
+The driver chooses the batch and the steps; the actor's workers take the gradients, through VeRL's
+own forward pass.
+"""
+
+from functools import partial
 from typing import Any
 
 import tokenweights as tw
+import torch
 import transfer_queue as tq
 from tensordict import TensorDict
 from tokenweights._errors import invalid
+from tokenweights.gradients.preserved import preserved
+from tokenweights.recipes import RolloutBatch
 from tokenweights.recipes.identity import text_numbers
 from tokenweights.report.records import append_log
+from torch import Tensor, nn
+from torch.nn.functional import pad
 from transfer_queue import KVBatchMeta
 from verl.utils import tensordict_utils as tu
 from verl.utils.debug import marked_timer
+from verl.utils.device import get_device_id
+from verl.workers.engine.utils import prepare_micro_batches
 
-from tokenweights_verl.scores import PROBE, placed
+from tokenweights_verl.scores import PROBE, attention_columns, placed, response_scores
 
-# What the probe reads of a rollout batch.
+# What the probe reads of a rollout batch, and what of it the gradients need beside the passes.
 IDS, KEYS = ("prompts", "responses"), ("input_ids", "position_ids", "response_mask", "advantages")
+KEPT = ("response_mask", "advantages", "sample_ids")
+# How VeRL cuts a batch into micro-batches and lays them out.
+LAYOUT = ("use_dynamic_bsz", "max_token_len_per_gpu", "micro_batch_size_per_gpu")
+LAYOUT = (*LAYOUT, "use_remove_padding", "use_fused_kernels")
 
 # What a mixin calls belongs to the trainer after it; VeRL's own types are too loose to check it.
 _Base: Any = object
@@ -44,23 +60,25 @@ class GradientProbeMixin(_Base):
 
     def _init_tokenizer(self) -> None:
         super()._init_tokenizer()
-        if self._token_weights.gradient_probe_steps is None:
-            return
-        if self.processor is not None:
-            hint = "Leave out the probe."
-            raise invalid("verl", "model", "a text model", "one with images", hint)
+        probed = self._token_weights.gradient_probe_steps is not None
+        if probed and self.processor is not None:
+            raise invalid("verl", "model", "a text model", "with images", "Leave out the probe.")
         rule = self.recipe if self.recipe.attention else tw.recipe("low2high")
-        self._probe_attention = placed(rule, self.config).attention
+        self._probe_attention = placed(rule, self.config).attention if probed else None
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         batch = super()._compute_advantage(batch, metrics)
-        if self._token_weights.gradient_probe_steps is not None and self._probe_batch is None:
+        if self._probe_attention is not None and self._probe_batch is None:
             where = {"keys": batch.keys, "partition_id": batch.partition_id}
             data = tq.kv_batch_get(**where, select_fields=[*IDS, *KEYS])
             valid = data["response_mask"].values().bool()
             if bool((data["advantages"].values()[valid] != 0).any()):
                 texts = (data[key].unbind() for key in IDS)
                 data["sample_ids"] = text_numbers(self.global_steps, *texts)
+                asked = {"tolerance": self._token_weights.gradient_probe_tolerance}
+                asked["temperature"] = self.config.actor_rollout_ref.rollout.temperature
+                tu.assign_non_tensor(data, **asked)
+                tu.assign_non_tensor_data(data, PROBE, self._probe_attention)
                 self._probe_batch = data
         return batch
 
@@ -69,15 +87,82 @@ class GradientProbeMixin(_Base):
         batch, every = super().step(metrics, timing_raw), self._token_weights.gradient_probe_steps
         if self._probe_batch is not None and (self.global_steps - 1) % every == 0:
             with marked_timer("gradient_probe", timing_raw):
-                found = self._probed(self._probe_batch.clone(recurse=False))
+                data = self._probe_batch.clone(recurse=False)
+                found = tu.get(self.actor_rollout_wg.gradient_metrics(data), "metrics")
             metrics.update(found)
             if path := self._token_weights.gradient_probe_file:
                 append_log(path, found, step=self.global_steps)
         return batch
 
-    def _probed(self, data: TensorDict) -> dict[str, float]:
-        tolerance = self._token_weights.gradient_probe_tolerance
-        temperature = self.config.actor_rollout_ref.rollout.temperature
-        tu.assign_non_tensor(data, temperature=temperature, tolerance=tolerance)
-        tu.assign_non_tensor_data(data, PROBE, self._probe_attention)
-        return tu.get(self.actor_rollout_wg.gradient_metrics(data), "metrics")
+
+def gradient_metrics(engine: Any, data: TensorDict, series: tw.GradientSeries) -> dict[str, float]:
+    """The `gradient/*` metrics of a probe batch; the engine's state stays as it is, bit for bit.
+
+    Args:
+        engine: An FSDP engine with `TokenWeightsEngineMixin`.
+        data: This rank's rows as VeRL trains on them, with `sample_ids`; an attention signal with
+            the layers it reads, `temperature` and `tolerance` go along.
+        series: Holds the dispersion over the probes so far.
+
+    Returns:
+        Finite numbers, the same on every rank.
+
+    Raises:
+        TokenWeightsError: If the engine trains in float16, or the projection ratios do not sum to
+            one.
+    """
+    attention, tolerance = (tu.get_non_tensor_data(data, key, None) for key in (PROBE, "tolerance"))
+    layout: Any = {key: getattr(engine.engine_config, key) for key in LAYOUT}
+    tu.assign_non_tensor(data, **layout, sp_size=engine.ulysses_sequence_parallel_size)
+    module, group = engine.module, engine.get_data_parallel_group()
+    # Dynamic micro-batches are not consecutive rows; from here on theirs is the order of rows.
+    parts = prepare_micro_batches(data=data.to(get_device_id()), dp_group=group)[0]
+
+    def present(part: TensorDict, rows: slice) -> Tensor:
+        """Log-probabilities of a micro-batch with their graph; it is asked for all of its rows."""
+        output = _outputs(engine, part, forward_only=False)["log_probs"]
+        found = response_scores(output, part["response_mask"], alignment="deciding")
+        return pad(found, (0, mask.shape[1] - found.shape[1]))
+
+    with engine.train_mode(zero_grad_on_exit=False):
+        found = []
+        with preserved("gradient_metrics", module), torch.no_grad():
+            for part in parts:
+                found.append(part.select(*KEPT).update(_outputs(engine, part, forward_only=True)))
+        whole = tu.concat_tensordict(found)
+        padded = whole.select("response_mask", "advantages").to_padded_tensor()
+        mask, advantages = padded["response_mask"].bool(), padded["advantages"].float()
+        old = response_scores(whole["log_probs"], whole["response_mask"], alignment="deciding")
+        losses, sizes = [], [len(part) for part in parts]
+        rows = (column.split(sizes) for column in (old, advantages, mask))
+        for part, *own in zip(parts, *rows, strict=True):
+            losses += tw.unclipped_losses(partial(present, part), *own, micro_batch_size=len(part))
+        scores = attention(RolloutBatch(mask=mask, attention=attention_columns(attention, whole)))
+        return series.metrics(
+            tw.GradientProbe(module, group=group, gradients=partial(_taken_gradients, module)),
+            losses,
+            scores=scores,
+            mask=mask,
+            sample_ids=whole["sample_ids"],
+            tolerance=tolerance,
+            autocast=engine._autocast_dtype,
+        )
+
+
+def _outputs(engine: Any, part: TensorDict, *, forward_only: bool) -> dict[str, Any]:
+    """What a pass gives for each row, which the engine hands to a loss and to nobody else."""
+    kept: dict[str, Any] = {}
+
+    def keep(model_output: Any, data: TensorDict, dp_group: Any = None) -> Any:
+        kept.update(model_output)
+        return torch.zeros(()), {}
+
+    engine.forward_step(part, loss_function=keep, forward_only=forward_only)
+    return kept
+
+
+def _taken_gradients(module: nn.Module) -> list[Tensor]:
+    """This rank's shards of the gradients, DTensors or flat ones, taken away from the module."""
+    shards = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    module.zero_grad(set_to_none=True)
+    return shards

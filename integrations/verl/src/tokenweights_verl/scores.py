@@ -7,12 +7,13 @@ from omegaconf import DictConfig
 from tensordict import TensorDict
 from tokenweights.recipes import Recipe, RolloutBatch
 from tokenweights.recipes.identity import label_numbers, text_numbers
+from tokenweights.recipes.signals import AttentionEntropy
 from torch import Tensor
 from verl.utils.config import omega_conf_to_dataclass
 
 # The key of the signal that goes along with a batch whose attention is wanted.
 PROBE = "attention_probe"
-# The key of the output that answers it, one for each probed layer.
+# The key of the output that answers it, by the number of the layer.
 ENTROPY = "attention_entropy_{}"
 ATTENTION = ("full_attention", "sliding_attention")
 # VeRL's names for the columns of a rollout batch.
@@ -77,6 +78,21 @@ def response_scores(scores: Nested, response_mask: Nested, *, alignment: str) ->
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
+def attention_columns(attention: AttentionEntropy, data: TensorDict) -> dict[int, Tensor]:
+    """Entropies of response tokens, `batch token` for each layer, out of a pass's outputs.
+
+    Args:
+        attention: What was read, with its layers numbered.
+        data: The outputs, one for each layer, and `response_mask`.
+
+    Returns:
+        Entropies by the number of the layer.
+    """
+    row = {"response_mask": data["response_mask"], "alignment": attention.alignment}
+    layers = attention.layers or ()
+    return {layer: response_scores(data[ENTROPY.format(layer)], **row) for layer in layers}
+
+
 def rollout_batch(recipe: Recipe, step: int, keys: list[str], data: TensorDict) -> RolloutBatch:
     """A rollout batch with the columns that a recipe reads.
 
@@ -96,11 +112,7 @@ def rollout_batch(recipe: Recipe, step: int, keys: list[str], data: TensorDict) 
     if "rewards" in columns:
         columns["rewards"] = columns["rewards"].sum(-1)
     if recipe.attention is not None:
-        row = {"response_mask": data["response_mask"], "alignment": recipe.attention.alignment}
-        columns["attention"] = {
-            layer: response_scores(data[ENTROPY.format(place)], **row)
-            for place, layer in enumerate(recipe.layers)
-        }
+        columns["attention"] = attention_columns(recipe.attention, data)
     return RolloutBatch(
         mask=padded["response_mask"].bool(),
         sample_ids=text_numbers(step, data["prompts"].unbind(), data["responses"].unbind()),

@@ -5,7 +5,6 @@ from typing import Any
 import ray
 import transfer_queue as tq
 from omegaconf import DictConfig
-from tensordict import TensorDict
 from tokenweights.report.records import append_log
 from tokenweights.report.rollouts import RolloutRecords
 from transfer_queue import KVBatchMeta
@@ -40,9 +39,8 @@ class TokenWeightsMixin(_Base):
     """
 
     def __init__(self, config: DictConfig) -> None:
-        self._token_weights = token_weights_config(config)
-        self.recipe = self._token_weights.token_recipe
-        asked = self._token_weights
+        self._token_weights = asked = token_weights_config(config)
+        self.recipe = asked.token_recipe
         self._records = RolloutRecords(asked.token_records, every=asked.token_records_steps)
         # VeRL chooses queue and data loader by the name of the mode.
         mode = config.trainer.v1.trainer_mode
@@ -70,8 +68,8 @@ class TokenWeightsMixin(_Base):
         batch = super()._compute_advantage(batch, metrics)
         where, step = {"keys": batch.keys, "partition_id": batch.partition_id}, self.global_steps
         read = [COLUMNS[name] for name in self.recipe.columns if name in COLUMNS]
-        layers = [ENTROPY.format(place) for place in range(len(self.recipe.layers))]
-        data = tq.kv_batch_get(**where, select_fields=[*dict.fromkeys((*FIELDS, *read)), *layers])
+        layers = map(ENTROPY.format, self.recipe.layers)
+        data = tq.kv_batch_get(**where, select_fields=sorted({*FIELDS, *read, *layers}))
         rows = rollout_batch(self.recipe, step, batch.keys, data)
         rollout = self.recipe.weighted(rows, step=step - 1)
         metrics.update({f"token_weights/{name}": v for name, v in rollout.metrics.items()})
@@ -79,13 +77,10 @@ class TokenWeightsMixin(_Base):
         prompt = {"prompt": lambda row: decode(prompts[row]), "decode": decode}
         self._records.append(self.recipe, rows, rollout, step=step - 1, **prompt)
         weighted = rows.advantages * rollout.weights * rollout.scale
-        nested = response_to_nested(weighted, data["response_mask"])
-        fields = TensorDict({"advantages": nested}, batch_size=len(batch))
-        return tq.kv_batch_put(**where, fields=fields)
+        data["advantages"] = response_to_nested(weighted, data["response_mask"])
+        return tq.kv_batch_put(**where, fields=data.select("advantages"))
 
-    def _compute_metrics(
-        self, batch: KVBatchMeta, metrics: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
+    def _compute_metrics(self, batch: KVBatchMeta, metrics: Any, *args: Any, **kwargs: Any) -> None:
         super()._compute_metrics(batch, metrics, *args, **kwargs)
         if path := self._token_weights.metrics_file:
             append_log(path, metrics, step=self.global_steps)
