@@ -349,6 +349,14 @@ CASES = {
         ]
     ),
     "bottom_fraction": Case(lambda b: tw.bottom_fraction(b.scores, b.mask, fraction=0.5)),
+    "gated_loss": Case(
+        lambda b: [
+            part
+            for mode in ("drop", "detach", "soft")
+            for kept in [tw.gated_loss(b.token_loss, b.mask, b.some, mode=mode)]
+            for part in (kept.token_loss, kept.mask)
+        ]
+    ),
     "clipped_surrogate_loss": Case(lambda b: surrogate(b, b.log_probs)),
     "clipped_surrogate_loss gradient": Case(
         lambda b: gradient(lambda x: surrogate(b, x), b.log_probs)

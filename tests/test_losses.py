@@ -240,3 +240,112 @@ LOSS = torch.rand(1, 2)
 def test_nonsense_is_refused(make):
     with pytest.raises(TokenWeightsError, match="expected"):
         make()
+
+
+def surrogates(log_probs, old, advantages, **options):
+    log_probs = log_probs.clone().requires_grad_()
+    loss = tw.clipped_surrogate_loss(log_probs, old, advantages, **options)
+    return loss, torch.autograd.grad(loss.nansum(), log_probs)[0]
+
+
+@given(scored_masks(), st.floats(0, 1), st.floats(0, 2))
+def test_clip_bounds_of_tokens_are_those_of_one_token_each(case, low, high):
+    scores, mask = case
+    old, advantages = scores.nan_to_num() - 0.6, scores.nan_to_num() * 4 - 2
+    log_probs = advantages.flip(-1) / 2
+    plain = surrogates(log_probs, old, advantages, clip_low=low, clip_high=high, mask=mask)
+    lows, highs = (torch.full_like(old, end).where(mask, math.nan) for end in (low, high))
+    for bounds in (
+        {"clip_low": lows},
+        {"clip_high": highs},
+        {"clip_low": lows, "clip_high": highs},
+    ):
+        options = {"clip_low": low, "clip_high": high} | bounds
+        found = surrogates(log_probs, old, advantages, **options, mask=mask)
+        assert all(map(torch.equal, found, plain))
+    column = torch.full((len(mask), 1), low, dtype=old.dtype)
+    options = {"clip_low": column, "clip_high": high, "mask": mask}
+    assert torch.equal(surrogates(log_probs, old, advantages, **options)[0], plain[0])
+
+
+def test_each_token_is_clipped_at_its_own_bound():
+    new, old = torch.tensor([[1.5, 1.5, 0.5, 0.5]]).log(), torch.zeros(1, 4)
+    advantages = torch.tensor([[1.0, 1.0, -1.0, -1.0]])
+    bounds = torch.tensor([[0.2, 0.6, 0.2, 0.6]])
+    loss, gradient = surrogates(new, old, advantages, clip_low=bounds, clip_high=bounds)
+    torch.testing.assert_close(loss, torch.tensor([[-1.2, -1.5, 0.8, 0.5]]))
+    assert (gradient != 0).tolist() == [[False, True, False, True]]
+
+
+def test_without_bounds_nothing_is_clipped():
+    new, old = torch.tensor([[3.0, -3.0]]), torch.zeros(1, 2)
+    advantages = torch.tensor([[2.0, -2.0]])
+    loss, _ = surrogates(new, old, advantages, clip_low=1.0, clip_high=math.inf)
+    torch.testing.assert_close(loss, -new.exp() * advantages)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "words"),
+    [
+        ({"clip_low": torch.tensor([[0.2, 1.5]])}, "`clip_low` in [0, 1], got 1.5"),
+        ({"clip_high": torch.tensor([[0.2, -0.5]])}, "`clip_high` in [0, inf], got -0.5"),
+        ({"clip_high": torch.tensor([[0.2, math.nan]])}, "got nan"),
+        ({"clip_low": torch.tensor([0.2, 0.2])}, "`clip_low`"),
+    ],
+)
+def test_clip_bounds_out_of_range_are_refused(bounds, words):
+    with pytest.raises(TokenWeightsError) as error:
+        tw.clipped_surrogate_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2), **bounds)
+    assert words in str(error.value)
+
+
+@given(scored_masks(), st.sampled_from(["drop", "detach", "soft"]))
+def test_gates_have_the_values_and_gradients_that_they_say(case, mode):
+    scores, mask = case
+    token_loss = torch.where(mask, scores.double() - 0.4, math.nan).requires_grad_()
+    gate = scores > 0.5
+    kept = tw.gated_loss(token_loss, mask, gate, mode=mode)
+    loss = tw.weighted_token_mean(kept.token_loss, kept.mask)
+    (gradient,) = torch.autograd.grad(loss, token_loss)
+    values = np.where(mask, scores.nan_to_num().double() - 0.4, 0)
+    counted = (mask & gate) if mode == "drop" else mask
+    count = max(int(counted.sum()), 1)
+    expected = (values * np.asarray(counted)).sum() / count
+    assert float(loss) == pytest.approx(expected, abs=1e-12)
+    assert gradient.numpy() == pytest.approx(np.asarray(mask & gate) / count)
+
+
+def test_a_soft_gate_scales_gradients_and_keeps_values():
+    token_loss = torch.tensor([[1.0, 2.0, 1e30]], requires_grad=True)
+    mask = torch.tensor([[True, True, True]])
+    gate = torch.tensor([[0.25, 3.0, 0.0]])
+    kept = tw.gated_loss(token_loss, mask, gate, mode="soft")
+    assert torch.equal(kept.token_loss, token_loss) and torch.equal(kept.mask, mask)
+    (gradient,) = torch.autograd.grad(kept.token_loss.sum(), token_loss)
+    assert torch.equal(gradient, gate)
+
+
+@pytest.mark.parametrize("mode", ["drop", "detach", "soft"])
+def test_gated_micro_batches_sum_to_the_batch(mode):
+    generator = torch.Generator().manual_seed(0)
+    token_loss = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    mask = torch.rand(5, 7, generator=generator) < 0.8
+    gate = torch.rand(5, 7, generator=generator) < 0.5
+    whole = tw.gated_loss(token_loss, mask, gate, mode=mode)
+    count = tw.loss_denominator(whole.mask)
+    parts = [
+        tw.gated_loss(token_loss[rows], mask[rows], gate[rows], mode=mode)
+        for rows in (slice(0, 1), slice(1, 4), slice(4, 5))
+    ]
+    total = sum(tw.weighted_token_mean(p.token_loss, p.mask, count=count) for p in parts)
+    torch.testing.assert_close(total, tw.weighted_token_mean(whole.token_loss, whole.mask))
+
+
+def test_gates_that_do_not_fit_are_refused():
+    ones = torch.ones(1, 2)
+    with pytest.raises(TokenWeightsError, match="of booleans with the mode 'drop'"):
+        tw.gated_loss(ones, ones.bool(), ones)
+    with pytest.raises(TokenWeightsError, match="`gate` >= 0"):
+        tw.gated_loss(ones, ones.bool(), -ones, mode="soft")
+    with pytest.raises(TokenWeightsError, match="finite"):
+        tw.gated_loss(ones, ones.bool(), ones * math.nan, mode="soft")

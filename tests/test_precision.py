@@ -252,6 +252,15 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
         for shape in ("linear", "exponential", "sigmoid")
     ],
     "capture_attention": captured,
+    "gated_loss": lambda i: [
+        tw.gated_loss(i.token_loss, i.mask, gate, mode=mode)
+        for mode, gate in (
+            ("drop", i.subset),
+            ("detach", i.subset),
+            ("soft", i.subset),
+            ("soft", i.weights),
+        )
+    ],
     "clipped_surrogate_loss": lambda i: [
         tw.clipped_surrogate_loss(
             i.log_probs * 20, i.old_log_probs, i.advantages, dual_clip=dual_clip, mask=i.mask

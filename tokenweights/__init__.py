@@ -77,8 +77,10 @@ from tokenweights.likelihood import reference_divergence as reference_divergence
 from tokenweights.likelihood import relative_surprisal as relative_surprisal
 from tokenweights.likelihood import sampled_probability as sampled_probability
 from tokenweights.likelihood import surprisal as surprisal
+from tokenweights.losses import GatedLoss as GatedLoss
 from tokenweights.losses import aggregate_loss as aggregate_loss
 from tokenweights.losses import clipped_surrogate_loss as clipped_surrogate_loss
+from tokenweights.losses import gated_loss as gated_loss
 from tokenweights.losses import loss_denominator as loss_denominator
 from tokenweights.losses import weighted_token_mean as weighted_token_mean
 from tokenweights.masked import masked_extrema as masked_extrema
@@ -162,6 +164,7 @@ __all__ = [
     "CollapseVerdict",
     "Endpoints",
     "ExchangeBytes",
+    "GatedLoss",
     "GradientGeometry",
     "GradientProbe",
     "GradientSeries",
@@ -215,6 +218,7 @@ __all__ = [
     "extreme_tokens",
     "first_tokens",
     "front_fraction",
+    "gated_loss",
     "gathered",
     "global_extrema",
     "global_sum",

@@ -1,20 +1,20 @@
-"""The command line: `python -m tokenweights inspect` and `python -m tokenweights report`."""
+"""The command line: `python -m tokenweights inspect`, `report` and `compare`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from tokenweights._errors import TokenWeightsError
-from tokenweights.commands import inspect, report
+from tokenweights.commands import compare, inspect, report
 
-COMMANDS = {"inspect": inspect, "report": report}
+COMMANDS = {"inspect": inspect, "report": report, "compare": compare}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status, 2 if something was wrong with the input."""
     parser = argparse.ArgumentParser(
         prog="python -m tokenweights",
-        description="Look at token weights: at one response, or at a whole run.",
+        description="Look at token weights: at one response, at a whole run, or at several.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():

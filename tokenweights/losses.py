@@ -1,6 +1,8 @@
 """Per-token policy losses and their weighted aggregation, with the denominator in plain sight."""
 
-from typing import Literal, get_args
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,7 @@ from tokenweights.masked import (
     accumulator_dtype,
     batch_total,
     masked_sum,
+    require_finite,
     require_weights,
     row_chunks,
     sum_dtype,
@@ -21,6 +24,7 @@ from tokenweights.masked import (
 
 MAX_LOG_RATIO = 80.0
 
+GateMode = Literal["drop", "detach", "soft"]
 Denominator = Literal["all_tokens", "selected_tokens", "weight_sum"]
 AggregationMode = Literal[
     "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
@@ -33,8 +37,8 @@ def clipped_surrogate_loss(
     old_log_probs: Float[Tensor, "batch token"],
     advantages: Float[Tensor, "batch #token"],
     *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
+    clip_low: float | Float[Tensor, "batch #token"] = 0.2,
+    clip_high: float | Float[Tensor, "batch #token"] = 0.28,
     dual_clip: float | None = None,
     mask: Bool[Tensor, "batch token"] | None = None,
 ) -> Float[Tensor, "batch token"]:
@@ -50,8 +54,10 @@ def clipped_surrogate_loss(
         log_probs: Of the current policy; the gradient flows here.
         old_log_probs: Of the policy that generated the tokens.
         advantages: One for each token, or one for each response, `batch 1`.
-        clip_low: $\epsilon_{low}$; DAPO's stock value.
-        clip_high: $\epsilon_{high}$; DAPO's stock value.
+        clip_low: $\epsilon_{low}$ in [0, 1], one or one for each token or response; DAPO's stock
+            value. 1 clips nothing, since a ratio is above 0.
+        clip_high: $\epsilon_{high} \ge 0$, one or several as `clip_low`; DAPO's stock value.
+            `math.inf` clips nothing.
         dual_clip: $c > 1$, or None.
         mask: True for valid tokens. Losses elsewhere are 0, and so are their gradients, even where
             the inputs are NaN.
@@ -67,14 +73,8 @@ def clipped_surrogate_loss(
         >>> clipped_surrogate_loss(new, old, torch.tensor([[1.0]]))
         tensor([[-1.2800, -1.0000]])
     """
-    if not (0 <= clip_low <= 1 and clip_high >= 0):
-        raise invalid(
-            "clipped_surrogate_loss",
-            "clip_low, clip_high",
-            "in [0, 1] and >= 0",
-            (clip_low, clip_high),
-            "They are distances from 1: 0.2 clips ratios below 0.8.",
-        )
+    low = _clip_bound("clip_low", clip_low, mask, log_probs, most=1.0)
+    high = _clip_bound("clip_high", clip_high, mask, log_probs, most=math.inf)
     if dual_clip is not None and not dual_clip > 1:
         raise invalid("clipped_surrogate_loss", "dual_clip", "> 1", dual_clip, "DAPO uses 10.")
     if mask is not None:
@@ -87,11 +87,119 @@ def clipped_surrogate_loss(
     )
     # Bounded where exp would overflow: 0 * inf would be NaN for a token of weight 0.
     ratio = (log_probs - old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    if isinstance(low, Tensor) or isinstance(high, Tensor):  # `clamp` takes no mixture
+        low, high = (torch.as_tensor(end, device=ratio.device).to(ratio) for end in (low, high))
+    clipped = ratio.clamp(1 - low, 1 + high)  # pyright: ignore[reportArgumentType]
     loss = -torch.minimum(ratio * advantages, clipped * advantages)
     if dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
     return loss
+
+
+def _clip_bound(
+    name: str, bound: float | Tensor, mask: Tensor | None, like: Tensor, *, most: float
+) -> float | Tensor:
+    """A distance from 1, checked where it counts and 0 elsewhere; detached."""
+    hint = "It is a distance from 1: 0.2 clips ratios at 0.8 or at 1.2."
+    condition = f"in [0, {most:g}]"
+    if not isinstance(bound, Tensor):
+        if not 0 <= bound <= most:
+            raise invalid("clipped_surrogate_loss", name, condition, bound, hint)
+        return bound
+    bound = bound.detach().expand(like.shape)
+    bound = bound if mask is None else torch.where(mask, bound, 0.0)
+    if not torch.compiler.is_compiling() and not bool(((bound >= 0) & (bound <= most)).all()):
+        got = bound[~((bound >= 0) & (bound <= most))][0].item()
+        raise invalid("clipped_surrogate_loss", name, condition, got, hint)
+    return bound
+
+
+@dataclass(frozen=True)
+class GatedLoss:
+    """Token losses behind a gate, and the tokens that count.
+
+    Attributes:
+        token_loss: Unreduced losses, 0 off the mask.
+        mask: True for the tokens that a mean over tokens counts.
+    """
+
+    token_loss: Float[Tensor, "batch token"]
+    mask: Bool[Tensor, "batch token"]
+
+
+@typed
+def gated_loss(
+    token_loss: Float[Tensor, "batch token"],
+    mask: Bool[Tensor, "batch token"],
+    gate: Bool[Tensor, "batch token"] | Float[Tensor, "batch token"],
+    *,
+    mode: GateMode = "drop",
+) -> GatedLoss:
+    """Token losses of which a gate takes tokens or gradients away; for `weighted_token_mean`.
+
+    | mode | a token that the gate rejects |
+    |---|---|
+    | `drop` | leaves the loss and the count |
+    | `detach` | keeps its loss and its place in the count, and gives no gradient |
+    | `soft` | keeps both; its gradient is multiplied by the gate, any number >= 0 |
+
+    Frameworks disagree on the count: with `drop` the other tokens weigh more, with the other two
+    they weigh what they did. A mean over several micro-batches needs the `count` of all of them,
+    from `loss_denominator` of the returned masks.
+
+    Args:
+        token_loss: Unreduced losses; the gradient flows here.
+        mask: True for valid response tokens.
+        gate: True for tokens that pass; for `soft` also a number for each token. It carries no
+            gradient, and values off the mask never matter.
+        mode: One of the modes above.
+
+    Returns:
+        The losses, of the dtype of `token_loss`, and the mask.
+
+    Raises:
+        TokenWeightsError: If the gate holds numbers and the mode is not `soft`, or a valid number
+            is negative or not finite.
+
+    Example:
+        >>> token_loss = torch.tensor([[1.0, 3.0]], requires_grad=True)
+        >>> mask, gate = torch.ones(1, 2, dtype=torch.bool), torch.tensor([[True, False]])
+        >>> for mode in ("drop", "detach", "soft"):
+        ...     kept = gated_loss(token_loss, mask, gate, mode=mode)
+        ...     loss = weighted_token_mean(kept.token_loss, kept.mask)
+        ...     print(mode, loss.item(), *torch.autograd.grad(loss, token_loss))
+        drop 1.0 tensor([[1., 0.]])
+        detach 2.0 tensor([[0.5000, 0.0000]])
+        soft 2.0 tensor([[0.5000, 0.0000]])
+    """
+    hard = gate.dtype == torch.bool
+    if not hard and mode != "soft":
+        hint = "Compare it with a bound first, or use the mode 'soft'."
+        raise invalid("gated_loss", "gate", f"of booleans with the mode {mode!r}", gate.dtype, hint)
+    loss = torch.where(mask, token_loss, 0.0)
+    if mode == "drop":
+        return GatedLoss(torch.where(gate, loss, 0.0), mask & gate)
+    if hard:
+        return GatedLoss(torch.where(gate, loss, loss.detach()), mask)
+    require_finite("gated_loss", "gate", gate, mask)
+    factor = torch.where(mask, gate.detach(), 0.0).to(loss.dtype)
+    if not torch.compiler.is_compiling() and bool((factor < 0).any()):
+        hint = "It multiplies the gradient of a token."
+        raise invalid("gated_loss", "gate", ">= 0", factor.min().item(), hint)
+    return GatedLoss(_ScaledGradient.apply(loss, factor), mask)
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The values as they are, bit for bit; their gradient times a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
+        return gradients[0] * ctx.saved_tensors[0], None
 
 
 @agreed

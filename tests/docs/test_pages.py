@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import field
 import pytest
 
 import tokenweights as tw
@@ -107,6 +108,11 @@ def test_relative_links_resolve(page):
         if not re.match(r"[a-z]+:|#", target):
             path = page.parent / target.split("#")[0]
             assert path.exists(), f"{name(page)} links to {target}"
+
+
+def test_the_table_of_the_fields_rules_is_true():
+    page = (DOCS / "field.md").read_text()
+    assert page.partition(field.BEGIN)[2].partition(field.END)[0].strip() == field.table()
 
 
 def test_every_part_of_a_recipe_is_in_the_tables():

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenweights.distributed import global_sum
-from tokenweights.masked import accumulator_dtype, masked_ranks, masked_sum
+from tokenweights.masked import accumulator_dtype, masked_ranks, masked_sum, require_finite
 from tokenweights.recipes.batch import RolloutBatch
-from tokenweights.recipes.parts import Part, Rule, Signal, columns_of, decimal, part_lines
+from tokenweights.recipes.parts import Part, Rule, Signal, columns_of, decimal, label, part_lines
 from tokenweights.recipes.rules import Uniform
 from tokenweights.scopes import Sign, candidates
 
@@ -154,7 +154,9 @@ class On(Part):
     ) -> Tensor:
         """The rule's weights."""
         batch.require(columns_of(self.signal), caller=self.kind)
-        return self.rule(self.signal(batch), batch, step=step, group=group)
+        scores = self.signal(batch)
+        require_finite(label(self.signal), "scores", scores, batch.mask)
+        return self.rule(scores, batch, step=step, group=group)
 
     def lines(self) -> list[str]:
         """Signal and rule."""
@@ -184,6 +186,7 @@ class BatchMean(Part):
     def __call__(self, batch: RolloutBatch, *, step: int, group: Group = None) -> bool:
         """Whether it holds; not for a batch without a token."""
         scores, dtype = self.signal(batch), accumulator_dtype(batch.mask.device)
+        require_finite(label(self.signal), "scores", scores, batch.mask)
         own = [masked_sum(scores.to(dtype), batch.mask), batch.mask.sum().to(dtype)]
         total, count = global_sum(torch.stack(own), group=group).tolist()
         if count == 0:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tokenweights._random import random_keys
 from tokenweights.distributed import global_extrema, global_sum
-from tokenweights.masked import accumulator_dtype, masked_extrema
+from tokenweights.likelihood import sampled_probability
+from tokenweights.masked import accumulator_dtype, masked_extrema, require_finite
 from tokenweights.partition import exact_share
 from tokenweights.recipes.batch import RolloutBatch
 from tokenweights.recipes.parts import Part, decimal
@@ -304,8 +305,10 @@ class RarePositives(Part):
         """Weights by the two thresholds."""
         log_probs, entropy = batch.log_probs, batch.predictive_entropy
         assert log_probs is not None and entropy is not None
+        require_finite(self.kind, "log_probs", log_probs, batch.mask)
+        require_finite(self.kind, "predictive_entropy", entropy, batch.mask)
         positive = _of_sign(self, batch, "positive")
-        rare = positive & (log_probs.exp() < self.probability)
+        rare = positive & (sampled_probability(log_probs) < self.probability)
         among = rare if self.among == "improbable" else batch.mask
         threshold = score_quantile(
             entropy, among, fraction=self.quantile, scope="batch", group=group
@@ -345,6 +348,8 @@ class SecondMoment(Part):
     ) -> Tensor:
         """Weights by the budget."""
         assert batch.log_probs is not None and batch.sampler_log_probs is not None
+        require_finite(self.kind, "log_probs", batch.log_probs, batch.mask)
+        require_finite(self.kind, "sampler_log_probs", batch.sampler_log_probs, batch.mask)
         ratio = batch.log_probs.float() - batch.sampler_log_probs.float()
         ratio = torch.where(batch.mask, ratio, 0.0)
         looked_at = (_of_sign(self, batch, "positive") & (ratio > 0)) | (

@@ -6,6 +6,13 @@ responses, and the `*_figure` functions return matplotlib figures. Figures and t
 extra `tokenweights[report]`; records and traces need nothing beyond the library.
 """
 
+from tokenweights.report.comparison import (
+    Comparison,
+    Effect,
+    RecipeResult,
+    recipe_comparison,
+)
+from tokenweights.report.comparison_page import comparison_figure, comparison_html
 from tokenweights.report.dynamics import entropy_metrics
 from tokenweights.report.figures import (
     attention_map_figure,
@@ -24,6 +31,7 @@ from tokenweights.report.figures import (
 )
 from tokenweights.report.inspection import inspected_records
 from tokenweights.report.page import run_report_html
+from tokenweights.report.recipe_runs import RecipeRun, recipe_run_from_directory
 from tokenweights.report.records import (
     TokenRecord,
     append_log,
@@ -37,12 +45,18 @@ from tokenweights.report.runs import Run, run_from_directory
 from tokenweights.report.trace import token_trace_html, trace_page_html
 
 __all__ = [
+    "Comparison",
+    "Effect",
+    "RecipeResult",
+    "RecipeRun",
     "Run",
     "TokenRecord",
     "append_log",
     "append_metrics",
     "append_token_records",
     "attention_map_figure",
+    "comparison_figure",
+    "comparison_html",
     "decile_heatmap",
     "dispersion_figure",
     "dynamics_figure",
@@ -55,6 +69,8 @@ __all__ = [
     "quadrant_figure",
     "read_metrics",
     "read_token_records",
+    "recipe_comparison",
+    "recipe_run_from_directory",
     "response_figure",
     "run_from_directory",
     "run_report_html",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tokenweights import TokenWeightsError, boxed_match_reward, recipe
+from tokenweights.recipes.rules import EndpointWeights
 from tokenweights.report import (
     append_log,
     append_metrics,
@@ -211,7 +212,7 @@ def _options() -> argparse.Namespace:
         parser.error("--steps and --held-out must be at least 1")
     try:
         options.recipe = recipe(options.recipe)
-        if options.recipe.rule == "endpoints":
+        if isinstance(options.recipe.rule, EndpointWeights):
             # The whole schedule fits into the first half of the run.
             half = max(1, options.steps // 2)
             options.recipe = recipe(options.recipe.to_dict() | {"warmup_steps": half})

@@ -12,6 +12,7 @@ import time
 import tiny
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer
 
@@ -20,6 +21,7 @@ ROWS = 8
 
 class Repeatable(TokenWeightsGRPOTrainer):
     own_extrema = torch.empty(0)
+    rollouts = ()
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         generator = torch.Generator().manual_seed(self.state.global_step)
@@ -38,11 +40,30 @@ class Repeatable(TokenWeightsGRPOTrainer):
 
     def _batch(self, output, columns):
         batch = super()._batch(output, columns)
+        self.batch = batch
         scores = self.recipe.scores(batch)
         if scores is not None:
             own = scores[batch.mask]
             self.own_extrema = torch.stack([own.min(), own.max()])
         return batch
+
+    def _weighted(self, output, columns):
+        weighted = super()._weighted(output, columns)
+        mask, real = output["completion_mask"].bool(), output["prompt_mask"].bool()
+        weights = self.recipe.weighted(self.batch, step=self.state.global_step).weights
+        own = [
+            {
+                "prompt": output["prompt_ids"][row][real[row]].tolist(),
+                "tokens": output["completion_ids"][row][mask[row]].tolist(),
+                "weights": weights[row][mask[row]].tolist(),
+                "products": weighted["advantages"][row][mask[row]].tolist(),
+                "prompt_id": prompt_id,
+                "rank": self.accelerator.process_index,
+            }
+            for row, prompt_id in enumerate(self.batch.prompt_ids.tolist())
+        ]
+        self.rollouts += (gather_object(own),)
+        return weighted
 
 
 def outcome(folder: str, changes: dict) -> dict:
@@ -65,6 +86,7 @@ def outcome(folder: str, changes: dict) -> dict:
     return {
         "source": trainer.score_source,
         "history": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "rollouts": trainer.rollouts,
         "extrema": gather(trainer.own_extrema[None]).tolist(),
         "spread": float((gather(parameters[None]) - parameters).abs().max()),
         "parameters": parameters.tolist(),

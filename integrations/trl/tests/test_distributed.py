@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent
+GENERATIONS = 4  # responses to a prompt, as in `tiny`
 LOW2HIGH = {"name": "low2high", "warmup_steps": 4, "temperature": 0.2}
 CASES = {
     "low2high, from the generation": {"recipe": LOW2HIGH},
@@ -19,13 +20,27 @@ CASES = {
     "anchor20 over the selected tokens": {"recipe": "anchor20"},
     "weights over their sum": {"recipe": {**LOW2HIGH, "denominator": "weight_sum"}},
     "random20": {"recipe": "random20"},
+    # Selections over the whole rollout batch, with bounds that the tiny policy's entropies meet.
+    "predictive_high20_batch": {"recipe": "predictive_high20_batch"},
+    "surprisal_boost10_damp10": {"recipe": {"name": "surprisal_boost10_damp10", "below": 9.0}},
+    "covariance_drop": {"recipe": {"name": "covariance_drop", "low": 0.0, "fraction": 0.2}},
+    # One generation is one micro-batch here, and the responses to a prompt lie on both ranks.
+    "a prompt on both ranks": {
+        "recipe": {"rule": {"kind": "top", "scope": "prompt"}, "signal": "surprisal"},
+        "steps_per_generation": 1,
+    },
 }
+
+
+# Soft weights; all others are selections.
+RESCALED = [case for case in CASES if case.startswith(("low2high", "weights over"))]
 
 
 def outcomes(folder: Path) -> list[dict]:
     """What came out of all cases on one rank, and on two: two launches, as they take long."""
     results = []
-    paths = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])
+    inherited = os.environ.get("PYTHONPATH", "")
+    paths = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS), inherited])
     for ranks in (1, 2):
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         path = folder / f"{ranks}.json"
@@ -68,7 +83,33 @@ def agree(case: str, one: dict, two: dict) -> None:
             assert close(float(alone[name]), float(shared[name])), (case, name)
     pairs = zip(one["parameters"], two["parameters"], strict=True)
     assert max(abs(a - b) for a, b in pairs) <= 1e-5, case
+    for alone, shared in zip(one["rollouts"], two["rollouts"], strict=True):
+        same_rollout(case, alone, shared)
+    # Not one weight for all: halfway through its schedule, low2high has that.
+    assert any(len({w for row in rows for w in row["weights"]}) > 1 for rows in one["rollouts"])
     if two["source"] != "none":
         # The ranks' own extrema differ, so weights made from those would not agree.
         low, high = zip(*two["extrema"], strict=True)
         assert low[0] != low[1] and high[0] != high[1]
+
+
+def same_rollout(case: str, one: list[dict], two: list[dict]) -> None:
+    """The same weights, whatever the split; prompts are numbered as they are."""
+    assert len(one) == len(two) and {row["rank"] for row in two} == {0, 1}
+    # A rank pads to its own longest prompt, which rounds attention entropies in their last bits.
+    # Rescaled to their narrow range, that is a few millionths. A selection stays what it is.
+    rescaled = 1e-5 if case in RESCALED else 0.0
+    largest = max(abs(product) for row in one for product in row["products"])
+    most = {"weights": rescaled, "products": rescaled * max(1.0, largest)}
+    for alone, shared in zip(one, two, strict=True):
+        assert alone["tokens"] == shared["tokens"] and alone["prompt"] == shared["prompt"]
+        for name in ("weights", "products"):
+            pairs = zip(alone[name], shared[name], strict=True)
+            assert max(abs(a - b) for a, b in pairs) <= most[name], (case, name)
+    for rows in (one, two):
+        numbers = {(tuple(row["prompt"]), row["prompt_id"]) for row in rows}
+        assert len(numbers) == len({number for _, number in numbers}) == len(rows) // GENERATIONS
+    spans = {row["prompt_id"] for row in two if row["rank"] == 0} & {
+        row["prompt_id"] for row in two if row["rank"] == 1
+    }
+    assert bool(spans) == (case == "a prompt on both ranks")

@@ -30,7 +30,8 @@ def jsonl(folder, rows=ROWS):
 
 
 def cli(*arguments, ranks=1):
-    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
+    inherited = os.environ.get("PYTHONPATH", "")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SOURCE), inherited])}
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     launcher = [sys.executable, *(torchrun if ranks > 1 else [])]
     command = [*launcher, "-m", "tokenweights_trl.train", *map(str, arguments)]

@@ -10,7 +10,7 @@ from functools import partial
 import cpu_flash
 import torch
 from batches import CASES, LAYERS, ROWS, batch, rows
-from tokenweights import recipe
+from tokenweights.recipes.signals import AttentionEntropy
 from tokenweights_lab import policy_path
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
@@ -96,9 +96,7 @@ def inference(worker, probe):
     data = tu.index_select_tensor_dict(data, own)
     tu.assign_non_tensor(data, temperature=1.0, calculate_entropy=True, compute_loss=False)
     if probe:
-        tu.assign_non_tensor_data(
-            data, PROBE, recipe({"name": "low2high", "layers": LAYERS}).attention
-        )
+        tu.assign_non_tensor_data(data, PROBE, AttentionEntropy(layers=LAYERS))
     output = worker.infer_batch(data)
     if output is None:
         return None

@@ -10,8 +10,8 @@ import cpu_flash
 import torch
 from batches import CASES, LAYERS, ROWS, batch, plain_advantages
 from engine_run import gradient_norm, own_rows, training_worker
-from tokenweights import recipe
 from tokenweights.gradients.shards import local_shard
+from tokenweights.recipes.signals import AttentionEntropy
 from verl.utils import tensordict_utils as tu
 
 from tokenweights_verl.engine import TokenWeightsTrainingWorker
@@ -23,7 +23,7 @@ def probed(worker):
     data["sample_ids"] = torch.arange(ROWS)
     data = tu.index_select_tensor_dict(data, own)
     tu.assign_non_tensor(data, temperature=1.0, tolerance=None)
-    tu.assign_non_tensor_data(data, PROBE, recipe({"name": "low2high", "layers": LAYERS}).attention)
+    tu.assign_non_tensor_data(data, PROBE, AttentionEntropy(layers=LAYERS))
     return tu.get(worker.gradient_metrics(data), "metrics")
 
 

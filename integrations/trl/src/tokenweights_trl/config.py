@@ -1,10 +1,11 @@
 """The training arguments: everything `GRPOConfig` knows, and the recipe of the token weights."""
 
+import pickle
 from dataclasses import dataclass, field
 from typing import Any
 
 from tokenweights import TokenWeightsConfig
-from tokenweights._errors import invalid
+from tokenweights._errors import TokenWeightsError, invalid
 from tokenweights.recipes import Recipe, corrects_sampler, require_columns, rollout_recipe
 from trl.trainer.grpo_config import GRPOConfig
 
@@ -13,9 +14,8 @@ from trl.trainer.grpo_config import GRPOConfig
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "vespo", "luspo")
 # Losses that divide by a token count, which a factor on the advantages can exchange.
 TOKEN_MEAN_LOSS_TYPES = ("dapo", "bnpo", "cispo", "vespo")
-# Columns of a rollout batch that TRL has or that a pass gives, and those that an option adds.
+# Columns of a rollout batch that TRL has or that a pass gives.
 COLUMNS = ("token_ids", "advantages", "log_probs", "predictive_entropy", "attention")
-WITH_VLLM, WITH_REFERENCE = "sampler_log_probs", "reference_log_probs"
 
 
 @dataclass
@@ -40,7 +40,8 @@ class TokenWeightsGRPOConfig(GRPOConfig):
         'all_tokens'
     """
 
-    recipe: dict[str, Any] | str | None = field(
+    # TRL's parser takes the second of the types, and gives the text as it is.
+    recipe: Recipe | str | dict[str, Any] | None = field(
         default=None,
         metadata={"help": "Recipe of the token weights: a name, or its fields as a JSON dict."},
     )
@@ -60,11 +61,16 @@ class TokenWeightsGRPOConfig(GRPOConfig):
         _check(self, shared.token_recipe)
 
     def to_dict(self) -> dict[str, Any]:
-        """As TRL's; a recipe that was given as an object is written as plain values."""
-        values = super().to_dict()
-        if isinstance(self.recipe, Recipe):
-            values["recipe"] = self.recipe.to_dict()
-        return values
+        """As TRL's; a recipe object is written as plain values, or in words if it has none."""
+        return super().to_dict() | {"recipe": _plain(self.recipe)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What `training_args.bin` holds: a part that cannot be pickled must not stop a run."""
+        try:
+            pickle.dumps(self.recipe)
+        except Exception:  # each object has its own reason
+            return vars(self) | {"recipe": _plain(self.recipe)}
+        return vars(self)
 
     @property
     def token_recipe(self) -> Recipe:
@@ -72,13 +78,21 @@ class TokenWeightsGRPOConfig(GRPOConfig):
         return rollout_recipe(self.recipe, caller=type(self).__name__)
 
 
+def _plain(made: Any) -> Any:
+    """A recipe object as plain values; in words if a part of it has no import that leads to it."""
+    try:
+        return made.to_dict() if isinstance(made, Recipe) else made
+    except TokenWeightsError:
+        return made.describe()
+
+
 def _check(arguments: TokenWeightsGRPOConfig, token_recipe: Recipe) -> None:
     def refuse(argument: str, condition: str, hint: str) -> None:
         got = repr(getattr(arguments, argument))
         raise invalid("TokenWeightsGRPOConfig", argument, condition, got, hint)
 
-    given = {*COLUMNS, *([WITH_VLLM] * arguments.use_vllm)}
-    given |= {WITH_REFERENCE} if arguments.beta else set()
+    asked = {"sampler_log_probs": arguments.use_vllm, "reference_log_probs": arguments.beta != 0}
+    given = [*COLUMNS, *(name for name, there in asked.items() if there)]
     require_columns(token_recipe, given, caller="TokenWeightsGRPOConfig")
     if arguments.vllm_importance_sampling_correction and corrects_sampler(token_recipe):
         twice = "TRL and the recipe would both multiply by the ratio of trainer to sampler."

@@ -69,7 +69,8 @@ class TokenWeightsMixin(_Base):
     Once per rollout batch, before TRL shuffles and splits it, what the recipe reads of the
     rollout-time policy becomes weights, and advantages of shape `batch` become weighted ones of
     shape `batch token`, which TRL carries through every micro-batch and iteration. Extrema and
-    counts span all ranks. The schedule's step is `state.global_step` at rollout time. Evaluation stays TRL's own.
+    counts span all ranks. The schedule's step is `state.global_step` at rollout time. Evaluation
+    stays TRL's own.
 
     Attributes:
         recipe: The recipe, with its layers numbered for the model.
@@ -130,12 +131,10 @@ class TokenWeightsMixin(_Base):
         ):
             return "old_log_prob_pass"
         attention = self.recipe.attention if read == {"attention"} else None
-        elsewhere = self.use_vllm or self.use_transformers_continuous_batching or self.rollout_func
-        if attention is None or attention.alignment != "deciding":
-            return "scoring_pass"
         # A generation that once gave no scores is not tried again.
-        elsewhere = elsewhere or self.score_source == "scoring_pass"
-        if elsewhere or self.tools or self._is_vlm:
+        readable = self.score_source != "scoring_pass" and not self.tools and not self._is_vlm
+        elsewhere = self.use_vllm or self.use_transformers_continuous_batching or self.rollout_func
+        if attention is None or attention.alignment != "deciding" or elsewhere or not readable:
             return "scoring_pass"
         defaults = self.accelerator.unwrap_model(self.model).generation_config
         cache = self.generation_config.cache_implementation or defaults.cache_implementation
@@ -157,25 +156,11 @@ class TokenWeightsMixin(_Base):
         rollout.columns["attention"] = scores
         return completions
 
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        arguments = (model, input_ids, attention_mask, logits_to_keep, *args)
-        rollout = self._rollout
-        if (
-            rollout is None
-            or rollout.source != "old_log_prob_pass"
-            or rollout.columns
-            or model is not self.model
-        ):
-            return super()._get_per_token_logps_and_entropies(*arguments, **kwargs)
-        outputs, rollout.columns = self._pass_with_columns(*arguments, **kwargs)
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        rollout = self._rollout if model is self.model else None
+        if rollout is None or rollout.source != "old_log_prob_pass" or rollout.columns:
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        outputs, rollout.columns = self._pass_with_columns(model, *args, **kwargs)
         return outputs
 
     def _pass_with_columns(
@@ -226,15 +211,20 @@ class TokenWeightsMixin(_Base):
         rollout.source = "scoring_pass"
         vision = _parameters(super()._get_per_token_logps_and_entropies)
         vision = vision[len(CONTRACT["_get_per_token_logps_and_entropies"]) :]
+        options = {name: output[name] for name in vision if name in output}
+        options["batch_size"] = self.args.per_device_train_batch_size
+        return self._one_more_pass(output, self._pass_with_columns, **options)[1]
+
+    def _one_more_pass(
+        self, output: dict[str, Any], forward: Any, rows: Any = slice(None), **options: Any
+    ) -> Any:
+        """A pass of the policy over rows of a rollout batch, on every rank: it is collective."""
+        ids, real = (
+            torch.cat([output[f"{part}_{name}"][rows] for part in ("prompt", "completion")], dim=1)
+            for name in ("ids", "mask")
+        )
         with torch.no_grad():
-            return self._pass_with_columns(
-                self.model,
-                torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
-                torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
-                width,
-                batch_size=self.args.per_device_train_batch_size,
-                **{name: output[name] for name in vision if name in output},
-            )[1]
+            return forward(self.model, ids, real, output["completion_ids"].shape[1], **options)
 
     def _batch(self, output: dict[str, Any], columns: dict[str, Any]) -> RolloutBatch:
         """This rank's rows of the rollout batch, with the columns that the recipe reads."""
@@ -285,18 +275,8 @@ class TokenWeightsMixin(_Base):
         self, output: dict[str, Any], shown: RolloutBatch, rows: list[int]
     ) -> RolloutBatch:
         """Some rows with log-probabilities and entropies, which a token record holds too."""
-        ids, mask, prompts, real = (
-            output[name][rows]
-            for name in ("completion_ids", "completion_mask", "prompt_ids", "prompt_mask")
-        )
-        with torch.no_grad():  # on every rank: the forward pass of a sharded model is collective
-            log_probs, entropies, *_ = super()._get_per_token_logps_and_entropies(
-                self.model,
-                torch.cat([prompts, ids], dim=1),
-                torch.cat([real, mask], dim=1),
-                ids.shape[1],
-                compute_entropy=True,
-            )
+        forward = super()._get_per_token_logps_and_entropies
+        log_probs, entropies, *_ = self._one_more_pass(output, forward, rows, compute_entropy=True)
         return replace(shown, log_probs=log_probs, predictive_entropy=entropies)
 
     def _sample_ids(self, rows: int, device: torch.device) -> Tensor:

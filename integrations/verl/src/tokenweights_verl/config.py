@@ -39,61 +39,55 @@ def token_weights_config(config: DictConfig) -> TokenWeightsConfig:
 
 
 def _check(config: DictConfig, token_weights: TokenWeightsConfig) -> None:
-    def require(fits: bool, key: str, condition: str, hint: str) -> None:
-        if not fits:
-            raise invalid("verl", key, condition, repr(OmegaConf.select(config, key)), hint)
-
-    def require_one(key: str, allowed: tuple[Any, ...], hint: str) -> None:
-        names = ", ".join(map(str, allowed))
-        require(OmegaConf.select(config, key) in allowed, key, f"one of {names}", hint)
-
     made, probed = token_weights.token_recipe, token_weights.gradient_probe_steps is not None
-    actor, correction = "actor_rollout_ref.actor", "algorithm.rollout_correction"
-    rollout, kl = "actor_rollout_ref.rollout.calculate_log_probs", "use_kl_loss"
-    reference = (f"{actor}.{kl}", "algorithm.use_kl_in_reward")
+
+    def selected(*keys: str) -> list[Any]:
+        return [OmegaConf.select(config, key) for key in keys]
+
     given = {*COLUMNS, "attention"}
-    given -= set() if OmegaConf.select(config, rollout) else {"sampler_log_probs"}
-    uses_reference = any(OmegaConf.select(config, key) for key in reference)
-    given -= set() if uses_reference else {"reference_log_probs"}
+    given -= set() if all(selected(_SAMPLER)) else {"sampler_log_probs"}
+    given -= set() if any(selected(*_REFERENCE)) else {"reference_log_probs"}
     require_columns(made, given, caller="verl")
-    if corrects_sampler(made):
-        twice = "VeRL and the recipe would both multiply by the ratio of trainer to sampler."
-        require_one(f"{correction}.rollout_is", (None,), twice)
-    mode, plain = "trainer.v1.trainer_mode", "Any other trainer of VeRL would ignore the recipe."
-    require_one("trainer.use_v1", (True,), plain)
-    named = str(OmegaConf.select(config, mode)).startswith("tokenweights_")
-    require(named, mode, "tokenweights_sync", plain)
-    other_layout = "Other engines lay attention out in their own way."
-    require_one(f"{actor}.strategy", ("fsdp", "fsdp2"), other_layout)
-    not_linear = "In other losses the advantage is no factor of each token's loss."
-    require_one(f"{actor}.policy_loss.loss_mode", LOSS_MODES, not_linear)
-    no_pass = "It leaves out the pass for the old log-probabilities, which gives the scores."
-    require_one(f"{correction}.bypass_mode", (False, None), no_pass)
-    distilled, task = "distillation.enabled", "distillation.distillation_loss.use_task_rewards"
-    if OmegaConf.select(config, distilled):
-        require_one(task, (True,), "There is no other loss that has advantages.")
-    if made.denominator != "all_tokens":
-        hint = f"The recipe divides by {made.denominator}; change this, or the recipe."
-        require_one(f"{actor}.loss_agg_mode", ("token-mean",), hint)
-        require_one(f"{correction}.rollout_rs", (None,), hint)
-    if made.attention is None and not probed:
-        return
-    one_copy = "It packs the responses of a prompt behind one copy of it."
-    require_one(f"{actor}.use_prefix_grouper", (False, None), one_copy)
-    size, key = "ulysses_sequence_parallel_size", "override_config.attn_implementation"
-    sizes = [OmegaConf.select(config, f"{actor}.{part}{size}") for part in ("", "fsdp_config.")]
-    if probed:
-        once = "It counts backward passes, and the probe makes a forward pass without one."
-        require_one("actor_rollout_ref.model.enable_activation_offload", (False, None), once)
-    if probed and OmegaConf.select(config, f"{actor}.strategy") == "fsdp":
-        flat = "The shards of FSDP1 do not know which ranks they are spread over; fsdp2 knows."
-        require_one(f"{actor}.fsdp_config.fsdp_size", (-1,), f"{flat} The probe needs it.")
-        for part in ("", "fsdp_config."):
-            require_one(f"{actor}.{part}{size}", (None, 1), f"{flat} The probe needs it.")
-    attention = OmegaConf.select(config, f"actor_rollout_ref.model.{key}") or "flash_attention_2"
-    require(
-        max(value or 1 for value in sizes) == 1 or "flash" in attention,
-        f"actor_rollout_ref.model.{key}",
-        "flash attention under Ulysses",
-        "VeRL's sequence parallelism reaches no other attention; results would be wrong.",
-    )
+    read, divided = made.attention is not None or probed, made.denominator != "all_tokens"
+    flat = probed and selected(f"{_ACTOR}.strategy") == ["fsdp"]
+    (mode, distilled, implementation) = selected(_MODE, "distillation.enabled", _ATTENTION)
+    sliced = any((size or 1) > 1 for size in selected(*_ULYSSES))
+    elsewhere = sliced and "flash" not in (implementation or "flash_attention_2")
+    divisor = f"The recipe divides by {made.denominator}; change this, or the recipe."
+    for asked, key, fit, hint in (
+        (True, "trainer.use_v1", (True,), _PLAIN),
+        (not str(mode).startswith("tokenweights_"), _MODE, ("tokenweights_sync",), _PLAIN),
+        (True, f"{_ACTOR}.strategy", ("fsdp", "fsdp2"), _OTHER_LAYOUT),
+        (True, f"{_ACTOR}.policy_loss.loss_mode", LOSS_MODES, _NOT_LINEAR),
+        (True, f"{_CORRECTION}.bypass_mode", (False, None), _NO_PASS),
+        (corrects_sampler(made), f"{_CORRECTION}.rollout_is", (None,), _TWICE),
+        (distilled, "distillation.distillation_loss.use_task_rewards", (True,), _DISTILLED),
+        (divided, f"{_ACTOR}.loss_agg_mode", ("token-mean",), divisor),
+        (divided, f"{_CORRECTION}.rollout_rs", (None,), divisor),
+        (read, f"{_ACTOR}.use_prefix_grouper", (False, None), _ONE_COPY),
+        (probed, "actor_rollout_ref.model.enable_activation_offload", (False, None), _ONCE),
+        (flat, f"{_ACTOR}.fsdp_config.fsdp_size", (-1,), _FLAT),
+        *((flat, size, (None, 1), _FLAT) for size in _ULYSSES),
+        (read and elsewhere, _ATTENTION, ("flash_attention_2", "flash_attention_3"), _SLICED),
+    ):
+        (value,) = selected(key)
+        if asked and value not in fit:
+            raise invalid("verl", key, f"one of {', '.join(map(str, fit))}", repr(value), hint)
+
+
+_ACTOR, _CORRECTION = "actor_rollout_ref.actor", "algorithm.rollout_correction"
+_MODE, _SAMPLER = "trainer.v1.trainer_mode", "actor_rollout_ref.rollout.calculate_log_probs"
+_REFERENCE = (f"{_ACTOR}.use_kl_loss", "algorithm.use_kl_in_reward")
+_ATTENTION = "actor_rollout_ref.model.override_config.attn_implementation"
+_SIZE = "ulysses_sequence_parallel_size"
+_ULYSSES = (f"{_ACTOR}.{_SIZE}", f"{_ACTOR}.fsdp_config.{_SIZE}")
+_PLAIN = "Any other trainer of VeRL would ignore the recipe."
+_OTHER_LAYOUT = "Other engines lay attention out in their own way."
+_NOT_LINEAR = "In other losses the advantage is no factor of each token's loss."
+_NO_PASS = "It leaves out the pass for the old log-probabilities, which gives the scores."
+_TWICE = "VeRL and the recipe would both multiply by the ratio of trainer to sampler."
+_DISTILLED = "There is no other loss that has advantages."
+_ONE_COPY = "It packs the responses of a prompt behind one copy of it."
+_ONCE = "It counts backward passes, and the probe makes a forward pass without one."
+_FLAT = "The shards of FSDP1 do not know which ranks they are spread over, as the probe has to."
+_SLICED = "VeRL's sequence parallelism reaches no other attention; results would be wrong."

@@ -6,12 +6,13 @@ import tokenweights as tw
 import transfer_queue as tq
 from tensordict import TensorDict
 from tokenweights._errors import invalid
+from tokenweights.recipes.identity import text_numbers
 from tokenweights.report.records import append_log
 from transfer_queue import KVBatchMeta
 from verl.utils import tensordict_utils as tu
 from verl.utils.debug import marked_timer
 
-from tokenweights_verl.scores import PROBE, placed, sample_ids
+from tokenweights_verl.scores import PROBE, placed
 
 # What the probe reads of a rollout batch.
 IDS, KEYS = ("prompts", "responses"), ("input_ids", "position_ids", "response_mask", "advantages")
@@ -58,7 +59,8 @@ class GradientProbeMixin(_Base):
             data = tq.kv_batch_get(**where, select_fields=[*IDS, *KEYS])
             valid = data["response_mask"].values().bool()
             if bool((data["advantages"].values()[valid] != 0).any()):
-                data["sample_ids"] = sample_ids(self.global_steps, *(data[key] for key in IDS))
+                texts = (data[key].unbind() for key in IDS)
+                data["sample_ids"] = text_numbers(self.global_steps, *texts)
                 self._probe_batch = data
         return batch
 

@@ -1,12 +1,12 @@
 """From tensors as VeRL holds them, rows of their own lengths, to the columns of a batch."""
 
-import hashlib
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from tensordict import TensorDict
 from tokenweights.recipes import Recipe, RolloutBatch
+from tokenweights.recipes.identity import label_numbers, text_numbers
 from torch import Tensor
 from verl.utils.config import omega_conf_to_dataclass
 
@@ -77,29 +77,6 @@ def response_scores(scores: Nested, response_mask: Nested, *, alignment: str) ->
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def sample_ids(step: int, prompts: Nested, responses: Nested) -> Tensor:
-    """A number in [0, 2^48) for each response that stays with it however the batch is ordered.
-
-    It follows from step and text, so random rules give the same masks on any number of ranks.
-
-    Args:
-        step: Training step.
-        prompts: Nested token ids.
-        responses: Nested token ids; equal ones are counted.
-
-    Returns:
-        Numbers, ` batch`.
-    """
-    seen: dict[str, int] = {}
-    numbers = []
-    for prompt, response in zip(prompts.unbind(), responses.unbind(), strict=True):
-        text = f"{step} {prompt.tolist()} {response.tolist()}"
-        seen[text] = seen.get(text, 0) + 1
-        digest = hashlib.sha256(f"{text} {seen[text]}".encode()).digest()
-        numbers.append(int.from_bytes(digest[:6], "big"))
-    return torch.tensor(numbers)
-
-
 def rollout_batch(recipe: Recipe, step: int, keys: list[str], data: TensorDict) -> RolloutBatch:
     """A rollout batch with the columns that a recipe reads.
 
@@ -115,20 +92,18 @@ def rollout_batch(recipe: Recipe, step: int, keys: list[str], data: TensorDict) 
     read = {field: name for name, field in COLUMNS.items() if field in data.keys()}
     padded = data.select("response_mask", *read).to_padded_tensor()
     columns = {name: padded[field] for field, name in read.items()}
-    floats = {name: column.float() for name, column in columns.items() if name != "token_ids"}
-    if "rewards" in floats:
-        floats["rewards"] = floats["rewards"].sum(-1)
-    lengths, prompts = data["response_mask"], [key.split("_")[0] for key in keys]
-    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-    layers = {}
-    for place, layer in enumerate(recipe.layers):
-        scores = data[ENTROPY.format(place)]
-        alignment = recipe.attention.alignment
-        layers[layer] = response_scores(scores, lengths, alignment=alignment)
+    columns |= {name: columns[name].float() for name in columns if name != "token_ids"}
+    if "rewards" in columns:
+        columns["rewards"] = columns["rewards"].sum(-1)
+    if recipe.attention is not None:
+        row = {"response_mask": data["response_mask"], "alignment": recipe.attention.alignment}
+        columns["attention"] = {
+            layer: response_scores(data[ENTROPY.format(place)], **row)
+            for place, layer in enumerate(recipe.layers)
+        }
     return RolloutBatch(
         mask=padded["response_mask"].bool(),
-        sample_ids=sample_ids(step, data["prompts"], data["responses"]),
-        prompt_ids=torch.tensor([numbers[prompt] for prompt in prompts]),
-        attention=layers or None,
-        **columns | floats,
+        sample_ids=text_numbers(step, data["prompts"].unbind(), data["responses"].unbind()),
+        prompt_ids=label_numbers(key.split("_")[0] for key in keys),
+        **columns,
     )
