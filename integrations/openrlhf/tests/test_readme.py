@@ -58,7 +58,7 @@ def test_python_blocks_run_and_print_what_follows(page):
             assert doctest.OutputChecker().check_output(text, output, 0), output
 
 
-@pytest.mark.parametrize(("page", "recipes"), zip(PAGES, RECIPES, strict=True), ids=str)
+@pytest.mark.parametrize(("page", "recipes"), [*zip(PAGES, RECIPES, strict=True)], ids=str)
 def test_commands_are_accepted(page, recipes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
