@@ -5,6 +5,7 @@ each merge that spans ranks by what a rank knows alone and expects the compariso
 """
 
 import functools
+import itertools
 import json
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -238,7 +239,7 @@ def packed(batch: RolloutBatch, order: Tensor) -> RolloutBatch:
         columns[name] = column[order]
         if column.dim() == 2 and column.shape[1] > 1:
             line = torch.cat([column[row][batch.mask[row]] for row in order])
-            parts = [line[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+            parts = [line[a:b] for a, b in itertools.pairwise(bounds)]
             columns[name] = pad_sequence(parts, batch_first=True)
     return batch_of(columns)
 
@@ -421,14 +422,10 @@ def collectives_on(rank, size, kind, owners):
     for name, made in RECIPES.items():
         with agreement("counted", dist.group.WORLD), ExitStack() as stack:
             watched = [
-                stack.enter_context(
-                    mock.patch.object(dist, each, side_effect=getattr(dist, each))
-                )
+                stack.enter_context(mock.patch.object(dist, each, side_effect=getattr(dist, each)))
                 for each in COLLECTIVES
             ]
-            batch = RolloutBatch(
-                **{n: getattr(own, n) for n in own.filled}, group=dist.group.WORLD
-            )
+            batch = RolloutBatch(**{n: getattr(own, n) for n in own.filled}, group=dist.group.WORLD)
             scores = None if made.signal is None else made.signal(batch)
             made.rule(scores, batch, step=STEP, group=dist.group.WORLD)
             found[name] = sum(each.call_count for each in watched)
