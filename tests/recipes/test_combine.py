@@ -19,9 +19,7 @@ NAN = math.nan
 
 def batch(**changed):
     columns = {
-        "predictive_entropy": torch.tensor(
-            [[0.1, 0.4, 0.2, NAN], [NAN, 0.3, 0.6, NAN], [NAN] * 4]
-        ),
+        "predictive_entropy": torch.tensor([[0.1, 0.4, 0.2, NAN], [NAN, 0.3, 0.6, NAN], [NAN] * 4]),
         "log_probs": torch.tensor([[-3.0, -1.0, -2.0, NAN], [NAN, -5.0, -4.0, NAN], [NAN] * 4]),
         "advantages": torch.tensor([[1.0, -1.0, 0.0, NAN], [NAN, 2.0, -2.0, NAN], [NAN] * 4]),
     }
@@ -74,7 +72,7 @@ def test_by_sign_and_its_kin_need_scores_where_a_part_does():
 
 
 def test_a_product_multiplies():
-    front = rules.Front(fraction=0.5)  # the first two, and the first one
+    front = rules.Front(fraction=0.7)  # the first two, and the first one
     assert weights_of(combine.Product(rules=(front,)), None) == [1, 1, 0, 1, 0]
     assert weights_of(combine.Product(rules=(front, TOP, TOP))) == [0.25, 9, 0, 0.25, 0]
 

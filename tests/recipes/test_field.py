@@ -33,7 +33,9 @@ def drawn(*, entropy: float = 0.2) -> RolloutBatch:
     mask = np.arange(shape[1]) < np.array(LENGTHS)[:, None]
     mask = random.permuted(mask, axis=1)  # with holes
     log_probs = np.where(
-        random.random(shape) < 0.1, random.uniform(-11, -6.3, shape), -random.exponential(0.6, shape)
+        random.random(shape) < 0.1,
+        random.uniform(-11, -6.3, shape),
+        -random.exponential(0.6, shape),
     )
 
     def column(values):

@@ -5,6 +5,7 @@ each merge that spans ranks by what a rank knows alone and expects the compariso
 """
 
 import functools
+import itertools
 import json
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -24,15 +25,22 @@ from torch.nn.utils.rnn import pad_sequence
 import tokenweights as tw
 from tokenweights import Recipe, RolloutBatch, TokenWeightsError
 from tokenweights.distributed import _reduced, agreement
-from tokenweights.recipes import field, rules, signals
+from tokenweights.recipes import combine, field, rules, signals
 from tokenweights.recipes.parts import parts_of
 
 STEP, DEPTH, WIDTH = 30, 36, 44
 NAMES = tw.recipe_names()
 NAMED = {name: tw.recipe(name).placed(DEPTH) for name in NAMES}
 ENTROPY = signals.PredictiveEntropy()
-# What no name has: rules over all responses to a prompt, and a draw of more than one token.
+# What no name has: rules over all responses to a prompt, a draw of more than one token, and a gate
+# that the whole opens and one of two ranks alone would not.
 OTHERS = {
+    "gate": Recipe(
+        signal=ENTROPY,
+        rule=combine.Gate(
+            rule=rules.Top(scope="batch"), when=combine.BatchMean(signal=ENTROPY, above=0.234)
+        ),
+    ),
     "prompt top": Recipe(signal=ENTROPY, rule=rules.Top(fraction=0.3, scope="prompt")),
     "prompt quantile": Recipe(signal=ENTROPY, rule=field.AboveQuantile(scope="prompt")),
     "prompt range": Recipe(
@@ -91,6 +99,10 @@ def drawn(kind: str) -> RolloutBatch:
     advantages = torch.tensor(ADVANTAGES)[:, None]
     if kind != "open":
         advantages = (uniform(-2.0, 2.5, 9) * 2).round() / 2
+    apart = 0.4 * torch.randn(shape, generator=generator)
+    apart[0] *= 4  # one response has the largest of all
+    reach = torch.full((shape[0], 1), 0.75)
+    reach[0] = 1.0
     return RolloutBatch(
         mask=mask,
         sample_ids=torch.tensor(NUMBERS),
@@ -99,12 +111,12 @@ def drawn(kind: str) -> RolloutBatch:
         advantages=advantages,
         rewards=torch.rand(shape[0], generator=generator),
         log_probs=log_probs,
-        sampler_log_probs=log_probs + 0.4 * torch.randn(shape, generator=generator),
+        sampler_log_probs=log_probs + apart,
         reference_log_probs=log_probs - 0.1 * torch.rand(shape, generator=generator),
         predictive_entropy=uniform(0, 0.5 if kind == "open" else 3.0, 100),
         self_certainty=uniform(0, 8.0, 512),
         token_loss=torch.randn(shape, generator=generator),
-        attention={layer: uniform(0, 1, 64) for layer in (8, 20, 31)},
+        attention={layer: reach * uniform(0, 1, 64) for layer in (8, 20, 31)},
     )
 
 
@@ -238,7 +250,7 @@ def packed(batch: RolloutBatch, order: Tensor) -> RolloutBatch:
         columns[name] = column[order]
         if column.dim() == 2 and column.shape[1] > 1:
             line = torch.cat([column[row][batch.mask[row]] for row in order])
-            parts = [line[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+            parts = [line[a:b] for a, b in itertools.pairwise(bounds)]
             columns[name] = pad_sequence(parts, batch_first=True)
     return batch_of(columns)
 
@@ -361,6 +373,10 @@ def local_counts(counts, group):
     return counts
 
 
+def local_reduction(values, operation, group):
+    return values.detach().clone()
+
+
 def local_maxima(values, operation, group):
     """Integers are summed over ranks, largest and smallest values are a rank's own."""
     if operation == dist.ReduceOp.SUM:
@@ -373,14 +389,16 @@ def local_numbers(values, positions, *, dim, group=None):
     return values
 
 
+# A local "next order statistic" of a quantile is left out: a rank's own next score is never below
+# its own scores above the cut, so no rule here can choose other tokens by it; `score_quantile` has
+# a test of its own.
 # What is merged, by which name, over which scope; a recipe that lives by it, and a batch for it.
 MUTATIONS = {
     "batch, counts of a share": ("selection._summed", local_counts, "predictive_high20_batch"),
     "batch, counts by sign": ("selection._summed", local_counts, "surprisal_boost10"),
     "batch, counts of a quantile": (
-        "selection._summed", local_counts, "predictive_above80_batch_all_tokens",
+        "selection._reduced", local_reduction, "predictive_above80_batch_all_tokens",
     ),
-    "batch, next order statistic": ("selection._reduced", local_maxima, "rare_positives_drop"),
     "batch, masses of a budget": ("selection._summed", local_counts, "second_moment_drop"),
     "batch, unit of a budget": ("selection._reduced", local_maxima, "second_moment_drop"),
     "batch, counts of a random draw": ("selection._summed", local_counts, "covariance_drop"),
@@ -391,14 +409,13 @@ MUTATIONS = {
     "batch, largest change": (
         "recipes.field.global_extrema", local_extrema, "entropy_change_damped",
     ),
-    "batch, mean of a gate": ("recipes.combine.global_sum", local_sum, "surprisal_boost10"),
+    "batch, mean of a gate": ("recipes.combine.global_sum", local_sum, "gate"),
     "batch, extrema of endpoints": ("weights.global_extrema", local_extrema, "low2high"),
     "batch, selected tokens": ("losses.global_sum", local_sum, "predictive_high20"),
     "prompt, numbers": ("scopes.gathered", local_numbers, "perplexity_shaping"),
     "prompt, numbers of a selection": ("scopes.gathered", local_numbers, "prompt top"),
     "prompt, counts of a share": ("selection._summed", local_counts, "prompt top"),
-    "prompt, counts of a quantile": ("selection._summed", local_counts, "prompt quantile"),
-    "prompt, next order statistic": ("selection._reduced", local_maxima, "prompt quantile"),
+    "prompt, counts of a quantile": ("selection._reduced", local_reduction, "prompt quantile"),
     "prompt, moments": ("scaling.global_sum", local_sum, "certainty_shaping"),
     "prompt, extrema of moments": ("scaling._least", local_counts, "perplexity_shaping"),
     "prompt, extrema": ("scaling._least", local_counts, "prompt range"),
@@ -421,14 +438,10 @@ def collectives_on(rank, size, kind, owners):
     for name, made in RECIPES.items():
         with agreement("counted", dist.group.WORLD), ExitStack() as stack:
             watched = [
-                stack.enter_context(
-                    mock.patch.object(dist, each, side_effect=getattr(dist, each))
-                )
+                stack.enter_context(mock.patch.object(dist, each, side_effect=getattr(dist, each)))
                 for each in COLLECTIVES
             ]
-            batch = RolloutBatch(
-                **{n: getattr(own, n) for n in own.filled}, group=dist.group.WORLD
-            )
+            batch = RolloutBatch(**{n: getattr(own, n) for n in own.filled}, group=dist.group.WORLD)
             scores = None if made.signal is None else made.signal(batch)
             made.rule(scores, batch, step=STEP, group=dist.group.WORLD)
             found[name] = sum(each.call_count for each in watched)
