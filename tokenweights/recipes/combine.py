@@ -182,6 +182,8 @@ class BatchMean(Part):
         self.require_number("below", "above")
         bounded = self.below is not None or self.above is not None
         self.require("below", bounded, "given, or `above`")
+        if self.below is not None and self.above is not None:
+            self.require("below", self.above < self.below, f"above {decimal(self.above)}")
 
     def __call__(self, batch: RolloutBatch, *, step: int, group: Group = None) -> bool:
         """Whether it holds; not for a batch without a token."""
@@ -215,6 +217,10 @@ class Steps(Part):
     kind: ClassVar[str] = "steps"
     start: int = 0
     stop: int | None = None
+
+    def _check(self) -> None:
+        self.require("start", self.start >= 0, ">= 0")
+        self.require("stop", self.stop is None or self.stop >= self.start, f">= {self.start}")
 
     def __call__(self, batch: RolloutBatch, *, step: int, group: Group = None) -> bool:
         """Whether it holds."""

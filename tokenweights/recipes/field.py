@@ -133,7 +133,7 @@ class Within(Part):
         self, scores: Tensor | None, batch: RolloutBatch, *, step: int, group: Group = None
     ) -> Tensor:
         """Weights by the band."""
-        scores = given_scores(self, scores)
+        scores = given_scores(self, scores).to(accumulator_dtype(batch.mask.device))
         kept = batch.mask & (scores >= self.low) & (scores <= self.high)
         return torch.where(kept, scores if self.weight == "score" else 1.0, 0.0).float()
 
@@ -165,7 +165,8 @@ class AboveQuantile(Part):
         self, scores: Tensor | None, batch: RolloutBatch, *, step: int, group: Group = None
     ) -> Tensor:
         """Weights by the threshold."""
-        scores = given_scores(self, scores)
+        # Between neighbouring float32 scores there is none: compare as exactly as interpolated.
+        scores = given_scores(self, scores).to(accumulator_dtype(batch.mask.device))
         threshold = score_quantile(
             scores,
             batch.mask,
@@ -350,7 +351,8 @@ class SecondMoment(Part):
         assert batch.log_probs is not None and batch.sampler_log_probs is not None
         require_finite(self.kind, "log_probs", batch.log_probs, batch.mask)
         require_finite(self.kind, "sampler_log_probs", batch.sampler_log_probs, batch.mask)
-        ratio = batch.log_probs.float() - batch.sampler_log_probs.float()
+        dtype = accumulator_dtype(batch.mask.device)
+        ratio = batch.log_probs.to(dtype) - batch.sampler_log_probs.to(dtype)
         ratio = torch.where(batch.mask, ratio, 0.0)
         looked_at = (_of_sign(self, batch, "positive") & (ratio > 0)) | (
             _of_sign(self, batch, "negative") & (ratio < 0)

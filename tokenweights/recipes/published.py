@@ -108,7 +108,11 @@ PUBLISHED: dict[str, Published] = {
     "certainty_shaping": Published(
         source="arXiv 2510.10649",
         scope="prompt",
-        notes=("The part for responses; that for tokens reads logits.",),
+        when="rollout",
+        notes=(
+            "The part for responses; that for tokens reads logits. The released code takes the",
+            "deviation of a sample; here it is that of the prompt's responses, 0 for a lone one.",
+        ),
     ),
     "relative_surprisal_band": Published(
         source="arXiv 2606.31575",

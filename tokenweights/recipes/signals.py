@@ -20,6 +20,7 @@ from tokenweights.likelihood import (
     sampled_probability,
     surprisal,
 )
+from tokenweights.masked import accumulator_dtype
 from tokenweights.recipes.attention import AttentionEntropy as AttentionEntropy
 from tokenweights.recipes.batch import RolloutBatch
 from tokenweights.recipes.parts import Part, decimal
@@ -256,7 +257,8 @@ class ResponseCertainty(Part):
 
     def __call__(self, batch: RolloutBatch) -> Tensor:
         """The sum of the column over valid tokens."""
-        valid = torch.where(batch.mask, _there(batch.self_certainty).double(), 0.0)
+        wide = _there(batch.self_certainty).to(accumulator_dtype(batch.mask.device))
+        valid = torch.where(batch.mask, wide, 0.0)
         return torch.where(batch.mask, valid.sum(-1, keepdim=True), 0.0)
 
     def lines(self) -> list[str]:
