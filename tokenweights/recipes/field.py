@@ -133,7 +133,7 @@ class Within(Part):
         self, scores: Tensor | None, batch: RolloutBatch, *, step: int, group: Group = None
     ) -> Tensor:
         """Weights by the band."""
-        scores = given_scores(self, scores).to(accumulator_dtype(batch.mask.device))
+        scores = given_scores(self, scores)
         kept = batch.mask & (scores >= self.low) & (scores <= self.high)
         return torch.where(kept, scores if self.weight == "score" else 1.0, 0.0).float()
 
