@@ -15,6 +15,7 @@ from swapping import STEPS
 from tensordict import TensorDict
 from test_trainer import run
 from tokenweights import TokenWeightsError
+from trainer_run import FLOAT32
 
 from tokenweights_verl.config import token_weights_config
 from tokenweights_verl.scores import COLUMNS, ENTROPY, rollout_batch
@@ -217,6 +218,7 @@ def test_columns_that_settings_give_and_a_recipe_of_a_users_own(tmp_path):
     """The user's rule checks VeRL's advantages against the rewards of each prompt's responses."""
     (tmp_path / "verl_rules.py").write_text(MODULE)
     settings = [f"{SAMPLER}=true", f"{REFERENCE}=true", "actor_rollout_ref.rollout.top_p=1"]
+    settings += [f"+actor_rollout_ref.ref.fsdp_config.mixed_precision={FLOAT32}"]
     own = f"{{signal: {SIGNAL}, {OWN}}}"
     first, *_, mine, ratio, last = trained(
         tmp_path,
