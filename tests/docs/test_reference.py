@@ -21,12 +21,14 @@ PARTS = "tokenweights.recipes."
 
 
 def exported(adapter: str) -> list[str]:
-    """The names in `__all__`, read without importing the adapter's trainer."""
+    """The names that a package exports, read without importing the adapter's trainer."""
     source = ROOT / f"integrations/{adapter}/src/tokenweights_{adapter}/__init__.py"
-    for node in ast.parse(source.read_text()).body:
+    body = ast.parse(source.read_text()).body
+    for node in body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return ast.literal_eval(node.value)
-    raise AssertionError(f"{source} has no __all__")
+    imports = [node for node in body if isinstance(node, ast.ImportFrom)]
+    return [name.asname for node in imports for name in node.names if name.asname]
 
 
 def test_the_reference_lists_every_public_name_once():
