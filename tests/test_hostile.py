@@ -198,6 +198,22 @@ def surrogate(b: Batch, log_probs: Tensor) -> Tensor:
     return tw.clipped_surrogate_loss(log_probs, b.old_log_probs, b.advantages, mask=b.mask)
 
 
+def bounded(b: Batch, log_probs: Tensor) -> Tensor:
+    """Each token clipped at a bound of its own below and above."""
+    return tw.clipped_surrogate_loss(
+        log_probs,
+        b.old_log_probs,
+        b.advantages,
+        clip_low=b.weights,
+        clip_high=b.other,
+        mask=b.mask,
+    )
+
+
+def soft(b: Batch, token_loss: Tensor) -> Tensor:
+    return tw.gated_loss(token_loss, b.mask, b.weights, mode="soft").token_loss
+
+
 def unclipped(b: Batch) -> Tensor:
     losses = tw.unclipped_losses(
         lambda rows: b.log_probs[rows], b.old_log_probs, b.advantages, b.mask, micro_batch_size=2
@@ -357,9 +373,14 @@ CASES = {
             for part in (kept.token_loss, kept.mask)
         ]
     ),
+    "gated_loss gradient": Case(lambda b: gradient(lambda x: soft(b, x), b.token_loss)),
     "clipped_surrogate_loss": Case(lambda b: surrogate(b, b.log_probs)),
     "clipped_surrogate_loss gradient": Case(
         lambda b: gradient(lambda x: surrogate(b, x), b.log_probs)
+    ),
+    "clipped_surrogate_loss bounds": Case(lambda b: bounded(b, b.log_probs)),
+    "clipped_surrogate_loss bounds gradient": Case(
+        lambda b: gradient(lambda x: bounded(b, x), b.log_probs)
     ),
     "endpoint_weights": Case(
         lambda b: [

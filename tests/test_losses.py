@@ -268,6 +268,52 @@ def test_clip_bounds_of_tokens_are_those_of_one_token_each(case, low, high):
     assert torch.equal(surrogates(log_probs, old, advantages, **options)[0], plain[0])
 
 
+@given(scored_masks(), st.integers(0, 1000), st.sampled_from([None, 1.5]))
+def test_clip_bounds_of_tokens_agree_with_numpy(case, seed, dual_clip):
+    """Values, and gradients by hand: the ratio times the advantage, or 0 for a clipped token."""
+    scores, mask = case
+    generator = torch.Generator().manual_seed(seed)
+    old, new, low, high = torch.rand((4, *mask.shape), generator=generator, dtype=torch.float64)
+    advantages = scores * 4 - 2
+    bounds = [torch.where(mask, end, math.nan).requires_grad_() for end in (low, high)]
+    options = {"clip_low": bounds[0], "clip_high": bounds[1], "dual_clip": dual_clip, "mask": mask}
+    loss, gradient = surrogates(new * 3, old * 3, advantages, **options)
+    r, a = np.exp(3 * (new - old).numpy()), torch.where(mask, advantages, 0.0).numpy()
+    clipped = np.clip(r, 1 - low.numpy(), 1 + high.numpy())
+    values, slopes = -np.minimum(r * a, clipped * a), np.where(r * a <= clipped * a, -r * a, 0)
+    if dual_clip is not None:
+        slopes = np.where((a < 0) & (values > -dual_clip * a), 0, slopes)
+        values = np.where(a < 0, np.minimum(values, -dual_clip * a), values)
+    torch.testing.assert_close(loss.detach(), torch.where(mask, torch.tensor(values), 0.0))
+    torch.testing.assert_close(gradient, torch.where(mask, torch.tensor(slopes), 0.0))
+
+
+def test_clip_bounds_carry_no_gradient():
+    new = torch.tensor([[1.5, 0.1]]).log().requires_grad_()
+    bound = torch.full((1, 2), 0.2, requires_grad=True)
+    options = {"clip_low": bound, "clip_high": bound}
+    loss = tw.clipped_surrogate_loss(new, torch.zeros(1, 2), torch.tensor([[1.0]]), **options)
+    assert torch.autograd.grad(loss.sum(), bound, allow_unused=True) == (None,)
+
+
+def test_gradients_under_bounds_of_tokens_are_those_of_finite_differences():
+    generator = torch.Generator().manual_seed(0)
+    old, low, high = torch.rand((3, 3, 4), generator=generator, dtype=torch.float64)
+    new = (old + torch.tensor([-0.9, -0.05, 0.05, 0.9])).double().requires_grad_()  # no kink near
+    mask = torch.arange(4) < torch.tensor([[4], [3], [0]])
+    advantages = torch.tensor([[1.5], [-1.5], [1.0]], dtype=torch.float64)
+    gate = torch.rand((3, 4), generator=generator) < 0.5
+
+    def gated(new):
+        loss = tw.clipped_surrogate_loss(
+            new, old, advantages, clip_low=low, clip_high=high, mask=mask
+        )
+        kept = tw.gated_loss(loss, mask, gate, mode="drop")
+        return tw.weighted_token_mean(kept.token_loss, kept.mask)
+
+    assert torch.autograd.gradcheck(gated, new)
+
+
 def test_each_token_is_clipped_at_its_own_bound():
     new, old = torch.tensor([[1.5, 1.5, 0.5, 0.5]]).log(), torch.zeros(1, 4)
     advantages = torch.tensor([[1.0, 1.0, -1.0, -1.0]])
@@ -282,6 +328,11 @@ def test_without_bounds_nothing_is_clipped():
     advantages = torch.tensor([[2.0, -2.0]])
     loss, _ = surrogates(new, old, advantages, clip_low=1.0, clip_high=math.inf)
     torch.testing.assert_close(loss, -new.exp() * advantages)
+    never = torch.full((1, 2), math.inf)
+    options = {"clip_low": torch.ones(1, 2), "clip_high": never}
+    loss, gradient = surrogates(new, old, advantages, **options)
+    torch.testing.assert_close(loss, -new.exp() * advantages)
+    torch.testing.assert_close(gradient, -new.exp() * advantages)
 
 
 @pytest.mark.parametrize(
@@ -299,46 +350,122 @@ def test_clip_bounds_out_of_range_are_refused(bounds, words):
     assert words in str(error.value)
 
 
-@given(scored_masks(), st.sampled_from(["drop", "detach", "soft"]))
+MODES = ["drop", "detach", "soft"]
+
+
+@given(scored_masks(), st.sampled_from(MODES))
 def test_gates_have_the_values_and_gradients_that_they_say(case, mode):
     scores, mask = case
-    token_loss = torch.where(mask, scores.double() - 0.4, math.nan).requires_grad_()
+    token_loss = torch.where(mask, scores - 0.4, math.nan).requires_grad_()
     gate = scores > 0.5
     kept = tw.gated_loss(token_loss, mask, gate, mode=mode)
     loss = tw.weighted_token_mean(kept.token_loss, kept.mask)
     (gradient,) = torch.autograd.grad(loss, token_loss)
-    values = np.where(mask, scores.nan_to_num().double() - 0.4, 0)
+    values = np.where(mask, scores.nan_to_num() - 0.4, 0)
     counted = (mask & gate) if mode == "drop" else mask
     count = max(int(counted.sum()), 1)
     expected = (values * np.asarray(counted)).sum() / count
-    assert float(loss) == pytest.approx(expected, abs=1e-12)
+    assert loss.item() == pytest.approx(expected, abs=1e-12)
     assert gradient.numpy() == pytest.approx(np.asarray(mask & gate) / count)
 
 
+@given(scored_masks())
+def test_a_soft_gate_is_a_stopped_part_beside_a_moving_one(case):
+    gate, mask = case
+    token_loss = torch.where(mask, 1.5 - gate * 4, math.nan).requires_grad_()
+    kept = tw.gated_loss(token_loss, mask, gate * 3, mode="soft")
+    loss = tw.weighted_token_mean(kept.token_loss.square(), kept.mask)
+    valid = torch.where(mask, token_loss, 0.0)
+    share = torch.where(mask, gate * 3, 0.0)
+    reference = share * valid + (1 - share) * valid.detach()
+    reference = reference.square().sum() / max(int(mask.sum()), 1)
+    torch.testing.assert_close(loss, reference)
+    expected, got = (torch.autograd.grad(value, token_loss)[0] for value in (reference, loss))
+    torch.testing.assert_close(got, expected)
+
+
 def test_a_soft_gate_scales_gradients_and_keeps_values():
-    token_loss = torch.tensor([[1.0, 2.0, 1e30]], requires_grad=True)
-    mask = torch.tensor([[True, True, True]])
-    gate = torch.tensor([[0.25, 3.0, 0.0]])
+    token_loss = torch.tensor([[1.0, 2.0, 1e30, -0.0]], requires_grad=True)
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    gate = torch.tensor([[0.25, 3.0, 0.0, 1.0]], requires_grad=True)
     kept = tw.gated_loss(token_loss, mask, gate, mode="soft")
-    assert torch.equal(kept.token_loss, token_loss) and torch.equal(kept.mask, mask)
-    (gradient,) = torch.autograd.grad(kept.token_loss.sum(), token_loss)
-    assert torch.equal(gradient, gate)
+    assert torch.equal(kept.token_loss.view(torch.int32), token_loss.view(torch.int32))
+    assert torch.equal(kept.mask, mask)
+    gradients = torch.autograd.grad(kept.token_loss.sum(), (token_loss, gate), allow_unused=True)
+    assert torch.equal(gradients[0], gate) and gradients[1] is None
 
 
-@pytest.mark.parametrize("mode", ["drop", "detach", "soft"])
-def test_gated_micro_batches_sum_to_the_batch(mode):
+def test_a_gate_may_be_more_than_half_precision_holds():
+    token_loss = torch.ones(1, 1, dtype=torch.float16, requires_grad=True)
+    kept = tw.gated_loss(token_loss, ONE[:, :1], torch.tensor([[1e5]]), mode="soft")
+    assert kept.token_loss.dtype == torch.float16
+    (gradient,) = torch.autograd.grad((kept.token_loss * 2**-10).sum(), token_loss)
+    assert gradient.item() == pytest.approx(1e5 / 2**10, rel=1e-3)
+
+
+@given(scored_masks(), st.floats(0.1, 1))
+def test_clipped_tokens_keep_the_published_share_of_their_gradient(case, share):
+    """CE-GPPO, arXiv 2509.20712: its expression beside a soft gate of the unclipped loss."""
+    scores, mask = case
+    scores = torch.where(mask, scores, 0.7)  # the published expression knows no mask
+    new = (scores * 2 - 1).requires_grad_()
+    advantages = scores.flip(-1) - 0.5
+    ratio = new.exp()
+    fixed = ratio.detach()
+    low, high = (advantages < 0) & (fixed < 0.8), (advantages > 0) & (fixed > 1.2)
+    published = torch.where(low, share * 0.8 / fixed * ratio, ratio)
+    published = torch.where(high, 1.2 / fixed * ratio, published) * -advantages
+    (expected,) = torch.autograd.grad(torch.where(mask, published, 0.0).sum(), new)
+
+    options = {"clip_low": 1.0, "clip_high": math.inf, "mask": mask}
+    token_loss = tw.clipped_surrogate_loss(new, torch.zeros_like(new), advantages, **options)
+    gate = torch.where(low, share * 0.8 / fixed, torch.where(high, 1.2 / fixed, 1.0))
+    kept = tw.gated_loss(token_loss, mask, gate, mode="soft")
+    (gradient,) = torch.autograd.grad(kept.token_loss.sum(), new)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+@pytest.mark.parametrize("mode", MODES)
+def test_gated_micro_batches_sum_to_the_batch(mode, aggregation):
     generator = torch.Generator().manual_seed(0)
-    token_loss = torch.randn(5, 7, generator=generator, dtype=torch.float64)
-    mask = torch.rand(5, 7, generator=generator) < 0.8
-    gate = torch.rand(5, 7, generator=generator) < 0.5
-    whole = tw.gated_loss(token_loss, mask, gate, mode=mode)
-    count = tw.loss_denominator(whole.mask)
-    parts = [
-        tw.gated_loss(token_loss[rows], mask[rows], gate[rows], mode=mode)
-        for rows in (slice(0, 1), slice(1, 4), slice(4, 5))
-    ]
-    total = sum(tw.weighted_token_mean(p.token_loss, p.mask, count=count) for p in parts)
-    torch.testing.assert_close(total, tw.weighted_token_mean(whole.token_loss, whole.mask))
+    shape, rows = (5, 7), (slice(0, 1), slice(1, 4), slice(4, 5))
+    token_loss = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+    mask = torch.rand(shape, generator=generator) < 0.8
+    gate = torch.rand(shape, generator=generator) < 0.5
+    gate[2] = False  # a response that "drop" empties
+    gate = torch.rand(shape, generator=generator) * gate if mode == "soft" else gate
+    kept = tw.gated_loss(token_loss, mask, gate, mode=mode)
+    whole = tw.aggregate_loss(kept.token_loss, kept.mask, mode=aggregation)
+    of_tokens = aggregation == "token-mean"
+    count = tw.loss_denominator(kept.mask) if of_tokens else kept.mask.any(-1).sum()
+    parts = [tw.gated_loss(token_loss[r], mask[r], gate[r], mode=mode) for r in rows]
+    total = torch.stack(
+        [
+            tw.aggregate_loss(part.token_loss, part.mask, mode=aggregation, count=count)
+            for part in parts
+        ]
+    ).sum()
+    torch.testing.assert_close(total, whole)
+    expected, got = (torch.autograd.grad(value, token_loss)[0] for value in (whole, total))
+    torch.testing.assert_close(got, expected)
+    assert not got[~kept.mask].any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gates_compile_in_one_graph(mode):
+    torch.compiler.reset()
+    token_loss = torch.tensor([[1.0, 2.0, 4.0]], requires_grad=True)
+    mask, gate = torch.tensor([[True, True, False]]), torch.tensor([[True, False, True]])
+
+    def mean(token_loss):
+        kept = tw.gated_loss(token_loss, mask, gate, mode=mode)
+        return tw.weighted_token_mean(kept.token_loss, kept.mask)
+
+    loss = torch.compile(mean, backend="eager", fullgraph=True)(token_loss)
+    assert loss.item() == (1.0 if mode == "drop" else 1.5)
+    (gradient,) = torch.autograd.grad(loss, token_loss)
+    assert gradient.tolist() == [[1.0 if mode == "drop" else 0.5, 0.0, 0.0]]
 
 
 def test_gates_that_do_not_fit_are_refused():

@@ -267,6 +267,13 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
         )
         for dual_clip in (None, 3.0)
     ],
+    # A number beside a tensor must not be rounded to the default dtype.
+    "clipped_surrogate_loss.bounds": lambda i: [
+        tw.clipped_surrogate_loss(
+            i.log_probs * 20, i.old_log_probs, i.advantages, mask=i.mask, **{bound: i.weights}
+        )
+        for bound in ("clip_low", "clip_high")
+    ],
     "endpoint_weights": lambda i: [
         tw.endpoint_weights(i.scores, i.mask, ENDS, form=form, extrema=extrema)
         for form in ("stable", "literal")

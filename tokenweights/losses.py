@@ -54,19 +54,20 @@ def clipped_surrogate_loss(
         log_probs: Of the current policy; the gradient flows here.
         old_log_probs: Of the policy that generated the tokens.
         advantages: One for each token, or one for each response, `batch 1`.
-        clip_low: $\epsilon_{low}$ in [0, 1], one or one for each token or response; DAPO's stock
-            value. 1 clips nothing, since a ratio is above 0.
+        clip_low: $\epsilon_{low}$ in [0, 1], one for all, or one for each token or response, which
+            carry no gradient; DAPO's stock value. 1 clips nothing, since a ratio is above 0.
         clip_high: $\epsilon_{high} \ge 0$, one or several as `clip_low`; DAPO's stock value.
-            `math.inf` clips nothing.
+            `math.inf` clips nothing. Without either bound the loss is $-r_t A_t$.
         dual_clip: $c > 1$, or None.
         mask: True for valid tokens. Losses elsewhere are 0, and so are their gradients, even where
-            the inputs are NaN.
+            the inputs or the bounds are NaN.
 
     Returns:
         The loss of each token, of the inputs' dtype but float32 for half precision.
 
     Raises:
-        TokenWeightsError: If a clip bound is negative, `clip_low` > 1 or `dual_clip` <= 1.
+        TokenWeightsError: If a valid clip bound is negative or NaN, `clip_low` > 1 or
+            `dual_clip` <= 1.
 
     Example:
         >>> new, old = torch.tensor([[0.5, 0.0]]), torch.zeros(1, 2)
@@ -87,13 +88,23 @@ def clipped_surrogate_loss(
     )
     # Bounded where exp would overflow: 0 * inf would be NaN for a token of weight 0.
     ratio = (log_probs - old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    if isinstance(low, Tensor) or isinstance(high, Tensor):  # `clamp` takes no mixture
-        low, high = (torch.as_tensor(end, device=ratio.device).to(ratio) for end in (low, high))
-    clipped = ratio.clamp(1 - low, 1 + high)  # pyright: ignore[reportArgumentType]
+    low, high = (end.to(ratio.dtype) if isinstance(end, Tensor) else end for end in (low, high))
+    clipped = _clamped(ratio, 1 - low, 1 + high)
     loss = -torch.minimum(ratio * advantages, clipped * advantages)
     if dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
     return loss
+
+
+def _clamped(values: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """The values within both ends, a number being the same beside a number and beside a tensor."""
+    if not isinstance(low, Tensor) and not isinstance(high, Tensor):
+        return values.clamp(low, high)
+    # `clamp` takes no mixture, and a tensor made of a number is of the default dtype unless told.
+    low, high = (
+        torch.as_tensor(end, dtype=values.dtype, device=values.device) for end in (low, high)
+    )
+    return values.clamp(low, high)
 
 
 def _clip_bound(
@@ -182,7 +193,7 @@ def gated_loss(
     if hard:
         return GatedLoss(torch.where(gate, loss, loss.detach()), mask)
     require_finite("gated_loss", "gate", gate, mask)
-    factor = torch.where(mask, gate.detach(), 0.0).to(loss.dtype)
+    factor = torch.where(mask, gate.detach(), 0.0)
     if not torch.compiler.is_compiling() and bool((factor < 0).any()):
         hint = "It multiplies the gradient of a token."
         raise invalid("gated_loss", "gate", ">= 0", factor.min().item(), hint)
@@ -199,7 +210,8 @@ class _ScaledGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
-        return gradients[0] * ctx.saved_tensors[0], None
+        # Rounded once, after the product: a factor may be more than half precision holds.
+        return (gradients[0] * ctx.saved_tensors[0]).to(gradients[0].dtype), None
 
 
 @agreed
