@@ -1,12 +1,15 @@
 """`compare` on run directories as trainers leave them behind, whole, odd and damaged."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -188,6 +191,7 @@ def test_an_interrupt_while_writing_leaves_no_part(tmp_path):
 
 def test_a_terminal_gets_a_bar(folders, tmp_path):
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     arguments = [*COMMAND, *map(str, folders), "-o", str(tmp_path / "c.html")]
     done = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=theirs, check=False)
     os.close(theirs)
