@@ -195,7 +195,7 @@ def outcome(
     micro_batch: int | None = None,
 ) -> tuple[dict[int, Tensor], Tensor, list[Tensor], Tensor, float]:
     """Weights by sample; this rank's share of loss, gradients and absolute loss; scores' range."""
-    scores = None if recipe.signal == "none" else own.scores
+    scores = None if recipe.signal is None else own.scores
     weights = recipe.token_weights(scores, own.mask, step=STEP, sample_ids=own.numbers, group=group)
     count = tw.loss_denominator(own.mask, weights, denominator=recipe.denominator, group=group)
     counted = own.mask if mine is None else own.mask & mine
