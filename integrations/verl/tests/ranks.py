@@ -19,7 +19,7 @@ def placed(rank, ranks):
     return {name: str(value) for name, value in place.items()}
 
 
-def saved_by_ranks(script, ranks, folder, *arguments, timeout=300):
+def saved_by_ranks(script, ranks, folder, *arguments, timeout=900):
     processes = [
         subprocess.Popen(
             [sys.executable, str(HERE / script), str(rank), str(ranks), str(folder), *arguments],

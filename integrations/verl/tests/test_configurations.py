@@ -73,7 +73,7 @@ def test_every_recipe_fits(recipe):
 def test_a_recipe_may_be_its_fields():
     fields = "token_weights.recipe={name: low2high, warmup_steps: 7, layers: [8, 31]}"
     made = token_weights_config(composed("+experiment=qwen3_8b_base", fields)).token_recipe
-    assert (made.warmup_steps, made.layers, made.rule) == (7, (8, 31), "endpoints")
+    assert (made.rule.warmup_steps, made.layers, made.rule.kind) == (7, (8, 31), "endpoints")
 
 
 @pytest.mark.parametrize("name", ["paper", *MODELS])

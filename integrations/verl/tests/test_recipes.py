@@ -11,7 +11,6 @@ import torch
 from batches import nested
 from configured import composed
 from cpu_platform import ENVIRONMENT
-from swapping import STEPS
 from tensordict import TensorDict
 from test_trainer import run
 from tokenweights import TokenWeightsError
@@ -23,6 +22,8 @@ from tokenweights_verl.scores import COLUMNS, ENTROPY, rollout_batch
 SAMPLER = "actor_rollout_ref.rollout.calculate_log_probs"
 REFERENCE = "actor_rollout_ref.actor.use_kl_loss"
 ROLLOUT_IS = "algorithm.rollout_correction.rollout_is"
+# Training steps of each recipe in a run that takes one after another.
+STEPS = 2
 # What runs as VeRL comes, with nothing but rewards and old log-probabilities.
 PLAIN = (
     *("full", "random20", "bernoulli20", "anchor20", "explorer20"),
