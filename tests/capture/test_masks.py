@@ -215,7 +215,8 @@ def test_the_padding_of_the_model_is_that_of_the_entropy():
     with pytest.raises(TokenWeightsError, match="the same mask"):
         call.entropy(key_mask=mask)
     right = mask.flip(1)
-    assert torch.equal(call.entropy(key_mask=right), torch.where(right, call.entropy(), 0.0))
+    # Fewer keys are other sums of a matrix product, so not the same to the last bit everywhere.
+    close(call.entropy(key_mask=right), torch.where(right, call.entropy(), 0.0).double())
 
 
 def test_keys_that_left_a_window_do_not_matter_to_its_padding():
