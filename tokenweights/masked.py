@@ -3,6 +3,7 @@
 Values under a False mask, NaN included, never change a result, and receive a zero gradient.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
 
-CHUNK_TOKENS = 2**18
+CHUNK_TOKENS = 2**16  # temporaries of a few hundred KiB are reused and stay in the cache
 
 
 def accumulator_dtype(device: torch.device) -> torch.dtype:
@@ -49,7 +50,7 @@ def batch_total(
 
 
 def row_chunks(shape: torch.Size) -> Iterator[slice]:
-    """Slices of whole rows, a few hundred thousand tokens each, to keep temporaries small."""
+    """Slices of whole rows, some tens of thousands of tokens each, to keep temporaries small."""
     rows, tokens = shape
     step = max(CHUNK_TOKENS // max(tokens, 1), 1)
     for start in range(0, max(rows, 1), step):  # once even for no rows, to keep a graph
@@ -71,8 +72,8 @@ def require_finite(function: str, argument: str, values: Tensor, mask: Tensor) -
     if torch.compiler.is_compiling():
         return  # an error that depends on data has no place in a graph
     for rows in row_chunks(mask.shape):
-        bad = mask[rows] & ~torch.isfinite(values[rows])
-        if bool(bad.any()):
+        if not _finite(*_extrema_and_zero(values[rows], mask[rows])):
+            bad = mask[rows] & ~torch.isfinite(values[rows])
             row, token = bad.nonzero()[0].tolist()
             place = (row + rows.start, token)
             raise invalid(
@@ -95,19 +96,32 @@ def require_weights(function: str, weights: Tensor, mask: Tensor) -> None:
     Raises:
         TokenWeightsError: If a valid weight is negative or not finite.
     """
-    require_finite(function, "weights", weights, mask)
     if torch.compiler.is_compiling():
         return
     for rows in row_chunks(mask.shape):
-        negative = mask[rows] & (weights[rows] < 0)
-        if bool(negative.any()):
+        low, high = _extrema_and_zero(weights[rows], mask[rows])
+        if not _finite(low, high):
+            require_finite(function, "weights", weights, mask)
+        if low < 0:
             raise invalid(
                 function,
                 "weights",
                 ">= 0, since the sign of the advantage picks the clip side",
-                weights[rows][negative].min().item(),
+                low,
                 "To drop tokens, give them weight 0.",
             )
+
+
+def _extrema_and_zero(values: Tensor, mask: Tensor) -> tuple[float, float]:
+    """Extrema of the valid values and 0; NaN if one of them is."""
+    if values.numel() == 0:
+        return 0.0, 0.0
+    low, high = torch.where(mask, values.detach(), 0.0).aminmax()
+    return low.item(), high.item()
+
+
+def _finite(low: float, high: float) -> bool:
+    return -math.inf < low and high < math.inf
 
 
 @typed

@@ -8,7 +8,7 @@ tokens never do, and all sums are of integers, so that every layout gives the sa
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from tokenweights.masked import (
     require_finite,
     sum_dtype,
 )
-from tokenweights.partition import _ratio
+from tokenweights.partition import _ratio, lowest_ranked
 from tokenweights.scopes import Scope, Sign, candidates, segments
 
 Side = Literal["top", "bottom"]
@@ -108,18 +108,25 @@ def select(
     ratio = None if fraction is None else _ratio("select", fraction)
     if count is not None and count < 0:
         raise invalid("select", "count", ">= 0", count, "Pass a number of tokens.")
+
+    def wanted(size: Any) -> Any:
+        if ratio is None:
+            return torch.as_tensor(size).clamp(max=min(count or 0, EVERY))
+        return -(-size * ratio.numerator // ratio.denominator)
+
+    def first(size: Any) -> Any:
+        return wanted(size) if side == "bottom" else size - wanted(size)
+
+    if scope == "response":
+        before = lowest_ranked(batch.scores, batch.own, first)
+        return before if side == "bottom" else batch.own & ~before
     sample_ids = _own_ids("select", mask, scope, sample_ids, group)
     words = f"select by {fraction=}, {count=}, {side=}, {scope=}, {sign=}"
 
     def chosen(part: "_Batch") -> Tensor:
-        sizes = part.sizes()
-        if ratio is None:
-            wanted = sizes.clamp(max=min(count or 0, EVERY))
-        else:
-            wanted = -(-sizes * ratio.numerator // ratio.denominator)
-        first = wanted if side == "bottom" else sizes - wanted
-        place = _place(part, lambda counts, _: counts < first[:, None])
-        return _marked("select", part, side, place, first - place.before)
+        cut = first(part.sizes())
+        place = _place(part, lambda counts, _: counts < cut[:, None])
+        return _marked("select", part, side, place, cut - place.before)
 
     return _over_parts("select", words, batch, mask, scope, prompt_ids, sample_ids, group, chosen)
 

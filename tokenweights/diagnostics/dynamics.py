@@ -12,7 +12,7 @@ from tokenweights._errors import invalid
 from tokenweights._typing import typed
 from tokenweights.diagnostics.additive import alike
 from tokenweights.distributed import agreed, global_sum, merge
-from tokenweights.masked import accumulator_dtype, require_finite
+from tokenweights.masked import accumulator_dtype, require_finite, row_chunks
 
 
 @dataclass(frozen=True)
@@ -114,16 +114,29 @@ def group_dynamics(
     """
     if not groups:
         raise invalid("group_dynamics", "groups", "with a mask", "none", "Pass at least one.")
-    wide = scores.detach().to(accumulator_dtype(scores.device))
-    parts = []
     for members in groups:
         require_finite_heads("group_dynamics", "scores", scores, members)
-        count = members.count_nonzero().to(wide.dtype).expand(scores.shape[1:-1])
-        # Means come before deviations are squared: a large common offset then costs no digits.
-        mean = token_sum(wide, members) / count
-        squares = token_sum((wide - mean[..., None]).square(), members)
-        parts.append(torch.stack([count, mean, (squares / count).sqrt()]))
-    return GroupDynamics(*torch.stack(parts, 1)).over_ranks(group)
+    return local_dynamics(scores, groups).over_ranks(group)
+
+
+def local_dynamics(scores: Tensor, groups: Sequence[Tensor]) -> GroupDynamics:
+    """The statistics of this rank's tokens, a few rows at a time; scores are not checked."""
+    dtype = accumulator_dtype(scores.device)
+    counts = torch.stack([members.count_nonzero() for members in groups]).to(dtype)
+    count = counts.view(-1, *[1] * (scores.dim() - 2)).expand(-1, *scores.shape[1:-1])
+
+    def sums(center: Tensor | None) -> Tensor:
+        total = torch.zeros(count.shape, dtype=dtype, device=scores.device)
+        for rows in row_chunks(groups[0].shape):
+            wide = scores[rows].detach().to(dtype)
+            for place, members in enumerate(groups):
+                apart = wide if center is None else (wide - center[place][..., None]).square_()
+                total[place] += token_sum(apart, members[rows])
+        return total
+
+    # Means come before deviations are squared: a large common offset then costs no digits.
+    mean = sums(None) / count
+    return GroupDynamics(count, mean, (sums(mean) / count).sqrt())
 
 
 def token_sum(values: Tensor, members: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokenweights._typing import typed
-from tokenweights.diagnostics.dynamics import group_dynamics
+from tokenweights.diagnostics.dynamics import local_dynamics
 from tokenweights.distributed import agreed
 from tokenweights.masked import require_weights
 from tokenweights.partition import bottom_fraction, top_fraction
@@ -61,9 +61,9 @@ def token_weight_metrics(
             bottom_fraction(scores, mask, fraction=fraction),
             top_fraction(scores, mask, fraction=fraction),
         ]
-    weight = group_dynamics(weights, groups, group=group)
+    weight = local_dynamics(weights, groups).over_ranks(group)
     # Entered by every rank, with or without tokens of its own.
-    score = None if scores is None else group_dynamics(scores, groups, group=group)
+    score = None if scores is None else local_dynamics(scores, groups).over_ranks(group)
     if weight.count[0] == 0:
         return {}
     mass = weight.count * weight.mean

@@ -30,11 +30,21 @@ def text_numbers(
     Returns:
         Numbers.
     """
-    seen: dict[str, int] = {}
+    seen: dict[bytes, int] = {}
     numbers = []
     for prompt, response in zip(prompts, responses, strict=True):
-        text = f"{step} {prompt.tolist()} {response.tolist()}"
+        text = _digest(f"{step} {len(prompt)} ".encode(), _bytes(prompt), _bytes(response))
         seen[text] = seen.get(text, 0) + 1
-        digest = hashlib.sha256(f"{text} {seen[text]}".encode()).digest()
-        numbers.append(int.from_bytes(digest[:6], "big"))
+        numbers.append(int.from_bytes(_digest(text, seen[text].to_bytes(8, "little")), "little"))
     return torch.tensor(numbers, dtype=torch.long)
+
+
+def _bytes(token_ids: Tensor) -> memoryview:
+    return token_ids.to("cpu", torch.int32).contiguous().numpy().data
+
+
+def _digest(*parts: bytes | memoryview) -> bytes:
+    digest = hashlib.blake2b(digest_size=6)
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
