@@ -21,3 +21,4 @@ from tokenweights.recipes.rollout import corrects_sampler as corrects_sampler
 from tokenweights.recipes.rollout import require_columns as require_columns
 from tokenweights.recipes.rollout import rollout_recipe as rollout_recipe
 from tokenweights.recipes.rollout import weighted_rollout as weighted_rollout
+from tokenweights.recipes.versions import require_version as require_version

@@ -100,6 +100,7 @@ def test_a_batch_without_tokens_logs_no_metrics_and_moves_nothing(tmp_path):
 
 def test_bnpo_divides_by_the_selected_tokens_of_the_micro_batch(tmp_path):
     class Losses(TokenWeightsGRPOTrainer):
+        homogeneous_loss = True
         seen = ()
 
         def _compute_loss(self, model, inputs):

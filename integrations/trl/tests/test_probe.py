@@ -1,10 +1,12 @@
 """A probed run trains as an unprobed one, bit for bit, and logs what the gradients are."""
 
+from dataclasses import fields
+
 import pytest
 import tiny
 import tokenweights as tw
 import torch
-from tokenweights import TokenWeightsError
+from tokenweights import TokenWeightsConfig, TokenWeightsError
 from tokenweights.report.records import read_metrics
 from trl import GRPOConfig, GRPOTrainer
 
@@ -142,3 +144,35 @@ def test_nonsense_is_refused(tmp_path):
 
     with pytest.raises(TokenWeightsError, match="gradient_probe_steps"):
         tiny.trainer(Never, GRPOConfig, tmp_path)
+    for changes, message in (
+        ({"gradient_probe_steps": 0}, "`gradient_probe_steps` >= 1, got 0"),
+        ({"gradient_probe_file": "gradient.jsonl"}, "Set gradient_probe_steps too"),
+        ({"metrics_file": "run.jsonl", "token_records": "run.jsonl"}, "a file of its own"),
+    ):
+        with pytest.raises(TokenWeightsError, match=message):
+            tiny.arguments(TokenWeightsGRPOConfig, tmp_path, recipe="low2high", **changes)
+
+
+def test_options_are_those_of_every_adapter(tmp_path):
+    own = {option.name: option for option in fields(TokenWeightsGRPOConfig)}
+    for option in fields(TokenWeightsConfig):
+        assert own[option.name].default == option.default
+        assert own[option.name].metadata["help"] == option.metadata["help"]
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("metrics_file", "token_records")}
+    files["gradient_probe_file"] = str(tmp_path / "gradient.jsonl")
+    made = {"recipe": "low2high", "max_steps": 3, "gradient_probe_steps": 2}
+    trainer = tiny.trainer(
+        TokenWeightsGRPOTrainer, TokenWeightsGRPOConfig, tmp_path, **made, **files
+    )
+    trainer.train()
+    assert [line["step"] for line in read_metrics(files["gradient_probe_file"])] == [1, 3]
+    lines, history = read_metrics(files["metrics_file"]), trainer.state.log_history
+    assert [line["step"] for line in lines] == [entry["step"] for entry in history] == [1, 2, 3, 3]
+    for line, entry in zip(lines, history, strict=True):
+        for name in ("token_weights/weight_mean", "gradient/full_norm", "reward", "grad_norm"):
+            assert (name in line) == (name in entry)
+            assert name not in line or line[name] == pytest.approx(float(entry[name]))
+    assert len({*map(frozenset, lines)}) > 1 and (tmp_path / "token_records.jsonl").exists()
+    quiet = tiny.trainer(TokenWeightsGRPOTrainer, TokenWeightsGRPOConfig, tmp_path, recipe="full")
+    quiet.train()
+    assert quiet._probe_batch is None

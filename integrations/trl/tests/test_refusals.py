@@ -64,6 +64,25 @@ def test_a_plain_configuration_is_refused(tmp_path):
         tiny.trainer(TokenWeightsGRPOTrainer, GRPOConfig, tmp_path)
 
 
+def test_another_loss_is_refused_unless_it_says_what_it_is(tmp_path):
+    class Own(GRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            return super()._compute_loss(model, inputs)
+
+    class Behind(TokenWeightsMixin, Own):
+        pass
+
+    class Before(TokenWeightsGRPOTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs)
+
+    for kind, owner in ((Behind, "Own"), (Before, "Before")):
+        with pytest.raises(TokenWeightsError, match=f"got that of {owner}. Set `homogeneous_loss"):
+            tiny.trainer(kind, TokenWeightsGRPOConfig, tmp_path, recipe="low2high")
+        declared = type("Declared", (kind,), {"homogeneous_loss": True})
+        tiny.trainer(declared, TokenWeightsGRPOConfig, tmp_path, recipe="low2high")
+
+
 def test_another_trl_is_refused(tmp_path):
     class Changed(GRPOTrainer):
         def _compute_loss(self, model, batch):

@@ -69,6 +69,10 @@ REFUSED = {
     ),
     "the old trainer": (["trainer.use_v1=false"], "use_v1"),
     "a plain trainer": (["trainer.v1.trainer_mode=sync"], "tokenweights_sync"),
+    "a trainer that there is not": (
+        ["trainer.v1.trainer_mode=tokenweights_colocate_async"],
+        "`trainer.v1.trainer_mode` one of tokenweights_sync",
+    ),
     "Megatron": (["model_engine=megatron"], "strategy"),
 }
 

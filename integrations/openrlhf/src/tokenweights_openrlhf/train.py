@@ -6,11 +6,9 @@ it looks up stand for classes of this package.
 """
 
 import argparse
-import re
 import runpy
 import sys
 from dataclasses import fields
-from importlib.metadata import version
 from typing import Any
 
 import ray
@@ -18,7 +16,8 @@ from openrlhf.trainer import ppo_trainer, ppo_trainer_async
 from openrlhf.trainer.ray import ppo_actor
 from openrlhf.utils import config as openrlhf_config
 from tokenweights import TokenWeightsConfig
-from tokenweights._errors import TokenWeightsError, invalid
+from tokenweights._errors import TokenWeightsError
+from tokenweights.recipes import require_version
 
 from tokenweights_openrlhf.config import checked_arguments
 from tokenweights_openrlhf.probe import GradientProbePolicyActor
@@ -49,26 +48,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\nall options of {COMMAND}:\n")
         _run(rest, None)
     try:
-        refuse_other_versions(version("openrlhf"))
+        require_version("openrlhf", "0.11.2", "0.12")
         values = {name.removeprefix(prefix): value for name, value in vars(options).items()}
         _run(rest, TokenWeightsConfig(**values))
     except TokenWeightsError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-
-
-def refuse_other_versions(installed: str) -> None:
-    """Raises unless the adapter was made for a version of OpenRLHF.
-
-    Args:
-        installed: The version.
-
-    Raises:
-        TokenWeightsError: If it was not.
-    """
-    numbers = [int(part) for part in re.findall(r"\d+", installed)[:3]]
-    if not [0, 11, 2] <= numbers < [0, 12]:
-        hint = "The adapter derives from OpenRLHF's classes, and others have not been tested."
-        raise invalid("train", "openrlhf", ">=0.11.2,<0.12", installed, hint)
 
 
 def _run(argv: list[str], config: Any) -> None:

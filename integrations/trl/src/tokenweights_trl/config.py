@@ -1,12 +1,13 @@
-"""The training arguments: everything `GRPOConfig` knows, and the recipe of the token weights."""
+"""The training arguments: everything `GRPOConfig` knows, and what a run asks of token weights."""
 
 import pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tokenweights import TokenWeightsConfig
 from tokenweights._errors import TokenWeightsError, invalid
 from tokenweights.recipes import Recipe, corrects_sampler, require_columns, rollout_recipe
+from tokenweights.recipes.config import FILES
 from trl.trainer.grpo_config import GRPOConfig
 
 # Losses that are homogeneous in the advantage at token-level ratios: for w >= 0 the loss of w * A
@@ -17,19 +18,25 @@ TOKEN_MEAN_LOSS_TYPES = ("dapo", "bnpo", "cispo", "vespo")
 # Columns of a rollout batch that TRL has or that a pass gives.
 COLUMNS = ("token_ids", "advantages", "log_probs", "predictive_entropy", "attention")
 
+# The options that every adapter has, with what a command line says of them.
+HELP = {option.name: {"help": option.metadata["help"]} for option in fields(TokenWeightsConfig)}
+
 
 @dataclass
 class TokenWeightsGRPOConfig(GRPOConfig):
-    """Arguments of `TokenWeightsGRPOTrainer`: those of `trl.GRPOConfig`, and three more.
+    """Arguments of `TokenWeightsGRPOTrainer`: those of `trl.GRPOConfig` and `TokenWeightsConfig`.
 
     A recipe that is misspelt, or that the chosen loss cannot honour, is refused here, before
-    a model or a dataset is loaded.
+    a model or a dataset is loaded. Steps are optimizer steps.
 
     Args:
-        recipe: A recipe, its name, or a dict of it; on the command line the dict is written as
-            JSON.
-        token_records: JSONL file to which token records are appended; None writes none.
-        token_records_steps: Optimizer steps between two recorded rollout batches, >= 1.
+        recipe: As in `tokenweights.TokenWeightsConfig`, like the next six.
+        token_records: A file.
+        token_records_steps: Steps between two recorded rollout batches.
+        gradient_probe_steps: Steps between two gradient probes.
+        gradient_probe_file: A file.
+        gradient_probe_tolerance: What a probe's projection ratios may be off.
+        metrics_file: A file.
 
     Raises:
         TokenWeightsError: If the recipe is unknown or does not fit the other arguments.
@@ -41,22 +48,21 @@ class TokenWeightsGRPOConfig(GRPOConfig):
     """
 
     # TRL's parser takes the second of the types, and gives the text as it is.
-    recipe: Recipe | str | dict[str, Any] | None = field(
-        default=None,
-        metadata={"help": "Recipe of the token weights: a name, or its fields as a JSON dict."},
+    recipe: Recipe | str | dict[str, Any] | None = field(default=None, metadata=HELP["recipe"])
+    token_records: str | None = field(default=None, metadata=HELP["token_records"])
+    token_records_steps: int = field(default=100, metadata=HELP["token_records_steps"])
+    gradient_probe_steps: int | None = field(default=None, metadata=HELP["gradient_probe_steps"])
+    gradient_probe_file: str | None = field(default=None, metadata=HELP["gradient_probe_file"])
+    gradient_probe_tolerance: float | None = field(
+        default=None, metadata=HELP["gradient_probe_tolerance"]
     )
-    token_records: str | None = field(
-        default=None,
-        metadata={"help": "JSONL file to which token records are appended. None writes none."},
-    )
-    token_records_steps: int = field(
-        default=100,
-        metadata={"help": "Optimizer steps between two recorded rollout batches."},
-    )
+    metrics_file: str | None = field(default=None, metadata=HELP["metrics_file"])
 
     def __post_init__(self) -> None:
         # What no adapter can honour is found before TRL asks for a device.
-        shared = TokenWeightsConfig(self.recipe, self.token_records, self.token_records_steps)
+        shared = TokenWeightsConfig(**{name: getattr(self, name) for name in HELP})
+        for name in FILES:
+            setattr(self, name, getattr(shared, name))  # absolute
         super().__post_init__()
         _check(self, shared.token_recipe)
 

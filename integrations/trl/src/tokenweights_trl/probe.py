@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from tokenweights_trl.scores import forward_scores
 
+OPTIONS = ("gradient_probe_steps", "gradient_probe_file", "gradient_probe_tolerance")
 # What accelerate's names for a precision stand for.
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # What the probe reads of a rollout batch.
@@ -37,8 +38,11 @@ class GradientProbeMixin(_Base):
     batch and three forward passes, in bfloat16 fifteen and one, and one copy of the parameters. A
     resumed run takes a new probe batch and starts the dispersion anew.
 
+    The options are those of `TokenWeightsGRPOConfig`, or attributes of a subclass, for a plain
+    `trl.GRPOConfig`.
+
     Attributes:
-        gradient_probe_steps: Optimizer steps $N$ between two probes, >= 1.
+        gradient_probe_steps: Optimizer steps $N$ between two probes, >= 1; None probes never.
         gradient_probe_file: JSONL file to which each probe appends a line; None writes none.
         gradient_probe_tolerance: Largest distance of the sum of the projection ratios from one;
             beyond it the probe raises. None follows from the precision; see
@@ -48,13 +52,19 @@ class GradientProbeMixin(_Base):
         TokenWeightsError: If the model sees images or is sharded in a way the probe cannot move.
     """
 
-    gradient_probe_steps: int = 50
+    gradient_probe_steps: int | None = 50
     gradient_probe_file: str | None = None
     gradient_probe_tolerance: float | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         name = type(self).__name__
+        for option in OPTIONS:
+            if (asked := getattr(self.args, option, None)) is not None:
+                setattr(self, option, asked)
+        self._probe_batch: dict[str, Tensor] | None = None
+        if self.gradient_probe_steps is None:
+            return
         if self.gradient_probe_steps < 1:
             hint = "It is a number of optimizer steps."
             raise invalid(name, "gradient_probe_steps", ">= 1", self.gradient_probe_steps, hint)
@@ -64,13 +74,13 @@ class GradientProbeMixin(_Base):
         if self.is_deepspeed_enabled or fsdp1:
             hint = "Use DDP or FSDP2, or leave out the probe."
             raise invalid(name, "model", "with parameters of its own", "an engine's shards", hint)
-        self._probe_batch: dict[str, Tensor] | None = None
         self._series = tw.GradientSeries()
         self.add_callback(_AfterStep(self._after_step))
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
-        if self.model.training and self._probe_batch is None:
+        wanted = self.gradient_probe_steps is not None and self._probe_batch is None
+        if wanted and self.model.training:
             # All ranks must agree: the probe of a sharded model is collective.
             moves = self.accelerator.gather(output["advantages"].abs().max()[None])
             if float(moves.max()) > 0:
@@ -80,7 +90,8 @@ class GradientProbeMixin(_Base):
         return output
 
     def _after_step(self, step: int) -> None:
-        if self._probe_batch is None or (step - 1) % self.gradient_probe_steps != 0:
+        every = self.gradient_probe_steps
+        if self._probe_batch is None or every is None or (step - 1) % every != 0:
             return
         metrics = self._probed(self._probe_batch)
         for name, value in metrics.items():

@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from tokenweights import RolloutBatch
 from tokenweights._errors import invalid
+from tokenweights.recipes import require_version
+from tokenweights.report.records import append_log
 from tokenweights.report.rollouts import RolloutRecords
 from torch import Tensor
+from transformers import TrainerCallback
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from tokenweights_trl.config import TokenWeightsGRPOConfig
+from tokenweights_trl.probe import GradientProbeMixin
 from tokenweights_trl.scores import forward_scores, generation_scores, require_positions
 
 logger = logging.getLogger(__name__)
@@ -64,7 +68,7 @@ _Base: Any = object
 
 
 class TokenWeightsMixin(_Base):
-    """Token weights for `GRPOTrainer` or a subclass of it; name it first among the bases.
+    r"""Token weights for `GRPOTrainer` or a subclass of it; name it first among the bases.
 
     Once per rollout batch, before TRL shuffles and splits it, what the recipe reads of the
     rollout-time policy becomes weights, and advantages of shape `batch` become weighted ones of
@@ -73,6 +77,9 @@ class TokenWeightsMixin(_Base):
     stays TRL's own.
 
     Attributes:
+        homogeneous_loss: Whether a subclass that overrides the loss keeps what weighted advantages
+            rest on: for $w \ge 0$ the loss of the advantage $wA$ is $w$ times the loss of $A$. If
+            not, such a class is refused.
         recipe: The recipe, with its layers numbered for the model.
         score_source: Where the last rollout batch's scores came from: a key of `SOURCES`, or None
             before the first.
@@ -81,6 +88,8 @@ class TokenWeightsMixin(_Base):
         TokenWeightsError: If `args` is no `TokenWeightsGRPOConfig`, the model has no attention
             layer that can be read, or the installed TRL is not one this adapter fits.
     """
+
+    homogeneous_loss: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -91,8 +100,11 @@ class TokenWeightsMixin(_Base):
         self._rollout: Rollout | None = None  # only while TRL makes a rollout batch
         self._rollout_place = (-1, 0)  # optimizer step of the last rollout, and place within it
         self._records = RolloutRecords(self.args.token_records, every=self.args.token_records_steps)
+        if self.args.metrics_file is not None:
+            self.add_callback(_MetricsFile(self.args.metrics_file))
 
     def _check_contract(self) -> None:
+        require_version("trl", "1.16", "1.17")
         name, version = type(self).__name__, "tokenweights-trl is made for trl>=1.16,<1.17."
         if not isinstance(self.args, TokenWeightsGRPOConfig):
             got, hint = type(self.args).__name__, "Pass `TokenWeightsGRPOConfig(recipe=...)`."
@@ -102,6 +114,13 @@ class TokenWeightsMixin(_Base):
             if not set(needed) <= set(found):
                 condition = f"with {method}({', '.join(needed)})"
                 raise invalid(name, "trl", condition, f"({', '.join(found)})", version)
+        classes = type(self).__mro__
+        for owner in {*classes[: classes.index(GRPOTrainer)]} - {TokenWeightsMixin}:
+            if not self.homogeneous_loss and {"compute_loss", "_compute_loss"} & vars(owner).keys():
+                hint = (
+                    "Set `homogeneous_loss = True` if w >= 0 times A gives w times the loss of A."
+                )
+                raise invalid(name, "compute_loss", "TRL's own", f"that of {owner.__name__}", hint)
         if self.args.use_liger_kernel and hasattr(self, "compute_liger_loss"):
             condition = "False where TRL then computes the loss elsewhere"
             raise invalid(name, "use_liger_kernel", condition, True, version)
@@ -303,8 +322,21 @@ class TokenWeightsMixin(_Base):
         return super()._compute_loss(model, inputs)
 
 
-class TokenWeightsGRPOTrainer(TokenWeightsMixin, GRPOTrainer):
-    """`trl.GRPOTrainer` with the token weights of `args.recipe`; see `TokenWeightsMixin`."""
+class TokenWeightsGRPOTrainer(TokenWeightsMixin, GradientProbeMixin, GRPOTrainer):
+    """`trl.GRPOTrainer` with token weights and a gradient probe; see the mixins."""
+
+    gradient_probe_steps = None
+
+
+class _MetricsFile(TrainerCallback):
+    """Appends what TRL logs to a file, as a report reads it."""
+
+    def __init__(self, path: str):
+        self._path = path
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            append_log(self._path, logs, step=state.global_step)
 
 
 def _response_mask(batch: dict[str, Any]) -> Tensor:

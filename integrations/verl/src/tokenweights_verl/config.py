@@ -6,7 +6,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from tokenweights import TokenWeightsConfig
 from tokenweights._errors import invalid
-from tokenweights.recipes import corrects_sampler, require_columns
+from tokenweights.recipes import corrects_sampler, require_columns, require_version
+from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 
 from tokenweights_verl.scores import COLUMNS
 
@@ -25,8 +26,9 @@ def token_weights_config(config: DictConfig) -> TokenWeightsConfig:
         The options.
 
     Raises:
-        TokenWeightsError: If the recipe is unknown, or VeRL as configured cannot honour it.
+        TokenWeightsError: If the recipe is unknown, or this VeRL as configured cannot honour it.
     """
+    require_version("verl", "0.9", "0.10")
     node = OmegaConf.select(config, "token_weights")
     asked: Any = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else {}
     known = [field.name for field in fields(TokenWeightsConfig)]
@@ -50,13 +52,13 @@ def _check(config: DictConfig, token_weights: TokenWeightsConfig) -> None:
     require_columns(made, given, caller="verl")
     read, divided = made.attention is not None or probed, made.denominator != "all_tokens"
     flat = probed and selected(f"{_ACTOR}.strategy") == ["fsdp"]
-    (mode, distilled, implementation) = selected(_MODE, "distillation.enabled", _ATTENTION)
+    (distilled, implementation) = selected("distillation.enabled", _ATTENTION)
     sliced = any((size or 1) > 1 for size in selected(*_ULYSSES))
     elsewhere = sliced and "flash" not in (implementation or "flash_attention_2")
     divisor = f"The recipe divides by {made.denominator}; change this, or the recipe."
     for asked, key, fit, hint in (
         (True, "trainer.use_v1", (True,), _PLAIN),
-        (not str(mode).startswith("tokenweights_"), _MODE, ("tokenweights_sync",), _PLAIN),
+        (True, _MODE, _own_trainers(), _PLAIN),
         (True, f"{_ACTOR}.strategy", ("fsdp", "fsdp2"), _OTHER_LAYOUT),
         (True, f"{_ACTOR}.policy_loss.loss_mode", LOSS_MODES, _NOT_LINEAR),
         (True, f"{_CORRECTION}.bypass_mode", (False, None), _NO_PASS),
@@ -73,6 +75,13 @@ def _check(config: DictConfig, token_weights: TokenWeightsConfig) -> None:
         (value,) = selected(key)
         if asked and value not in fit:
             raise invalid("verl", key, f"one of {', '.join(map(str, fit))}", repr(value), hint)
+
+
+def _own_trainers() -> list[str]:
+    """Names of the registered trainers that weigh tokens, a user's own among them."""
+    from tokenweights_verl.trainer import TokenWeightsMixin  # which imports this module
+
+    return [name for name, made in TRAINER_REGISTRY.items() if issubclass(made, TokenWeightsMixin)]
 
 
 _ACTOR, _CORRECTION = "actor_rollout_ref.actor", "algorithm.rollout_correction"
