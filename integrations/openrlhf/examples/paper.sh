@@ -96,9 +96,11 @@ options=(
   --actor.num_nodes "$NODES" --actor.num_gpus_per_node 8 # paper B.10
   --actor.gradient_checkpointing_enable                  # paper B.2
   --ds.param_dtype bf16                                  # paper B.2
-  --ds.packing_samples --train.dynamic_batch_enable      # paper B.2
+  --ds.packing_samples                                   # paper B.2
   --ds.zero_stage 3 --ds.enable_sleep --train.colocate_all
-  --train.max_tokens_per_gpu 22528 --rollout.max_tokens_per_gpu 22528
+  # One response at a time, in random order: dynamic batches would sort a rollout batch by length, and
+  # its first updates would see its longest and shortest responses only.
+  --train.micro_batch_size 1 --rollout.micro_batch_size 1
   --vllm.num_engines "$((NODES * 8 / engine_gpus))" --vllm.tensor_parallel_size "$engine_gpus"
   --vllm.gpu_memory_utilization 0.6 --vllm.enable_sleep --vllm.sync_backend nccl
 
