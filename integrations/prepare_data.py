@@ -99,7 +99,7 @@ def trainer_rows(name: str, source: Source, rows: Dataset) -> Dataset:
     for index, row in enumerate(rows):
         question, answer = (field(row, column) for column in columns)
         answer = answer[0] if isinstance(answer, list) and answer else answer
-        answer = boxed_answer(answer) if source.boxed else answer
+        answer = boxed_answer(str(answer)) if source.boxed else answer
         if answer in (None, "", []) or (source.once and question in seen):
             continue
         seen.add(question)
