@@ -30,6 +30,13 @@ RECIPES = [
     ["low2high"],
     ["low2high", "low2high", "sampler_ratio_truncated", "custom", "low2high"],
 ]
+# Nodes of eight GPUs.
+EXPERIMENTS = {
+    "qwen3_8b_base": 4,
+    "qwen3_8b_base_selective": 2,
+    "qwen3_14b_base": 4,
+    "qwen2_5_7b": 4,
+}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 
 
@@ -86,7 +93,7 @@ def started(script, folder, *words, **variables):
         'printf "%s\\0" "$@" >> "$COMMANDS"\nprintf "\\n" >> "$COMMANDS"\n'
     )
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
-    environment = {name: value for name, value in os.environ.items() if name != "TRAIN"} | {
+    environment = os.environ | {
         "PATH": f"{folder}:{os.environ['PATH']}",
         "COMMANDS": str(folder / "commands"),
         **variables,
@@ -100,31 +107,33 @@ def started(script, folder, *words, **variables):
     return result, [line.split("\0") for line in lines]
 
 
-@pytest.mark.parametrize(
-    ("experiment", "layers"), [("qwen3_8b_base", 36), ("qwen3_14b_base", 40), ("qwen2_5_7b", 28)]
-)
-def test_every_recipe_of_every_experiment_is_accepted(experiment, layers, tmp_path):
-    result, lines = started(
-        "../every_recipe.sh", tmp_path, "openrlhf", experiment, TRAIN="train.jsonl"
-    )
+@pytest.mark.parametrize(("experiment", "nodes"), EXPERIMENTS.items())
+def test_every_recipe_of_every_experiment_is_accepted(experiment, nodes, tmp_path):
+    result, lines = started("../every_recipe.sh", tmp_path, "openrlhf", experiment, PROMPTS="48000")
     assert result.returncode == 0, result.stderr
-    paper = recipe_names(source="paper")
-    known = [name for name in paper if "token_loss" not in recipe(name).columns]
-    names = [name for name in known if max(recipe(name).layers or [0]) < layers]
-    assert len(lines) == len(names)
-    for name, (dash_m, module, *words) in zip(names, lines, strict=True):
+    assert len(lines) > 1
+    for dash_m, module, *words in lines:
         assert (dash_m, module) == ("-m", "tokenweights_openrlhf.train")
         made = accepted(words)
-        assert made.tokenweights.token_recipe == recipe(name)
-        has_entropy = recipe(name).attention is not None
+        used = made.tokenweights.token_recipe
+        assert used == recipe(used.name) and used.name in recipe_names(source="paper")
+        has_entropy = used.attention is not None
         assert (made.tokenweights.token_records is not None) == has_entropy
         assert (made.algo.kl.init_coef, made.rollout.top_p) == (0, 0.95)
-        assert made.vllm.num_engines * made.vllm.tensor_parallel_size == 4 * 8
+        assert made.vllm.num_engines * made.vllm.tensor_parallel_size == nodes * 8
+        assert made.actor.num_nodes == nodes
+        # What is not given on the command line, and VeRL's configuration says.
+        assert (made.actor.adam.eps, made.actor.entropy_coef, made.algo.kl.use_loss) == (
+            *(1e-8, None, False),
+        )
+        assert not made.algo.dynamic_filtering_enable
+        updates = made.rollout.batch_size * made.rollout.n_samples_per_prompt
+        assert updates // made.train.batch_size == 16
 
 
 @pytest.mark.parametrize("name", ["entropy_bonus", "sampler_ratio_band", "second_moment_drop"])
 def test_recipes_of_the_field_are_accepted(name, tmp_path):
-    _, lines = started("examples/paper.sh", tmp_path, "qwen3_8b_base", name, TRAIN="train.jsonl")
+    _, lines = started("examples/paper.sh", tmp_path, "qwen3_8b_base", name, PROMPTS="48000")
     ((_, _, *words),) = lines
     made = accepted(words)
     assert made.tokenweights.token_records is None
@@ -136,12 +145,92 @@ def test_a_launch_script_says_what_is_missing(tmp_path):
     for words, variables, message in (
         ((), {}, "name an experiment"),
         (("qwen3_8b_base",), {}, "name a recipe"),
-        (("qwen3_8b_base", "low2high"), {}, "Set TRAIN to a JSONL file"),
-        (("qwen3", "low2high"), {"TRAIN": "train.jsonl"}, "no experiment named qwen3"),
+        (("qwen3_8b_base", "low2high"), {"DATA": "here"}, "no here/deepscaler.parquet. Run"),
+        (("qwen3", "low2high"), {"PROMPTS": "48000"}, "no experiment named qwen3"),
     ):
         result, lines = started("examples/paper.sh", tmp_path, *words, **variables)
         assert result.returncode != 0 and not lines
         assert message in result.stderr
+
+
+@pytest.mark.parametrize("script", ["examples/paper.sh", "../every_recipe.sh"])
+def test_a_dry_run_prints_what_would_start(script, tmp_path):
+    words = ["qwen2_5_7b", "low2high"] if "paper" in script else ["openrlhf", "qwen2_5_7b"]
+    words += ["--logger.wandb.project", "two words"]
+    _, lines = started(script, tmp_path, *words, PROMPTS="48000")
+    (tmp_path / "commands").unlink()
+    result, none = started(script, tmp_path, *words, PROMPTS="48000", DRY_RUN="1")
+    assert lines and not none
+    assert [shlex.split(line) for line in result.stdout.splitlines()] == [
+        ["python", *line] for line in lines
+    ]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder as `prepare_data.py` writes it, of made-up questions."""
+    import runpy
+
+    from datasets import Dataset
+
+    script = runpy.run_path(str(ADAPTER.parent / "prepare_data.py"))
+    folder = tmp_path_factory.mktemp("data")
+    places = []
+    for number, (name, source) in enumerate(script["SOURCES"].items()):
+        rows = []
+        for index in range(100 + number):
+            row = {}
+            for path, value in (
+                (source.question, f"{name} {index}?"),
+                (source.answer, rf"\boxed{{{index}}}" if source.boxed else str(index)),
+            ):
+                *above, last = path.split(".")
+                node = row
+                for key in above:
+                    node = node.setdefault(key, {})
+                node[last] = value
+            rows.append(row)
+        Dataset.from_list(rows).to_parquet(folder / f"{name}.source.parquet")
+        places += ["--source", f"{name}={folder / name}.source.parquet"]
+    with redirect_stdout(io.StringIO()):
+        script["main"]([str(folder), *places])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("experiment", "questions", "episodes"),
+    [("qwen3_8b_base", 201, 3), ("qwen3_8b_base_selective", 81, 5)],
+)
+def test_openrlhf_reads_the_prepared_data(prepared, experiment, questions, episodes, tmp_path):
+    from types import SimpleNamespace
+
+    from openrlhf.trainer.ppo_trainer import prepare_datasets
+
+    result, lines = started("examples/paper.sh", tmp_path, experiment, "full", DATA=str(prepared))
+    assert result.returncode == 0, result.stderr
+    ((_, _, *words),) = lines
+    made = accepted(words)
+    assert made.train.num_episodes == episodes
+    # The share of warm-up is made of the number of questions in the files.
+    assert made.actor.lr_warmup_ratio == pytest.approx(10 * 512 / (questions * episodes), rel=1e-4)
+    loaders = []
+
+    def loader(dataset, *_, **__):
+        loaders.append(dataset)
+        return dataset
+
+    strategy = SimpleNamespace(
+        args=made, print=print, is_rank_0=lambda: False, setup_dataloader=loader
+    )
+    tokenizer = SimpleNamespace(apply_chat_template=lambda chat, **_: chat[-1]["content"])
+    prepare_datasets(strategy, tokenizer)
+    train, evaluation = loaders
+    assert len(train) == questions
+    name, prompt, label, _ = train[0]
+    assert prompt.startswith(f"{name} {label}?\n") and "boxed" in prompt
+    assert {evaluation[index][0] for index in range(len(evaluation))} == {
+        *("aime_2024", "olympiadbench", "minerva", "math")
+    }
 
 
 def test_the_example_reward_looks_at_the_response_only():

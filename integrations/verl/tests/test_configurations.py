@@ -15,19 +15,21 @@ from verl.utils.config import omega_conf_to_dataclass, validate_config
 from tokenweights_verl.config import LOSS_MODES, token_weights_config
 
 FOLDER = files("tokenweights_verl.configurations") / "experiment"
-MODELS = ("qwen3_8b_base", "qwen3_14b_base", "qwen2_5_7b")
+NODES = {"qwen3_8b_base": 4, "qwen3_8b_base_selective": 2, "qwen3_14b_base": 4, "qwen2_5_7b": 4}
+EXPERIMENTS = tuple(NODES)
+PARTS = ("paper", "selective")  # what experiments are composed of
 RECIPES = [name for name in tw.recipe_names() if name not in REFUSED]
 
 
 def test_no_configuration_goes_untested():
     shipped = {path.name.removesuffix(".yaml") for path in FOLDER.iterdir() if ".yaml" in path.name}
-    assert shipped == {"paper", *MODELS}
+    assert shipped == {*PARTS, *EXPERIMENTS}
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_it_validates(model):
-    config = composed(f"+experiment={model}")
-    assert config.trainer.nnodes * config.trainer.n_gpus_per_node == 32
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_it_validates(experiment):
+    config = composed(f"+experiment={experiment}")
+    assert (config.trainer.nnodes, config.trainer.n_gpus_per_node) == (NODES[experiment], 8)
     validate_config(
         config=config,
         use_reference_policy=need_reference_policy(config),
@@ -44,14 +46,14 @@ def test_it_validates(model):
     checks = rollout.val_kwargs
     assert (checks.n, checks.temperature, checks.top_p, checks.do_sample) == (8, 1.0, 0.7, True)
     longest = config.data.max_prompt_length + config.data.max_response_length
-    assert (
-        longest
-        <= actor.ppo_max_token_len_per_gpu * actor.fsdp_config.ulysses_sequence_parallel_size
-    )
-    assert longest <= rollout.log_prob_max_token_len_per_gpu
+    ranks = actor.fsdp_config.ulysses_sequence_parallel_size  # VeRL multiplies either limit by it
+    assert longest <= ranks * actor.ppo_max_token_len_per_gpu
+    assert longest <= ranks * rollout.log_prob_max_token_len_per_gpu
+    updates = config.data.train_batch_size // actor.ppo_mini_batch_size
+    assert (updates, config.data.train_batch_size % actor.ppo_mini_batch_size) == (16, 0)
 
 
-@pytest.mark.parametrize("name", ["paper", *MODELS])
+@pytest.mark.parametrize("name", [*PARTS, *EXPERIMENTS])
 def test_every_key_is_one_that_verl_reads(name):
     def keys(node, above=""):
         for key, value in node.items():
@@ -65,9 +67,23 @@ def test_every_key_is_one_that_verl_reads(name):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_fits(recipe):
-    for model in MODELS:
-        config = composed(f"+experiment={model}", f"token_weights.recipe={recipe}")
+    for experiment in EXPERIMENTS:
+        config = composed(f"+experiment={experiment}", f"token_weights.recipe={recipe}")
         assert token_weights_config(config).token_recipe == tw.recipe(recipe)
+
+
+def test_the_selective_experiments_differ_in_data_budget_and_nodes_only():
+    full, selective = (
+        OmegaConf.to_container(composed(f"+experiment=qwen3_8b_base{family}"), resolve=False)
+        for family in ("", "_selective")
+    )
+    for part, keys in (
+        ("data", ("train_files", "val_files")),
+        ("trainer", ("nnodes", "total_epochs", "experiment_name")),
+    ):
+        for key in keys:
+            assert full[part].pop(key) != selective[part].pop(key)
+    assert full == selective
 
 
 def test_a_recipe_may_be_its_fields():
@@ -76,12 +92,12 @@ def test_a_recipe_may_be_its_fields():
     assert (made.rule.warmup_steps, made.layers, made.rule.kind) == (7, (8, 31), "endpoints")
 
 
-@pytest.mark.parametrize("name", ["paper", *MODELS])
-def test_every_value_says_whether_it_is_the_papers(name):
+@pytest.mark.parametrize("name", [*PARTS, *EXPERIMENTS])
+def test_every_value_says_where_it_is_from(name):
     text = (FOLDER / f"{name}.yaml").read_text()
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     values = [line for line in lines if re.search(r":\s+[^#\s]", line)]
-    assert values and not [line for line in values if not re.search(r"# (paper|ours)\b", line)]
+    assert values and not [line for line in values if not re.search(r"# (paper|DAPO|ours)\b", line)]
 
 
 def test_the_reward_is_where_the_configuration_says():

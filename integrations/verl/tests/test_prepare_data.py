@@ -4,10 +4,11 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from configured import composed
 from datasets import Dataset
 from tokenweights import TokenWeightsError
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "prepare_data.py"
+SCRIPT = Path(__file__).parents[2] / "prepare_data.py"
 
 
 @pytest.fixture(scope="module")
@@ -18,52 +19,76 @@ def prepare_data():
     return module
 
 
-def test_rows_in_the_columns_that_verl_reads(prepare_data, tmp_path):
+def written(prepare_data, name, rows):
+    return list(
+        prepare_data.trainer_rows(name, prepare_data.SOURCES[name], Dataset.from_list(rows))
+    )
+
+
+def test_rows_in_the_columns_that_trainers_read(prepare_data, tmp_path):
     rows = {
-        "problem": [" What is 1+1? ", "easy", "no box"],
-        "level": ["Level 4", "Level 1", "Level 5"],
-        "solution": [r"It is \boxed{2}.", r"\boxed{1}", "three"],
+        "problem": [" What is 1+1? ", "no box"],
+        "solution": [r"It is \boxed{2}.", "three"],
     }
     Dataset.from_dict(rows).to_parquet(tmp_path / "source.parquet")
-    source = f"math_3to5={tmp_path / 'source.parquet'}"
-    prepare_data.main([str(tmp_path / "out"), "--only", "math_3to5", "--source", source])
-    (row,) = Dataset.from_parquet(str(tmp_path / "out" / "math_3to5.parquet"))
-    assert row["data_source"] == "math_3to5"
-    assert row["reward_model"]["ground_truth"] == "2"
-    (message,) = row["prompt"]
-    assert message["role"] == "user"
-    assert message["content"] == f"What is 1+1?\n{prepare_data.INSTRUCTION}"
+    source = f"math={tmp_path / 'source.parquet'}"
+    prepare_data.main([str(tmp_path / "out"), "--only", "math", "--source", source])
+    for folder in ("out", "out/selective"):
+        (row,) = Dataset.from_parquet(str(tmp_path / folder / "math.parquet"))
+        assert row["data_source"] == row["datasource"] == "math"
+        assert row["reward_model"]["ground_truth"] == row["answer"] == "2"
+        (message,) = row["prompt"]
+        assert message["role"] == "user"
+        assert message["content"] == f"What is 1+1?\n{prepare_data.INSTRUCTION}"
+
+
+def test_the_selective_part_is_four_tenths_of_the_rows_in_their_order(prepare_data):
+    rows = Dataset.from_dict({"index": range(1001)})
+    kept = prepare_data.selective(rows)["index"]
+    assert len(kept) == 401 and list(kept) == sorted(set(kept))
+    assert list(kept) == list(prepare_data.selective(rows)["index"])
+    assert 400 < sum(kept) / len(kept) < 600  # not the first ones
 
 
 def test_answers_in_lists_and_dollars(prepare_data):
-    source = prepare_data.SOURCES["olympiadbench"]
-    rows = Dataset.from_dict({"question": ["q", "r"], "final_answer": [["$x^2$"], []]})
-    (row,) = prepare_data.verl_rows("olympiadbench", source, rows)
+    rows = [{"question": "q", "final_answer": ["$x^2$"]}, {"question": "r", "final_answer": []}]
+    (row,) = written(prepare_data, "olympiadbench", rows)
     assert row["reward_model"]["ground_truth"] == "x^2"
 
 
+def test_questions_that_repeat_count_once(prepare_data):
+    rows = [
+        {"extra_info": {"raw_problem": question}, "reward_model": {"ground_truth": answer}}
+        for question, answer in [("q", "7"), ("r", "8")] * 32
+    ]
+    found = written(prepare_data, "aime_2024", rows)
+    assert [row["answer"] for row in found] == ["7", "8"]
+    # No other data set loses a question, since the paper filters none.
+    assert len(written(prepare_data, "deepscaler", [{"problem": "q", "answer": "7"}] * 2)) == 2
+
+
 def test_answers_that_are_numbers(prepare_data):
-    source = prepare_data.SOURCES["aime_2024"]
-    rows = Dataset.from_dict({"problem": ["q", "r", "s"], "answer": [7.0, None, 0.5]})
-    written = prepare_data.verl_rows("aime_2024", source, rows)
-    assert [row["reward_model"]["ground_truth"] for row in written] == ["7", "0.5"]
-    rows = Dataset.from_dict({"problem": ["q", "r"], "answer": [7.0, float("nan")]})
-    with pytest.raises(TokenWeightsError, match=r"got nan \(aime_2024, row 1\)"):
-        prepare_data.verl_rows("aime_2024", source, rows)
+    def rows(*answers):
+        return [{"problem": "q", "answer": answer} for answer in answers]
+
+    found = written(prepare_data, "deepscaler", rows(7.0, None, 0.5))
+    assert [row["reward_model"]["ground_truth"] for row in found] == ["7", "0.5"]
+    with pytest.raises(TokenWeightsError, match=r"got nan \(deepscaler, row 1\)"):
+        written(prepare_data, "deepscaler", rows(7.0, float("nan")))
 
 
 def test_nonsense_is_named(prepare_data, tmp_path, capsys):
-    rows = Dataset.from_dict({"text": ["q"]})
-    with pytest.raises(SystemExit, match=r"minerva: no column \['answer', 'question'\]"):
-        prepare_data.verl_rows("minerva", prepare_data.SOURCES["minerva"], rows)
+    with pytest.raises(SystemExit, match=r"minerva: no column \['problem', 'solution'\]"):
+        written(prepare_data, "minerva", [{"text": "q"}])
     with pytest.raises(SystemExit):
         prepare_data.main([str(tmp_path), "--source", "maths=x"])
     assert "unknown ['maths']" in capsys.readouterr().err
 
 
-def test_every_file_of_the_configurations_is_written(prepare_data):
-    from configured import composed
-
-    data = composed("+experiment=paper").data
-    named = {Path(path).stem for path in (*data.train_files, *data.val_files)}
-    assert named == set(prepare_data.SOURCES)
+@pytest.mark.parametrize("experiment", ["qwen3_8b_base", "qwen3_8b_base_selective"])
+def test_every_file_of_the_configurations_is_written(prepare_data, experiment):
+    data = composed(f"+experiment={experiment}").data
+    named = [Path(path) for path in (*data.train_files, *data.val_files)]
+    assert {path.stem for path in named} == set(prepare_data.SOURCES)
+    folder = "data/selective" if experiment.endswith("selective") else "data"
+    assert {str(path.parent) for path in named} == {folder}
