@@ -1,6 +1,7 @@
 """The three adapters are alike in shape, and thin."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,23 @@ def test_adapters_are_alike(adapter):
 def test_adapters_are_thin(adapter):
     lines = sum(code_lines(path) for path in source(adapter).rglob("*.py"))
     assert lines <= MOST_LINES, f"{lines} lines of code"
+
+
+def features(adapter: str) -> list[list[str]]:
+    """Rows of the table of features in an adapter's README: feature, state, tests."""
+    text = (ROOT / adapter / "README.md").read_text().split("\n## Features\n")[1]
+    lines = [line for line in text.split("\n## ")[0].splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_what_runs_and_what_is_refused_has_a_test(adapter):
+    states = set()
+    for feature, state, tests in features(adapter):
+        states.add(state)
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", tests)
+        assert bool(named) == (state != "not tried"), feature
+        for file, name in named:
+            source = (ROOT / adapter / "tests" / file).read_text()
+            assert re.search(rf"^def {name}\(", source, re.MULTILINE), f"{file}::{name}"
+    assert states == {"runs", "refused", "not tried"}
