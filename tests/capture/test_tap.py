@@ -1,5 +1,6 @@
 import math
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -305,6 +306,39 @@ def test_middle_layer():
     assert tw.middle_layer(36) == 20
     with pytest.raises(TokenWeightsError):
         tw.middle_layer(0)
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"), [("qwen3", "eager"), ("qwen3", "sdpa"), ("gemma2", "eager")]
+)
+def test_under_autocast_entropies_are_those_of_what_attention_rounds_to(family, attention):
+    """Weights in float32: normalized and rotated queries are float32, and products bfloat16."""
+    model, (ids, mask) = tiny(family, attention), batch()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with tw.capture_attention(model, [0]) as capture:
+            model(ids, attention_mask=mask.long())
+        products = (capture.calls[0][0].query @ capture.calls[0][0].query.mT).dtype
+    (call,) = capture.calls[0]
+    assert (call.query.dtype, call.precision, products) == (
+        *(torch.float32, torch.bfloat16),
+        torch.bfloat16,
+    )
+    rounded = replace(call, query=call.query.bfloat16(), key=call.key.bfloat16(), precision=None)
+    exact = replace(call, precision=None).entropy(key_mask=mask)
+    found = call.entropy(key_mask=mask)
+    assert torch.equal(found, rounded.entropy(key_mask=mask)) and found.dtype == torch.float32
+    assert 0 < (found - exact).abs().max() < 0.05
+    # Nothing is rounded that attention does not round.
+    for kind, enabled in ((model.double(), True), (model.bfloat16(), True), (model.float(), False)):
+        with (
+            torch.no_grad(),
+            torch.autocast("cpu", torch.bfloat16, enabled=enabled),
+            tw.capture_attention(kind, [0]) as capture,
+        ):
+            kind(ids, attention_mask=mask.long())
+        call = capture.calls[0][0]
+        rounds = call.query.dtype == torch.float32 and enabled
+        assert call.precision == (torch.bfloat16 if rounds else None)
 
 
 def test_unknown_layers_and_models_are_refused():

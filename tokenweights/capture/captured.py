@@ -29,6 +29,8 @@ class CapturedAttention:
             captured as packed; None otherwise.
         key_mask: True for the keys that are no padding, `batch key`, as the layer's own mask has
             it; None if all are.
+        precision: What attention itself rounds query and key to under autocast, in which entropies
+            are then computed as well; None where it takes them as they are.
     """
 
     layer: int
@@ -40,6 +42,7 @@ class CapturedAttention:
     sinks: Tensor | None
     position_ids: Tensor | None = None
     key_mask: Tensor | None = None
+    precision: torch.dtype | None = None
 
     @typed
     def entropy(
@@ -70,9 +73,10 @@ class CapturedAttention:
             key_mask = self.key_mask
         else:
             self._require_same_keys(key_mask)
+        query, key = self._rounded()
         return attention_entropy(
-            self.query,
-            self.key,
+            query,
+            key,
             kind=kind,
             top_k=top_k,
             fixed_k=fixed_k,
@@ -110,9 +114,10 @@ class CapturedAttention:
         """
         self._require_packed("packed_entropy", True)
         assert self.position_ids is not None
+        query, key = (states[0].transpose(0, 1) for states in self._rounded())
         return packed_entropy(
-            self.query[0].transpose(0, 1),
-            self.key[0].transpose(0, 1),
+            query,
+            key,
             self.position_ids[0],
             group=group,
             kind=kind,
@@ -123,6 +128,11 @@ class CapturedAttention:
             softcap=self.softcap,
             sinks=self.sinks,
         )[None]
+
+    def _rounded(self) -> tuple[Tensor, Tensor]:
+        """Query and key as the products of attention take them."""
+        dtype = self.precision or self.query.dtype
+        return self.query.to(dtype), self.key.to(dtype)
 
     def _require_same_keys(self, key_mask: Tensor) -> None:
         """Raises if a real query had other keys than the mask says."""

@@ -50,8 +50,9 @@ def capture_attention(
     """A context in which every forward of `model` leaves query and key of `layers` behind.
 
     Nothing is computed and nothing is copied unless asked: a captured tensor is the model's own,
-    detached. The context ends the tap, also after an exception; what gradient checkpointing
-    computes again in a backward pass is not seen twice.
+    detached. Under autocast entropies are those of the precision that attention computes in. The
+    context ends the tap, also after an exception; what gradient checkpointing computes again in a
+    backward pass is not seen twice.
 
     Args:
         model: A transformers model, also inside DDP, FSDP or PEFT wrappers.
@@ -222,4 +223,16 @@ def _captured(
         sinks=None if sinks is None else sinks.detach(),
         key_mask=keys.key_mask,
         position_ids=options["position_ids"] if packed else None,
+        precision=_autocast(query),
     )
+
+
+def _autocast(query: Tensor) -> torch.dtype | None:
+    """What autocast makes of a float32 query inside every attention function of transformers.
+
+    Normalization and rotary embedding in float32 bring even half-precision projections back to it.
+    """
+    device = query.device.type
+    if query.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
