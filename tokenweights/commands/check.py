@@ -16,7 +16,7 @@ from tokenweights.recipes import recipe
 _HEADS = ("layer", "kind", "heads", "kv heads", "attention entropy")
 _RECIPE = "low2high"
 # How the tap names a layer: "..., got layer 3 (`name`), REASON. HINT".
-_REFUSED = re.compile(r"layer (?P<layer>\d+) \(`[^`]*`\), (?P<reason>.*?)\. ")
+_REFUSED = re.compile(r"layer (?P<layer>-?\d+) \(`[^`]*`\), (?P<reason>.*?)\. ")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

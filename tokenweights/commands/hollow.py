@@ -1,7 +1,7 @@
 """Models without weights: all that they multiply by is zero, and takes no memory.
 
-Masks, positions and the way through the layers are those of the real model, so that what attention
-functions are called with can be seen, of a model of any size and within seconds.
+Masks, positions and the way through the layers are those of the real model, whatever its size, so
+that what its attention functions are called with can be seen.
 """
 
 from types import ModuleType

@@ -55,6 +55,6 @@ def _scored_by(made: Recipe) -> str:
 
 
 def _weights(made: Recipe) -> str:
-    endpoints = isinstance(made.rule, EndpointWeights)
-    line = made.rule.schedule_line() if endpoints else "; ".join(part_lines(made.rule))
-    return line.partition("  (Eq.")[0]
+    rule = made.rule
+    lines = [rule.schedule_line()] if isinstance(rule, EndpointWeights) else part_lines(rule)
+    return "; ".join(lines).partition("  (Eq.")[0]
