@@ -107,7 +107,7 @@ def test_a_layer_that_the_recipe_would_take_in_vain_is_told(checked):
     rows, below, status, _ = checked(config)
     assert status == 0 and [row[1] for row in rows] == ["full", *["chunked"] * 8]
     said, _, instead = below.partition("; ")
-    assert said == "low2high reads layer 5: no"
+    assert said == "low2high reads layer 5, which is refused"
     named, _, reads = instead.partition(" reads layer ")
     assert tw.recipe(json.loads(named)).layers == (0,) and reads == "0"
 

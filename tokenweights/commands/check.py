@@ -47,8 +47,8 @@ def run(options: argparse.Namespace) -> int:
         hint = "Only recipes that read no attention run on it."
         raise invalid("check", "MODEL", "with a layer that can be read", "none", hint)
     near = min(readable, key=lambda layer: abs(layer - taken))
-    instead = f'no; {{"name": "{_RECIPE}", "layers": [{near}]}} reads layer {near}'
-    print(f"{_RECIPE} reads layer {taken}" + ("" if near == taken else f": {instead}"))
+    instead = f', which is refused; {{"name": "{_RECIPE}", "layers": [{near}]}} reads layer {near}'
+    print(f"{_RECIPE} reads layer {taken}" + ("" if near == taken else instead))
     return 0
 
 
@@ -79,16 +79,15 @@ def _found(model: Any, name: str) -> dict[int, CapturedAttention | str]:
         try:
             with capture_attention(model, left) as capture:
                 run_hollow(model)
-            found |= {layer: calls[0] for layer, calls in capture.calls.items()}
+            return found | {layer: calls[0] for layer, calls in capture.calls.items()}
         except TokenWeightsError as error:
             refused = _REFUSED.search(str(error))
-            if refused is None:
+            if refused is None or int(refused["layer"]) not in left:
                 raise
             # Layers of the same code and type are refused alike.
             first = layers[int(refused["layer"])]
-            for layer in left:
-                if _kind(layers[layer]) == _kind(first):
-                    found[layer] = refused["reason"]
+            alike = [layer for layer in left if _kind(layers[layer]) == _kind(first)]
+            found |= dict.fromkeys(alike, refused["reason"])
         except Exception as error:
             hint = "`inspect` loads the whole model and reads it."
             raise _refusal("to run without its weights", name, error, hint) from error
