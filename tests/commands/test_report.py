@@ -126,10 +126,3 @@ def test_a_missing_extra_is_named(folder):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "pip install 'tokenweights[report]'" in done.stderr
-
-
-@pytest.mark.parametrize("command", ["", "inspect", "report"])
-def test_help_is_there(command):
-    arguments = [sys.executable, "-m", "tokenweights", *command.split(), "--help"]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "usage: python -m tokenweights" in done.stdout

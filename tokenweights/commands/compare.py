@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tokenweights._errors import invalid
 from tokenweights.commands.extras import imported
+from tokenweights.commands.terminal import aligned, shown
 from tokenweights.report import (
     RecipeRun,
     comparison_html,
@@ -15,10 +16,8 @@ from tokenweights.report import (
     recipe_run_from_directory,
 )
 from tokenweights.report.comparison_page import Table, comparison_tables
-from tokenweights.report.document import visible
 
 _MESSAGES = 5
-_INTERRUPTED = 130  # as a shell says of Ctrl-C
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
         options: What was parsed.
 
     Returns:
-        Exit status: 0 also where lines were left out, 130 if it was interrupted.
+        Exit status: 0 also where lines were left out.
     """
     imported("matplotlib", extra="report")
     bar = imported("tqdm", extra="report").tqdm
@@ -66,26 +65,28 @@ def run(options: argparse.Namespace) -> int:
     try:
         _require_distinct(options.directories)
         # None: no bar where the error stream is not a terminal.
-        shown = bar(options.directories, desc="reading", unit=" runs", disable=None, leave=False)
-        runs = _read(shown, messages)
+        directories = bar(
+            options.directories, desc="reading", unit=" runs", disable=None, leave=False
+        )
+        runs = _read(directories, messages)
         comparison = recipe_comparison(runs, metric=options.metric, baseline=options.baseline)
         _write(options.output, comparison_html(comparison))
     except KeyboardInterrupt:
-        print("interrupted: no page was written", file=sys.stderr)
-        return _INTERRUPTED
+        print("no page was written", file=sys.stderr)
+        raise
     steps = len(comparison.steps)
     print(f"read   {len(runs)} runs of {len(comparison.results)} recipes, {steps} common steps\n")
     for table in comparison_tables(comparison):
-        print("\n".join(_aligned(table)), end="\n\n")
+        print("\n".join(_lines(table)), end="\n\n")
     for note in comparison.notes:
-        print(_shown(f"note   {note}"))
+        print(shown(f"note   {note}"))
     if messages:
         print(f"\n{len(messages)} could not be read and are left out:", file=sys.stderr)
         for message in messages[:_MESSAGES]:
             print(f"  {message}", file=sys.stderr)
         if len(messages) > _MESSAGES:
             print(f"  and {len(messages) - _MESSAGES} more", file=sys.stderr)
-    print(_shown(f"open   {options.output}"))
+    print(shown(f"open   {options.output}"))
     return 0
 
 
@@ -114,16 +115,6 @@ def _write(output: Path, page: str) -> None:
         part.unlink(missing_ok=True)
 
 
-def _aligned(table: Table) -> list[str]:
-    rows = [tuple(map(_shown, row)) for row in (table.heads, *table.rows)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    return [_shown(table.title), f"  {table.note}", "", *(f"  {line}" for line in lines)]
-
-
-def _shown(text: str) -> str:
-    """Text for a terminal: one line, without characters that would steer it."""
-    return "".join(map(visible, text)).replace("\n", " ").replace("\t", " ")
+def _lines(table: Table) -> list[str]:
+    rows = aligned((table.heads, *table.rows))
+    return [shown(table.title), f"  {table.note}", "", *rows]
