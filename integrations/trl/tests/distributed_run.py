@@ -29,14 +29,8 @@ class Repeatable(TokenWeightsGRPOTrainer):
         noise = -(-torch.rand(shape, generator=generator).log()).log()
         start = self.accelerator.process_index * len(prompt_ids)
         noise = noise[start : start + len(prompt_ids)]
-        step = iter(range(self.max_completion_length))
-        hook = self.accelerator.unwrap_model(self.model).lm_head.register_forward_hook(
-            lambda module, inputs, logits: logits + noise[:, None, next(step)]
-        )
-        try:
+        with tiny.biased_logits(self.accelerator.unwrap_model(self.model), noise):
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        finally:
-            hook.remove()
 
     def _batch(self, output, columns):
         batch = super()._batch(output, columns)

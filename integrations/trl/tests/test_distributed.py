@@ -1,12 +1,9 @@
 """Two ranks train exactly as one rank does on the same global batch."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-TESTS = Path(__file__).parent
+from ranks import outcome
+
 GENERATIONS = 4  # responses to a prompt, as in `tiny`
 LOW2HIGH = {"name": "low2high", "warmup_steps": 4, "temperature": 0.2}
 CASES = {
@@ -38,25 +35,9 @@ RESCALED = [case for case in CASES if case.startswith(("low2high", "weights over
 
 def outcomes(folder: Path) -> list[dict]:
     """What came out of all cases on one rank, and on two: two launches, as they take long."""
-    results = []
-    inherited = os.environ.get("PYTHONPATH", "")
-    paths = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS), inherited])
-    for ranks in (1, 2):
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        path = folder / f"{ranks}.json"
-        done = subprocess.run(
-            [
-                *(sys.executable, *(torchrun if ranks > 1 else [])),
-                *(str(TESTS / "distributed_run.py"), str(path), json.dumps(CASES)),
-            ],
-            env=os.environ | {"PYTHONPATH": paths},
-            capture_output=True,
-            text=True,
-            timeout=1800,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        results.append(json.loads(path.read_text()))
-    return results
+    return [
+        outcome("distributed_run.py", ranks, folder / f"{ranks}.json", CASES) for ranks in (1, 2)
+    ]
 
 
 def close(a: float, b: float) -> bool:

@@ -1,18 +1,12 @@
 """Multi-turn generation with a real tool: what the tool wrote counts nowhere, on any layout."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import tokenweights as tw
 import tools_run
 import torch
+from ranks import outcome
 from test_recipes import LAYERS, REFUSED
 
-TESTS = Path(__file__).parent
 # It reads all that a pass gives, so that its batch serves every other recipe.
 FIRST = {
     "rule": {"kind": "damped"},
@@ -28,22 +22,8 @@ RECIPES = [FIRST, *({"name": name, **LAYERS.get(name, {})} for name in NAMES)]
 @pytest.fixture(scope="module")
 def rollouts(tmp_path_factory):
     """The rollout batch on one rank, and on two."""
-    folder, found = tmp_path_factory.mktemp("tools"), []
-    paths = [str(TESTS.parent / "src"), str(TESTS), os.environ.get("PYTHONPATH", "")]
-    for ranks in (1, 2):
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        path = folder / f"{ranks}.json"
-        command = [sys.executable, *(torchrun if ranks > 1 else []), str(TESTS / "tools_run.py")]
-        done = subprocess.run(
-            [*command, str(path), json.dumps(RECIPES)],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-            capture_output=True,
-            text=True,
-            timeout=900,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        found.append(json.loads(path.read_text()))
-    return found
+    folder = tmp_path_factory.mktemp("tools")
+    return [outcome("tools_run.py", ranks, folder / f"{ranks}.json", RECIPES) for ranks in (1, 2)]
 
 
 @pytest.fixture(scope="module")

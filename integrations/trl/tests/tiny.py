@@ -1,5 +1,7 @@
 """A tiny Qwen3 policy, a character tokenizer and a prompt set for the tests, all made in code."""
 
+from contextlib import contextmanager
+
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -38,6 +40,19 @@ def policy(layers: int = 4, **changes) -> Qwen3ForCausalLM:
     }
     torch.manual_seed(7)
     return Qwen3ForCausalLM(Qwen3Config(**(settings | changes)))
+
+
+@contextmanager
+def biased_logits(model, bias):
+    """A context in which one generation of the model has a bias of `batch step vocab` on logits."""
+    step = iter(range(bias.shape[1]))
+    hook = model.lm_head.register_forward_hook(
+        lambda module, inputs, logits: logits + bias[:, None, next(step)]
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def reward(completion_ids, **_) -> list[float]:

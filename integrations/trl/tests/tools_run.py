@@ -94,14 +94,8 @@ class Scripted(TokenWeightsGRPOTrainer):
                     bias[row, step, token] += CERTAIN
             else:
                 bias[row, MOST - place, self._tokenizer.eos_token_id] += CERTAIN
-        step = iter(range(LENGTH))
-        hook = self.accelerator.unwrap_model(self.model).lm_head.register_forward_hook(
-            lambda module, inputs, logits: logits + bias[:, None, next(step)]
-        )
-        try:
+        with tiny.biased_logits(self.accelerator.unwrap_model(self.model), bias):
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        finally:
-            hook.remove()
 
     def _batch(self, output, columns):
         batch = super()._batch(output, columns)
