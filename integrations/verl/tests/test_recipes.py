@@ -164,7 +164,7 @@ def trained(folder, recipes, *settings, modules="cpu_platform,swapping"):
     more += ["actor_rollout_ref.actor.ppo_mini_batch_size=2", "actor_rollout_ref.rollout.n=4"]
     more += [f"+swapped=[{','.join(recipes)}]", *settings]
     steps = STEPS * len(recipes)
-    metrics = run(folder, steps, 1, *more, modules=modules, timeout=1500)
+    metrics = run(folder, steps, 1, *more, modules=modules)
     assert sorted(metrics) == list(range(1, steps + 1))
     for step, logged in metrics.items():
         weight, norm = logged["token_weights/weight_mean"], logged["actor/grad_norm"]

@@ -22,7 +22,7 @@ RECIPE = "token_weights.recipe={name: low2high, warmup_steps: 8}"
 STEPS = 10
 
 
-def run(folder, steps, ranks, *more, modules="cpu_platform", timeout=600):
+def run(folder, steps, ranks, *more, modules="cpu_platform", timeout=1500):
     """The logged metrics of each step of a run in a process group and a Ray of its own."""
     ray = tempfile.mkdtemp(prefix="ray")  # short: Ray puts sockets below it
     process = subprocess.Popen(
