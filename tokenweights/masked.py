@@ -116,8 +116,8 @@ def _extrema_and_zero(values: Tensor, mask: Tensor) -> tuple[float, float]:
     """Extrema of the valid values and 0; NaN if one of them is."""
     if values.numel() == 0:
         return 0.0, 0.0
-    low, high = torch.where(mask, values.detach(), 0.0).aminmax()
-    return low.item(), high.item()
+    low, high = torch.stack(torch.where(mask, values.detach(), 0.0).aminmax()).tolist()
+    return low, high
 
 
 def _finite(low: float, high: float) -> bool:

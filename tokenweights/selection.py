@@ -24,7 +24,7 @@ from tokenweights.masked import (
     require_finite,
     sum_dtype,
 )
-from tokenweights.partition import _ratio, lowest_ranked
+from tokenweights.partition import _ratio, _rounded_up, lowest_ranked
 from tokenweights.scopes import Scope, Sign, candidates, segments
 
 Side = Literal["top", "bottom"]
@@ -105,14 +105,13 @@ def select(
         if math.isnan(threshold):
             raise invalid("select", "threshold", "a number", threshold, "Pass a score.")
         return _beyond(batch, side, threshold)
-    ratio = None if fraction is None else _ratio("select", fraction)
     if count is not None and count < 0:
         raise invalid("select", "count", ">= 0", count, "Pass a number of tokens.")
 
-    def wanted(size: Any) -> Any:
-        if ratio is None:
-            return torch.as_tensor(size).clamp(max=min(count or 0, EVERY))
-        return -(-size * ratio.numerator // ratio.denominator)
+    def at_most(size: Any) -> Any:
+        return torch.as_tensor(size).clamp(max=min(count or 0, EVERY))
+
+    wanted = at_most if fraction is None else _rounded_up(_ratio("select", fraction))
 
     def first(size: Any) -> Any:
         return wanted(size) if side == "bottom" else size - wanted(size)

@@ -20,16 +20,16 @@ RESPONSES, TOKENS, SAMPLES = 4096, 8192, 8
 STEP = 30
 
 
-def batch(responses=RESPONSES):
+def batch():
     """Responses of half to full length; the columns share memory where a rule does not care."""
     generator = torch.Generator().manual_seed(0)
-    scores = torch.rand(responses, TOKENS, generator=generator)
-    lengths = torch.randint(TOKENS // 2, TOKENS + 1, (responses,), generator=generator)
+    scores = torch.rand(RESPONSES, TOKENS, generator=generator)
+    lengths = torch.randint(TOKENS // 2, TOKENS + 1, (RESPONSES,), generator=generator)
     return RolloutBatch(
         mask=torch.arange(TOKENS) < lengths[:, None],
-        prompt_ids=torch.arange(responses) // SAMPLES,
+        prompt_ids=torch.arange(RESPONSES) // SAMPLES,
         token_ids=torch.randint(150_000, scores.shape, generator=generator, dtype=torch.int32),
-        advantages=torch.randn(responses, 1, generator=generator).expand_as(scores),
+        advantages=torch.randn(RESPONSES, 1, generator=generator).expand_as(scores),
         log_probs=-scores,
         predictive_entropy=scores,
         attention={0: scores},

@@ -94,7 +94,7 @@ def score_moments(
 
     Products are taken of deviations from the mean, so a large common offset costs no digits. The
     scores may be those of several layers, or of several heads, or attention and predictive entropy
-    (Appendix F.2). Extra memory is a tens of thousands of tokens of each score.
+    (Appendix F.2). Extra memory is tens of thousands of tokens of each score.
 
     Args:
         scores: Several scores for each token, finite under the mask.

@@ -5,14 +5,12 @@ generation is greedy on logits with a fixed noise per global row, which is sampl
 """
 
 import json
-import os
 import sys
-import time
 
 import tiny
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
+from ranks import finish, repeatable
 
 from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer
 
@@ -61,17 +59,13 @@ class Repeatable(TokenWeightsGRPOTrainer):
 
 
 def outcome(folder: str, changes: dict) -> dict:
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     trainer = tiny.trainer(
         Repeatable,
         TokenWeightsGRPOConfig,
         folder,
         optim="sgd",
         learning_rate=0.05,
-        shuffle_dataset=False,
-        generation_kwargs={"do_sample": False, "temperature": None, "top_p": None, "top_k": None},
-        per_device_train_batch_size=4 // ranks,
-        ddp_backend="gloo" if ranks > 1 else None,
+        **repeatable(batch_size=4),
         **changes,
     )
     trainer.train()
@@ -92,8 +86,4 @@ if __name__ == "__main__":
     outcomes = {
         case: outcome(f"{path}.out", changes) for case, changes in json.loads(cases).items()
     }
-    if os.environ.get("RANK", "0") == "0":
-        with open(path, "w") as file:
-            json.dump(outcomes, file)
-    time.sleep(1.0)  # see `tokenweights_trl.train.main`
-    PartialState().destroy_process_group()
+    finish(path, outcomes)

@@ -1,11 +1,14 @@
-"""A script of the tests on the ranks of torchrun, or alone."""
+"""A script of the tests on the ranks of torchrun, or alone: how it is run, and what it needs."""
 
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
+
+from accelerate import PartialState
 
 TESTS = Path(__file__).parent
 
@@ -26,3 +29,27 @@ def outcome(script: str, ranks: int, path: Path, asked: Any) -> Any:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(path.read_text())
+
+
+def repeatable(batch_size: int) -> dict[str, Any]:
+    """Arguments under which any number of ranks makes the same rollout batch, greedily."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return {
+        "shuffle_dataset": False,
+        "generation_kwargs": {
+            "do_sample": False,
+            "temperature": None,
+            "top_p": None,
+            "top_k": None,
+        },
+        "per_device_train_batch_size": batch_size // ranks,
+        "ddp_backend": "gloo" if ranks > 1 else None,
+    }
+
+
+def finish(path: str, outcome: Any) -> None:
+    """Ends a rank of the script; the first writes down what came out."""
+    if os.environ.get("RANK", "0") == "0":
+        Path(path).write_text(json.dumps(outcome))
+    time.sleep(1.0)  # see `tokenweights_trl.train.main`
+    PartialState().destroy_process_group()

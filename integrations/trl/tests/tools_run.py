@@ -8,19 +8,17 @@ Usage: python tools_run.py PATH RECIPES
 """
 
 import json
-import os
 import string
 import sys
-import time
 from collections import Counter
 from importlib.resources import files
 
 import tiny
 import tokenweights as tw
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from ranks import finish, repeatable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -123,17 +121,13 @@ class Scripted(TokenWeightsGRPOTrainer):
 
 def rollout(folder: str, recipes: list) -> list:
     """The rows of the one rollout batch; the first recipe trains, and all weigh."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     arguments = tiny.arguments(
         TokenWeightsGRPOConfig,
         folder,
         recipe=recipes[0],
         max_steps=1,
         max_completion_length=LENGTH,
-        shuffle_dataset=False,
-        generation_kwargs={"do_sample": False, "temperature": None, "top_p": None, "top_k": None},
-        per_device_train_batch_size=4 // ranks,
-        ddp_backend="gloo" if ranks > 1 else None,
+        **repeatable(batch_size=4),
     )
     prompts = [[{"role": "user", "content": question}] for question in QUESTIONS]
     trainer = Scripted(
@@ -151,9 +145,4 @@ def rollout(folder: str, recipes: list) -> list:
 
 if __name__ == "__main__":
     path, recipes = sys.argv[1:]
-    rows = rollout(f"{path}.out", json.loads(recipes))
-    if os.environ.get("RANK", "0") == "0":
-        with open(path, "w") as file:
-            json.dump(rows, file)
-    time.sleep(1.0)  # see `tokenweights_trl.train.main`
-    PartialState().destroy_process_group()
+    finish(path, rollout(f"{path}.out", json.loads(recipes)))
