@@ -7,6 +7,7 @@ BIN    := $(VENV)/bin
 SUITES := core lab trl
 # Adapters whose pins clash with the others': each has an environment of its own, .venv-NAME.
 APART  := verl openrlhf
+ADAPTERS := trl $(APART)
 # How long `make fuzz` runs.
 MINUTES ?= 5
 
@@ -17,7 +18,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test fuzz lint format bench bench-gpu docs policy clean $(APART:%=test-%)
+.PHONY: help setup demo test test-versions compatibility fuzz lint format bench bench-gpu docs policy clean $(APART:%=test-%)
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -43,11 +44,28 @@ $(READY): constraints.txt pyproject.toml integrations/lab/pyproject.toml integra
 		--no-build-isolation --requirement integrations/$*/no-deps.txt; fi
 	@touch $@
 
+# What a trainer brings along on a machine with a GPU, laid over the adapter's environment.
+build/versions/trl/.ready: $(READY)
+build/versions/verl/.ready: .venv-verl/.ready
+build/versions/openrlhf/.ready: .venv-openrlhf/.ready
+build/versions/%/.ready: integrations/%/constraints-gpu.txt
+	@echo "Setting up build/versions/$*"
+	@rm -rf $(@D)
+	@PATH="$(abspath .venv-$*/bin):$(abspath $(BIN)):$$PATH" python -m pip install --quiet --no-deps \
+		--target $(@D) --requirement $<
+	@touch $@
+
 demo: $(READY)  ## Train the embedded policy with TRL under Low2High and write runs/demo
 	@$(BIN)/python integrations/trl/examples/demo.py
 
-test: $(READY) $(APART:%=.venv-%/.ready)  ## Run every test suite and count what passed, failed and was skipped
-	@PATH="$(abspath $(BIN)):$$PATH" sh .ci/suites $(SUITES) $(APART)
+test: $(READY) $(APART:%=.venv-%/.ready) $(ADAPTERS:%=build/versions/%/.ready)  ## Run every test suite and count what passed, failed and was skipped
+	@PATH="$(abspath $(BIN)):$$PATH" sh .ci/suites $(SUITES) $(APART) $(ADAPTERS:%=%+gpu)
+
+test-versions: $(ADAPTERS:%=build/versions/%/.ready)  ## Run only the adapters' tests with their GPU extras' versions
+	@PATH="$(abspath $(BIN)):$$PATH" sh .ci/suites $(ADAPTERS:%=%+gpu)
+
+compatibility:  ## Write what the last tests ran with into docs/compatibility.md
+	@$(PYTHON) .ci/compatibility.py table build/tests
 
 test-verl:  ## Run only the suite of the VeRL adapter, in its own environment
 test-openrlhf:  ## Run only the suite of the OpenRLHF adapter, in its own environment

@@ -26,6 +26,8 @@ from tokenweights import TokenWeightsError
 from tokenweights_openrlhf.scores import COLUMNS, plain_class
 from tokenweights_openrlhf.train import COMMAND
 
+pytestmark = pytest.mark.versions
+
 ACTOR_CLASSES = [
     PolicyModelActor,
     ppo_trainer.PPOTrainer,

@@ -8,6 +8,8 @@ from tokenweights.recipes import versions
 from tokenweights_openrlhf.config import checked_arguments
 from tokenweights_openrlhf.train import main
 
+pytestmark = pytest.mark.versions
+
 GSPO = ("--actor.policy_loss_type", "gspo")
 MEAN_OF_MEANS = ("--actor.loss_agg_mode", "seq-mean-token-mean")
 DYNAMIC = ("--train.dynamic_batch_enable", "--ds.zero_stage")

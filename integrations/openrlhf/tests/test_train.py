@@ -96,6 +96,7 @@ def test_low2high_raises_the_reward_and_a_stopped_run_goes_on(tmp_path):
     assert metrics["rollout/reward_mean"][13] > start + 0.3
 
 
+@pytest.mark.versions
 def test_the_asynchronous_ppo_trainer_weights_too(tmp_path):
     options = command_line(
         tmp_path,

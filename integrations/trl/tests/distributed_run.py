@@ -5,11 +5,13 @@ generation is greedy on logits with a fixed noise per global row, which is sampl
 """
 
 import json
+import os
 import sys
 
 import tiny
 import torch
-from accelerate.utils import gather_object
+from accelerate import PartialState
+from accelerate.utils import DistributedType, gather_object
 from ranks import finish, repeatable
 
 from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer
@@ -20,6 +22,12 @@ ROWS = 8
 class Repeatable(TokenWeightsGRPOTrainer):
     own_extrema = torch.empty(0)
     rollouts = ()
+
+    def create_accelerator_and_postprocess(self):
+        if "ACCELERATE_USE_FSDP" in os.environ:
+            # Accelerate shards where it sees GPUs only; sharding itself runs on CPUs as well.
+            PartialState()._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         generator = torch.Generator().manual_seed(self.state.global_step)
@@ -70,9 +78,11 @@ def outcome(folder: str, changes: dict) -> dict:
     )
     trainer.train()
     gather = trainer.accelerator.gather
-    parameters = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    parameters = [getattr(p, "full_tensor", lambda p=p: p)() for p in trainer.model.parameters()]
+    parameters = torch.cat([whole.detach().flatten() for whole in parameters])
     return {
         "source": trainer.score_source,
+        "sharded": sum(hasattr(p, "full_tensor") for p in trainer.model.parameters()),
         "history": [entry for entry in trainer.state.log_history if "loss" in entry],
         "rollouts": trainer.rollouts,
         "extrema": gather(trainer.own_extrema[None]).tolist(),

@@ -13,7 +13,7 @@ from accelerate import PartialState
 TESTS = Path(__file__).parent
 
 
-def outcome(script: str, ranks: int, path: Path, asked: Any) -> Any:
+def outcome(script: str, ranks: int, path: Path, asked: Any, **environment: str) -> Any:
     """What the script writes to a JSON file, given the file and JSON of what is asked for."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     paths = [str(TESTS.parent / "src"), str(TESTS), os.environ.get("PYTHONPATH", "")]
@@ -22,7 +22,7 @@ def outcome(script: str, ranks: int, path: Path, asked: Any) -> Any:
             *(sys.executable, *(torchrun if ranks > 1 else [])),
             *(str(TESTS / script), str(path), json.dumps(asked)),
         ],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         timeout=1800,

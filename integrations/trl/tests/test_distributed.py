@@ -1,7 +1,6 @@
 """Two ranks train exactly as one rank does on the same global batch."""
 
-from pathlib import Path
-
+import pytest
 from ranks import outcome
 
 GENERATIONS = 4  # responses to a prompt, as in `tiny`
@@ -14,6 +13,7 @@ CASES = {
         "max_steps": 4,
     },
     "low2high, from a scoring pass": {"recipe": {**LOW2HIGH, "alignment": "own"}},
+    "low2high, with a gradient probe": {"recipe": LOW2HIGH, "gradient_probe_steps": 1},
     "anchor20 over the selected tokens": {"recipe": "anchor20"},
     "weights over their sum": {"recipe": {**LOW2HIGH, "denominator": "weight_sum"}},
     "random20": {"recipe": "random20"},
@@ -33,22 +33,34 @@ CASES = {
 RESCALED = [case for case in CASES if case.startswith(("low2high", "weights over"))]
 
 
-def outcomes(folder: Path) -> list[dict]:
-    """What came out of all cases on one rank, and on two: two launches, as they take long."""
-    return [
-        outcome("distributed_run.py", ranks, folder / f"{ranks}.json", CASES) for ranks in (1, 2)
-    ]
+# How accelerate is told to shard parameters, gradients and optimizer states, layer by layer.
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "ACCELERATE_USE_CPU": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen3DecoderLayer",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What came out of all cases on one rank."""
+    return outcome("distributed_run.py", 1, tmp_path_factory.mktemp("one") / "1.json", CASES)
 
 
 def close(a: float, b: float) -> bool:
     return abs(a - b) <= 1e-5 * max(1.0, abs(a))
 
 
-def test_two_ranks_agree_with_one(tmp_path):
-    one, two = outcomes(tmp_path)
-    assert one.keys() == two.keys() == CASES.keys()
+@pytest.mark.parametrize("settings", [{}, FSDP2], ids=["DDP", "FSDP2"])
+def test_two_ranks_agree_with_one(tmp_path, alone, settings):
+    two = outcome("distributed_run.py", 2, tmp_path / "2.json", CASES, **settings)
+    assert alone.keys() == two.keys() == CASES.keys()
     for case in CASES:
-        agree(case, one[case], two[case])
+        assert bool(two[case]["sharded"]) == bool(settings)
+        agree(case, alone[case], two[case])
 
 
 def agree(case: str, one: dict, two: dict) -> None:
@@ -56,12 +68,17 @@ def agree(case: str, one: dict, two: dict) -> None:
     assert two["spread"] == 0.0
     assert len(one["history"]) == len(two["history"]) >= 2
     assert any("token_weights/weight_mean" in entry for entry in one["history"])
+    assert any("gradient/full_norm" in entry for entry in one["history"]) == ("probe" in case)
     for alone, shared in zip(one["history"], two["history"], strict=True):
         assert alone.keys() == shared.keys()
         # Not TRL's entropy and clip ratios: those are means of means over micro-batches.
         names = {name for name in alone if name.startswith("token_weights/")}
         for name in names | {"loss", "grad_norm"}:
             assert close(float(alone[name]), float(shared[name])), (case, name)
+        # A probe's differences of float32 losses round more.
+        for name in alone:
+            if name.startswith("gradient/"):
+                assert shared[name] == pytest.approx(alone[name], rel=1e-3, abs=1e-4), name
     pairs = zip(one["parameters"], two["parameters"], strict=True)
     assert max(abs(a - b) for a, b in pairs) <= 1e-5, case
     for alone, shared in zip(one["rollouts"], two["rollouts"], strict=True):

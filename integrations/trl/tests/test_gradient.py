@@ -14,6 +14,8 @@ from transformers import TrainerCallback
 
 from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer
 
+pytestmark = pytest.mark.versions
+
 PROBE = 2  # the middle layer of four
 WARMUP = 8
 MAX_COMPLETION_LENGTH = 10

@@ -8,6 +8,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer, TokenWeightsMixin
 
+pytestmark = pytest.mark.versions
+
 
 @pytest.mark.parametrize(
     ("changes", "message"),

@@ -38,6 +38,7 @@ def cli(*arguments, ranks=1):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     ("recipe", "ranks"), [("low2high", 1), ('{"name": "anchor20", "layers": [1]}', 2)]
 )

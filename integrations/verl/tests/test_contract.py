@@ -5,6 +5,7 @@ A failure here names what has changed; the adapter's code has to follow.
 
 import inspect
 
+import pytest
 from verl.trainer.distillation import losses as distillation
 from verl.trainer.ppo.v1 import agent_loop_tq
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
@@ -15,6 +16,8 @@ from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from verl.workers.utils.padding import build_attention_mask_from_nested, response_to_nested
 
 from tokenweights_verl.scores import COLUMNS
+
+pytestmark = pytest.mark.versions
 
 SIGNATURES = [
     (PPOTrainerSync.__init__, ["self", "config"]),

@@ -11,6 +11,8 @@ from tokenweights_lab import policy_path
 
 from tokenweights_verl.plugin import require_plugin
 
+pytestmark = pytest.mark.versions
+
 LIST = "from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY as t; print(sorted(t))"
 
 

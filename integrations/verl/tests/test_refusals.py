@@ -11,6 +11,8 @@ from verl.workers.config import FSDPActorConfig, FSDPOptimizerConfig, PolicyLoss
 from tokenweights_verl.config import LOSS_MODES, token_weights_config
 from tokenweights_verl.trainer import TokenWeightsTrainerSync
 
+pytestmark = pytest.mark.versions
+
 ACTOR = "actor_rollout_ref.actor"
 PROBED = ["token_weights.gradient_probe_steps=5", f"{ACTOR}.strategy=fsdp"]
 REFUSED = {

@@ -87,6 +87,16 @@ def runs(tmp_path_factory):
     return of
 
 
+@pytest.mark.versions
+def test_two_steps(tmp_path):
+    metrics = run(tmp_path, 2, 1)
+    assert sorted(metrics) == [1, 2]
+    for step, values in metrics.items():
+        assert values["token_weights/endpoint_high"] == pytest.approx((step - 1) / 8)
+        assert 0 < values["token_weights/weight_mean"] < 1
+        assert values["actor/grad_norm"] > 0
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_reward_goes_up(runs, ranks):
     _, metrics = runs(ranks)
