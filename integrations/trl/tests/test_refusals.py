@@ -2,6 +2,7 @@
 
 import pytest
 import tiny
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tokenweights import TokenWeightsError
 from transformers import OPTConfig, OPTForCausalLM
 from trl import GRPOConfig, GRPOTrainer
@@ -59,6 +60,20 @@ def test_a_model_that_cannot_be_tapped_is_refused(tmp_path):
 
     with pytest.raises(TokenWeightsError, match="attention interface"):
         make(tmp_path, trainer_class=type("Trainer", (TokenWeightsMixin, Closed), {}))
+
+
+@pytest.mark.parametrize("tuning", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_are_refused_where_attention_is_read(tmp_path, tuning):
+    def tuned():
+        made = get_peft_model(tiny.policy(), tuning(task_type="CAUSAL_LM", num_virtual_tokens=3))
+        return {"model": made, "gradient_checkpointing": False}
+
+    message = f"without virtual tokens where attention is read, got one with a {tuning.__name__}"
+    with pytest.raises(TokenWeightsError, match=message):
+        make(tmp_path, **tuned())
+    with pytest.raises(TokenWeightsError, match=message):
+        make(tmp_path, "predictive_low20", gradient_probe_steps=1, **tuned())
+    make(tmp_path, "predictive_low20", max_steps=1, **tuned()).train()
 
 
 def test_a_plain_configuration_is_refused(tmp_path):

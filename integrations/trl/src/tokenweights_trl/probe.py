@@ -12,7 +12,7 @@ from tokenweights.report.records import append_log
 from torch import Tensor
 from transformers import TrainerCallback
 
-from tokenweights_trl.scores import forward_scores
+from tokenweights_trl.scores import forward_scores, require_own_tokens
 
 OPTIONS = ("gradient_probe_steps", "gradient_probe_file", "gradient_probe_tolerance")
 # What accelerate's names for a precision stand for.
@@ -70,6 +70,7 @@ class GradientProbeMixin(_Base):
             raise invalid(name, "gradient_probe_steps", ">= 1", self.gradient_probe_steps, hint)
         if self._is_vlm:
             raise invalid(name, "model", "a text model", "one with images", "Leave out the probe.")
+        require_own_tokens(self.accelerator.unwrap_model(self.model))
         fsdp1 = self.is_fsdp_enabled and not getattr(self.accelerator, "is_fsdp2", False)
         if self.is_deepspeed_enabled or fsdp1:
             hint = "Use DDP or FSDP2, or leave out the probe."

@@ -76,6 +76,26 @@ def require_positions(model: nn.Module, attention_mask: Tensor) -> None:
         )
 
 
+def require_own_tokens(model: nn.Module) -> None:
+    """Raises if PEFT puts keys in front of the prompt, of which TRL's masks know nothing.
+
+    Args:
+        model: The module whose attention is to be read.
+
+    Raises:
+        TokenWeightsError: If prompt, prefix or P-tuning trains virtual tokens.
+    """
+    config = getattr(model, "active_peft_config", None)
+    if config is not None and config.is_prompt_learning:
+        raise invalid(
+            "TokenWeightsGRPOTrainer",
+            "model",
+            "without virtual tokens where attention is read",
+            f"one with a {type(config).__name__}",
+            "Train a LoRA adapter, or choose a recipe that reads predictive entropy.",
+        )
+
+
 @contextmanager
 def generation_scores(
     model: nn.Module,

@@ -18,7 +18,12 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from tokenweights_trl.config import TokenWeightsGRPOConfig
 from tokenweights_trl.probe import GradientProbeMixin
-from tokenweights_trl.scores import forward_scores, generation_scores, require_positions
+from tokenweights_trl.scores import (
+    forward_scores,
+    generation_scores,
+    require_own_tokens,
+    require_positions,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +101,8 @@ class TokenWeightsMixin(_Base):
         self._check_contract()
         model = self.accelerator.unwrap_model(self.model)
         self.recipe = self.args.token_recipe.on_model(model)
+        if self.recipe.attention is not None:
+            require_own_tokens(model)
         self.score_source: str | None = None
         self._rollout: Rollout | None = None  # only while TRL makes a rollout batch
         self._rollout_place = (-1, 0)  # optimizer step of the last rollout, and place within it
