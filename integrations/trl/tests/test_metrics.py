@@ -6,6 +6,8 @@ import math
 import pytest
 import tiny
 import torch
+from datasets import Dataset
+from ranks import repeatable
 from tokenweights.report.records import read_token_records
 
 from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer
@@ -253,3 +255,29 @@ def test_the_source_is_logged_once(tmp_path, caplog):
     assert [line.levelname for line in lines] == ["INFO", "WARNING"]
     assert SOURCES["generation"] in lines[0].message
     assert SOURCES["scoring_pass"] in lines[1].message
+
+
+def test_evaluation_is_plain_and_changes_nothing(tmp_path):
+    parameters = []
+    for evaluated in ({}, {"eval_strategy": "steps", "eval_steps": 1, "num_generations_eval": 2}):
+        arguments = tiny.arguments(
+            TokenWeightsGRPOConfig, tmp_path, recipe="low2high", **repeatable(4), **evaluated
+        )
+        prompts = Dataset.from_dict({"prompt": tiny.PROMPTS})
+        trainer = TokenWeightsGRPOTrainer(
+            tiny.policy(),
+            tiny.reward,
+            arguments,
+            prompts,
+            prompts.select(range(4)) if evaluated else None,
+            processing_class=tiny.tokenizer(),
+        )
+        trainer.train()
+        evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+        assert len(evaluations) == (2 if evaluated else 0)
+        assert not any("token_weights" in name for entry in evaluations for name in entry)
+        weights = [e for e in trainer.state.log_history if "token_weights/weight_mean" in e]
+        assert len(weights) == 2
+        parameters.append([p.detach().clone() for p in trainer.model.parameters()])
+    for without, with_evaluation in zip(*parameters, strict=True):
+        assert torch.equal(without, with_evaluation)

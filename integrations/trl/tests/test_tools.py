@@ -23,7 +23,8 @@ RECIPES = [FIRST, *({"name": name, **LAYERS.get(name, {})} for name in NAMES)]
 def rollouts(tmp_path_factory):
     """The rollout batch on one rank, and on two."""
     folder = tmp_path_factory.mktemp("tools")
-    return [outcome("tools_run.py", ranks, folder / f"{ranks}.json", RECIPES) for ranks in (1, 2)]
+    asked = {"recipes": RECIPES, "environment": False}
+    return [outcome("tools_run.py", ranks, folder / f"{ranks}.json", asked) for ranks in (1, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,11 @@ def test_two_ranks_roll_out_and_weigh_as_one_does(rollouts):
         for key in ("advantage", "products", "weights"):
             found, expected = torch.tensor(two[key]), torch.tensor(one[key])
             torch.testing.assert_close(found, expected, atol=3e-5, rtol=3e-4)
+
+
+def test_the_method_of_an_environment_is_a_tool(rollouts, tmp_path):
+    asked = {"recipes": RECIPES, "environment": True}
+    assert outcome("tools_run.py", 1, tmp_path / "1.json", asked) == rollouts[0]
 
 
 @pytest.mark.parametrize("place", range(len(RECIPES)), ids=["first", *NAMES])

@@ -4,7 +4,7 @@ TRL renders the tool in Qwen3's chat template, parses calls, runs them and gener
 policy would never call one: a bias on its logits scripts the calls, and adds to the rest a noise
 that follows from the row's text, which is sampling that is the same on any number of ranks.
 
-Usage: python tools_run.py PATH RECIPES
+Usage: python tools_run.py PATH '{"recipes": [...], "environment": false}'
 """
 
 import json
@@ -44,6 +44,25 @@ def add(a: int, b: int) -> int:
         Their sum.
     """
     return a + b
+
+
+class Calculator:
+    """An environment whose one method is the tool."""
+
+    def reset(self, **_):
+        return None
+
+    def add(self, a: int, b: int) -> int:
+        """Adds two numbers.
+
+        Args:
+            a: The first.
+            b: The second.
+
+        Returns:
+            Their sum.
+        """
+        return a + b
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -119,7 +138,7 @@ class Scripted(TokenWeightsGRPOTrainer):
         return weighted
 
 
-def rollout(folder: str, recipes: list) -> list:
+def rollout(folder: str, recipes: list, environment: bool) -> list:
     """The rows of the one rollout batch; the first recipe trains, and all weigh."""
     arguments = tiny.arguments(
         TokenWeightsGRPOConfig,
@@ -136,7 +155,8 @@ def rollout(folder: str, recipes: list) -> list:
         arguments,
         Dataset.from_dict({"prompt": prompts}),
         processing_class=tokenizer(),
-        tools=[add],
+        tools=None if environment else [add],
+        environment_factory=Calculator if environment else None,
     )
     trainer.recipes = recipes
     trainer.train()
@@ -144,5 +164,5 @@ def rollout(folder: str, recipes: list) -> list:
 
 
 if __name__ == "__main__":
-    path, recipes = sys.argv[1:]
-    finish(path, rollout(f"{path}.out", json.loads(recipes)))
+    path, asked = sys.argv[1:]
+    finish(path, rollout(f"{path}.out", **json.loads(asked)))
