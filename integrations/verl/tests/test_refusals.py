@@ -70,8 +70,16 @@ REFUSED = {
     "the old trainer": (["trainer.use_v1=false"], "use_v1"),
     "a plain trainer": (["trainer.v1.trainer_mode=sync"], "tokenweights_sync"),
     "a trainer that there is not": (
-        ["trainer.v1.trainer_mode=tokenweights_colocate_async"],
+        ["trainer.v1.trainer_mode=tokenweights_fully_async"],
         "`trainer.v1.trainer_mode` one of tokenweights_sync",
+    ),
+    "older weights of offloaded parameters": (
+        [
+            "trainer.v1.trainer_mode=tokenweights_separate_async",
+            f"{ACTOR}.fsdp_config.param_offload=true",
+            f"{ACTOR}.strategy=fsdp2",
+        ],
+        "`trainer.v1.separate_async.parameter_sync_step` one of 1, got 4",
     ),
     "Megatron": (["model_engine=megatron"], "strategy"),
 }
@@ -82,6 +90,19 @@ def test_refused_by_name(case):
     overrides, named = REFUSED[case]
     with pytest.raises(TokenWeightsError, match=named):
         token_weights_config(composed(*overrides))
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        [f"{ACTOR}.strategy=fsdp"],
+        ["trainer.v1.separate_async.parameter_sync_step=1"],
+        ["trainer.v1.trainer_mode=tokenweights_colocate_async"],
+    ],
+)
+def test_older_weights_are_refused_only_where_they_would_be_lost(kept):
+    base = ["trainer.v1.trainer_mode=tokenweights_separate_async", f"{ACTOR}.strategy=fsdp2"]
+    assert token_weights_config(composed(*base, f"{ACTOR}.fsdp_config.param_offload=true", *kept))
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
