@@ -1,4 +1,4 @@
-"""Agents of several turns, and responses that newer weights go on with, in the command itself."""
+"""The asynchronous command: agents of several turns, responses that newer weights go on with."""
 
 import json
 
@@ -21,6 +21,7 @@ def trained(tmp_path_factory):
     rule = {"kind": "recording:Recorded", "folder": str(folder)}
     options = (
         *("--train.async_enable", "--train.partial_rollout_enable"),
+        *("--algo.advantage.estimator", "gae", "--critic.num_gpus_per_node", "1"),
         *("--train.agent_func_path", agent.__file__),
         *("--algo.advantage.is_correction_level", "token"),
         *("--algo.advantage.is_correction_mode", "clip"),
@@ -66,11 +67,6 @@ def test_turns_are_there(trained):
             assert not mask[own[-1] + 1 :].any() and len(mask) > own[-1]
             several += int(own[-1] - own[0] + 1 > len(own))
         assert several
-        rewards = rows["rewards"].double().view(agent.PROMPTS, agent.SAMPLES)
-        spread = rewards.std(1, keepdim=True)
-        expected = ((rewards - rewards.mean(1, True)) / (spread + 1e-9)).flatten()
-        for mask, row, advantage in zip(rows["mask"], rows["advantages"], expected, strict=True):
-            assert row[mask].tolist() == pytest.approx([float(advantage)] * int(mask.sum()))
 
 
 @pytest.mark.parametrize("step", range(STEPS))
@@ -106,7 +102,8 @@ def test_newer_weights_go_on_where_a_response_was_cut(trained):
     assert apart.max() > 1e-2
 
 
-def test_it_trains_and_is_probed(trained):
+def test_policy_and_critic_train_and_are_probed(trained):
     _, metrics, _ = trained
+    assert sorted(metrics["critic_loss"]) == [1, 2]
     assert sorted(metrics["gradient/full_norm"]) == [1, 2]
     assert all(value > 0 for value in metrics["gradient/full_norm"].values())

@@ -94,23 +94,3 @@ def test_low2high_raises_the_reward_and_a_stopped_run_goes_on(tmp_path):
     high = metrics["token_weights/endpoint_high"]
     assert high == pytest.approx({step: (step - 1) / 100 for step in range(1, 15)})
     assert metrics["rollout/reward_mean"][13] > start + 0.3
-
-
-def test_the_asynchronous_ppo_trainer_weights_too(tmp_path):
-    options = command_line(
-        tmp_path,
-        *("--train.async_enable", "--algo.advantage.estimator", "gae"),
-        *("--critic.num_gpus_per_node", "1"),
-        *("--rollout.micro_batch_size", "4", "--train.micro_batch_size", "4"),
-        *("--tokenweights.gradient_probe_steps", "1"),
-        steps=2,
-        prompts=2,
-        samples=4,
-    )
-    run(tmp_path, options)
-    metrics = logged(tmp_path)
-    assert metrics["token_weights/endpoint_high"] == pytest.approx({1: 0, 2: 0.01})
-    assert all(0 < value < 1 for value in metrics["token_weights/weight_mean"].values())
-    assert "critic_loss" in metrics
-    assert all(value > 0 for value in metrics["gradient/full_norm"].values())
-    assert sorted(metrics["gradient/full_norm"]) == [1, 2]

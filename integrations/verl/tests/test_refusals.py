@@ -6,10 +6,12 @@ from configured import composed
 from omegaconf import OmegaConf
 from tokenweights import TokenWeightsError
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, get_policy_loss_fn
+from verl.trainer.ppo.utils import Role
 from verl.workers.config import FSDPActorConfig, FSDPOptimizerConfig, PolicyLossConfig
 
 from tokenweights_verl.config import LOSS_MODES, token_weights_config
-from tokenweights_verl.trainer import TokenWeightsTrainerSync
+from tokenweights_verl.engine import TokenWeightsWorker
+from tokenweights_verl.trainer import TokenWeightsTrainerSeparateAsync, TokenWeightsTrainerSync
 
 ACTOR = "actor_rollout_ref.actor"
 PROBED = ["token_weights.gradient_probe_steps=5", f"{ACTOR}.strategy=fsdp"]
@@ -122,6 +124,29 @@ def test_the_trainer_refuses_before_anything_starts():
         TokenWeightsTrainerSync(config)
     with pytest.raises(TokenWeightsError, match="a recipe name"):
         token_weights_config(OmegaConf.create({}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "role"),
+    [
+        ([], Role.ActorRollout),
+        ([f"{ACTOR}.use_kl_loss=true"], Role.ActorRolloutRef),
+        (["actor_rollout_ref.hybrid_engine=false", f"{ACTOR}.use_kl_loss=true"], Role.Actor),
+    ],
+)
+def test_whoever_trains_has_the_worker_that_gives_scores(settings, role):
+    """And nobody else, such as a reference beside it."""
+    trainer = TokenWeightsTrainerSeparateAsync.__new__(TokenWeightsTrainerSeparateAsync)
+    trainer.config = composed(*settings)
+    trainer._enable_hybrid_replicas = bool(trainer.config.actor_rollout_ref.hybrid_engine)
+    trainer._init_resource_pool_mgr()
+    workers = {
+        name: worker.__ray_metadata__.modified_class
+        for name, worker in trainer.role_worker_mapping.items()
+    }
+    assert issubclass(workers.pop(role), TokenWeightsWorker)
+    assert (Role.RefPolicy in workers) == (role == Role.Actor)
+    assert not any(issubclass(worker, TokenWeightsWorker) for worker in workers.values())
 
 
 def loss(mode, advantages, weights=None):
