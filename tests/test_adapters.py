@@ -59,9 +59,9 @@ def features(adapter: str) -> list[list[str]]:
 def test_what_runs_and_what_is_refused_has_a_test(adapter):
     states = set()
     for feature, state, tests in features(adapter):
-        states.add(state)
+        states.add(state.split(":")[0])
         named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", tests)
-        assert bool(named) == (state != "not tried"), feature
+        assert bool(named) == (not state.startswith("not tried")), feature
         for file, name in named:
             source = (ROOT / adapter / "tests" / file).read_text()
             assert re.search(rf"^def {name}\(", source, re.MULTILINE), f"{file}::{name}"

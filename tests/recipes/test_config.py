@@ -45,6 +45,13 @@ def test_what_is_refused(changes, message):
     assert message in str(error.value)
 
 
+def test_a_mapping_gives_options_by_name():
+    asked = {"recipe": "low2high", "token_records_steps": 7}
+    assert TokenWeightsConfig.from_mapping(asked) == TokenWeightsConfig(**asked)
+    with pytest.raises(TokenWeightsError, match=r"got \['record'\]. Known are recipe, token_rec"):
+        TokenWeightsConfig.from_mapping({**asked, "record": "x"})
+
+
 def test_the_recipe_comes_as_name_fields_or_text():
     made = tw.recipe({"name": "anchor20", "fraction": 0.4})
     for choice in (made, made.to_dict(), '{"name": "anchor20", "fraction": 0.4}'):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenweights import TokenWeightsError
 from tokenweights.report import (
     TokenRecord,
+    append_log,
     append_metrics,
     append_token_records,
     read_metrics,
@@ -194,6 +195,12 @@ def test_metrics_without_a_step_are_refused(metrics, tmp_path):
     with pytest.raises(TokenWeightsError, match="step"):
         append_metrics(tmp_path / "metrics.jsonl", metrics)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_log_without_a_path_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    append_log(None, {"reward": 1.0}, step=1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_lines_of_verls_file_logger_are_read(tmp_path):

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,29 @@ class TokenWeightsConfig:
         for name in FILES:
             alone = files.count(getattr(self, name)) <= 1
             self._require(alone, name, "a file of its own", "Each file has lines of one kind.")
+
+    @classmethod
+    def from_mapping(cls, asked: Mapping[str, Any]) -> "TokenWeightsConfig":
+        """The options that a mapping gives, as a part of a trainer's configuration does.
+
+        Args:
+            asked: Options by their names; those left out have their defaults.
+
+        Returns:
+            The options.
+
+        Raises:
+            TokenWeightsError: If there is no such option, or the options are wrong.
+
+        Example:
+            >>> TokenWeightsConfig.from_mapping({"recipe": "low2high"}).token_records_steps
+            100
+        """
+        known = [option.name for option in fields(cls)]
+        if unknown := sorted(set(asked) - set(known)):
+            hint = f"Known are {', '.join(known)}."
+            raise invalid("TokenWeightsConfig", "asked", "without unknown keys", unknown, hint)
+        return cls(**asked)
 
     @property
     def token_recipe(self) -> Recipe:

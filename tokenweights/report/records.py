@@ -334,11 +334,11 @@ def append_metrics(path: FilePath, metrics: Mapping[str, float]) -> None:
 
 
 @typed
-def append_log(path: FilePath, log: Mapping[str, Any], *, step: int) -> None:
+def append_log(path: FilePath | None, log: Mapping[str, Any], *, step: int) -> None:
     """Appends what is a number in a trainer's log of one step, as `append_metrics` does.
 
     Args:
-        path: The file; it and its folder are made when they are missing.
+        path: The file; it and its folder are made when they are missing. None writes nothing.
         log: Numbers, also those of NumPy, and anything else, which is left out.
         step: Training step.
 
@@ -354,7 +354,8 @@ def append_log(path: FilePath, log: Mapping[str, Any], *, step: int) -> None:
         for name, value in log.items()
         if isinstance(value, Real) and not isinstance(value, bool)
     }
-    append_metrics(path, {**numbers, "step": step})
+    if path is not None:
+        append_metrics(path, {**numbers, "step": step})
 
 
 @typed

@@ -13,6 +13,8 @@ CASES = {
     "padded": {"strategy": "fsdp2", "remove_padding": False, "dynamic": False},
     "bucketed": {"strategy": "fsdp2", "bucket": 64},
     "lora": {"strategy": "fsdp", "lora": 4},
+    "fused": {"strategy": "fsdp2", "fused": True, "offload": True},
+    "fused_padded": {"strategy": "fsdp", "fused": True, "remove_padding": False, "dynamic": False},
     "bfloat16": {"strategy": "fsdp2", "precision": "bf16"},
     "flash": {"strategy": "fsdp2", "attention": "flash_cpu"},
     "ulysses": {"strategy": "fsdp2", "attention": "flash_cpu", "sequence_ranks": 2},

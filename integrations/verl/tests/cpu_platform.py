@@ -122,6 +122,19 @@ def _undo_refusals():
     torch.distributed.init_process_group = init
 
 
+def _copy_what_is_kept():
+    from verl.utils import fsdp_utils
+
+    save = fsdp_utils.fsdp2_sharded_save_to_cpu
+
+    def copied(model):
+        # VeRL keeps older weights by moving them to the CPU, where these already are.
+        state, spec = save(model)
+        return {name: (tensor.clone(), own) for name, (tensor, own) in state.items()}, spec
+
+    fsdp_utils.fsdp2_sharded_save_to_cpu = copied
+
+
 def _register_engine():
     from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 
@@ -132,6 +145,7 @@ def _register_engine():
 
 if os.environ.get("VERL_PLATFORM") == "cpu":
     _undo_refusals()
+    _copy_what_is_kept()
     _register_engine()
     import cpu_rollout
 

@@ -39,6 +39,8 @@ def training_worker(
     dropout=0.0,
     lr=0.0,
     precision="fp32",
+    offload=False,
+    fused=False,
 ):
     torch.manual_seed(0)  # of adapters
     model = HFModelConfig(
@@ -48,6 +50,8 @@ def training_worker(
         enable_gradient_checkpointing=True,
         lora_rank=lora,
         target_modules=["q_proj", "v_proj"],
+        use_fused_kernels=fused,
+        fused_kernel_options={"impl_backend": "torch"},
     )
     engine = FSDPEngineConfig(
         strategy=strategy,
@@ -59,6 +63,8 @@ def training_worker(
         ulysses_sequence_parallel_size=sequence_ranks,
         mixed_precision={"param_dtype": precision, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
         use_torch_compile=False,
+        param_offload=offload,
+        optimizer_offload=offload,
         pad_to_length=bucket is not None,
         pad_to_length_bucket=bucket or 1024,
     )

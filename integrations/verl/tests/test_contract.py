@@ -6,9 +6,13 @@ A failure here names what has changed; the adapter's code has to follow.
 import inspect
 
 import pytest
+from verl.experimental.separation.engine_workers import DetachActorWorker
 from verl.trainer.distillation import losses as distillation
 from verl.trainer.ppo.v1 import agent_loop_tq
+from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
+from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils import fsdp_utils
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 from verl.workers.engine.utils import prepare_micro_batches
@@ -51,8 +55,29 @@ def test_signatures():
     assert changed == set()
 
 
+def test_every_trainer_has_the_seams_of_the_synchronous_one():
+    for function, names in SIGNATURES:
+        if function.__qualname__.startswith("PPOTrainer"):
+            for trainer in (PPOTrainerColocateAsync, PPOTrainerSeparateAsync):
+                own = inspect.signature(getattr(trainer, function.__name__))
+                assert list(own.parameters)[: len(names)] == names
+
+
+def test_the_worker_that_keeps_older_weights_is_an_actor_worker():
+    assert issubclass(DetachActorWorker, ActorRolloutRefWorker)
+    assert "__init__" in vars(DetachActorWorker)
+
+
 def test_the_actor_worker_names_the_class_of_its_actor():
     assert "actor_worker_cls" in vars(ActorRolloutRefWorker)
+
+
+def test_older_weights_of_offloaded_parameters_are_no_copies():
+    """So bringing some back overwrites the rest, and this is refused; FSDP1 copies."""
+    source = inspect.getsource(fsdp_utils.fsdp2_sharded_save_to_cpu)
+    assert ".detach().cpu()" in source and "copy=True" not in source
+    assert "_local_tensor.copy_(" in inspect.getsource(fsdp_utils.fsdp2_sharded_load_from_cpu)
+    assert "copy=True" in inspect.getsource(fsdp_utils.fsdp1_sharded_save_to_cpu)
 
 
 def test_an_engine_keeps_what_it_autocasts_to():

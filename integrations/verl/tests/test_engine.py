@@ -13,7 +13,13 @@ from tokenweights_lab import load_policy
 from tokenweights_verl.scores import response_scores, rollout_batch
 
 RUNS = {
-    "one": (1, ["fsdp", "fsdp2", "padded", "bucketed", "lora", "bfloat16", "flash"]),
+    "one": (
+        1,
+        [
+            *("fsdp", "fsdp2", "padded", "bucketed", "lora", "bfloat16", "flash"),
+            *("fused", "fused_padded"),
+        ],
+    ),
     "two": (2, ["fsdp", "fsdp2", "lora"]),
     "slices": (2, ["ulysses"]),
 }

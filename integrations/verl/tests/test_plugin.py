@@ -29,7 +29,8 @@ def python(*arguments, **environment):
 @pytest.mark.parametrize("first", ["verl", "tokenweights_verl.engine", "tokenweights_verl.trainer"])
 def test_importing_either_registers_the_trainer(first):
     run = python("-c", f"import {first}; {LIST}")
-    assert "'tokenweights_sync'" in run.stdout, run.stderr
+    for mode in ("sync", "colocate_async", "separate_async"):
+        assert f"'tokenweights_{mode}'" in run.stdout, run.stderr
     assert "does not load" not in run.stderr
 
 

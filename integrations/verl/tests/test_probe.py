@@ -11,7 +11,7 @@ from tokenweights_lab import load_policy
 from torch.nn.utils.rnn import pad_sequence
 
 RUNS = {
-    "one": (1, ["fsdp", "fsdp2", "padded", "bfloat16"]),
+    "one": (1, ["fsdp", "fsdp2", "padded", "bfloat16", "fused"]),
     "two": (2, ["fsdp", "fsdp2", "lora"]),
     "slices": (2, ["ulysses"]),
 }

@@ -6,10 +6,12 @@ from configured import composed
 from omegaconf import OmegaConf
 from tokenweights import TokenWeightsError
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, get_policy_loss_fn
+from verl.trainer.ppo.utils import Role
 from verl.workers.config import FSDPActorConfig, FSDPOptimizerConfig, PolicyLossConfig
 
 from tokenweights_verl.config import LOSS_MODES, token_weights_config
-from tokenweights_verl.trainer import TokenWeightsTrainerSync
+from tokenweights_verl.engine import TokenWeightsWorker
+from tokenweights_verl.trainer import TokenWeightsTrainerSeparateAsync, TokenWeightsTrainerSync
 
 pytestmark = pytest.mark.versions
 
@@ -72,8 +74,16 @@ REFUSED = {
     "the old trainer": (["trainer.use_v1=false"], "use_v1"),
     "a plain trainer": (["trainer.v1.trainer_mode=sync"], "tokenweights_sync"),
     "a trainer that there is not": (
-        ["trainer.v1.trainer_mode=tokenweights_colocate_async"],
+        ["trainer.v1.trainer_mode=tokenweights_fully_async"],
         "`trainer.v1.trainer_mode` one of tokenweights_sync",
+    ),
+    "older weights of offloaded parameters": (
+        [
+            "trainer.v1.trainer_mode=tokenweights_separate_async",
+            f"{ACTOR}.fsdp_config.param_offload=true",
+            f"{ACTOR}.strategy=fsdp2",
+        ],
+        "`trainer.v1.separate_async.parameter_sync_step` one of 1, got 4",
     ),
     "Megatron": (["model_engine=megatron"], "strategy"),
 }
@@ -84,6 +94,19 @@ def test_refused_by_name(case):
     overrides, named = REFUSED[case]
     with pytest.raises(TokenWeightsError, match=named):
         token_weights_config(composed(*overrides))
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        [f"{ACTOR}.strategy=fsdp"],
+        ["trainer.v1.separate_async.parameter_sync_step=1"],
+        ["trainer.v1.trainer_mode=tokenweights_colocate_async"],
+    ],
+)
+def test_older_weights_are_refused_only_where_they_would_be_lost(kept):
+    base = ["trainer.v1.trainer_mode=tokenweights_separate_async", f"{ACTOR}.strategy=fsdp2"]
+    assert token_weights_config(composed(*base, f"{ACTOR}.fsdp_config.param_offload=true", *kept))
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
@@ -103,6 +126,29 @@ def test_the_trainer_refuses_before_anything_starts():
         TokenWeightsTrainerSync(config)
     with pytest.raises(TokenWeightsError, match="a recipe name"):
         token_weights_config(OmegaConf.create({}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "role"),
+    [
+        ([], Role.ActorRollout),
+        ([f"{ACTOR}.use_kl_loss=true"], Role.ActorRolloutRef),
+        (["actor_rollout_ref.hybrid_engine=false", f"{ACTOR}.use_kl_loss=true"], Role.Actor),
+    ],
+)
+def test_whoever_trains_has_the_worker_that_gives_scores(settings, role):
+    """And nobody else, such as a reference beside it."""
+    trainer = TokenWeightsTrainerSeparateAsync.__new__(TokenWeightsTrainerSeparateAsync)
+    trainer.config = composed(*settings)
+    trainer._enable_hybrid_replicas = bool(trainer.config.actor_rollout_ref.hybrid_engine)
+    trainer._init_resource_pool_mgr()
+    workers = {
+        name: worker.__ray_metadata__.modified_class
+        for name, worker in trainer.role_worker_mapping.items()
+    }
+    assert issubclass(workers.pop(role), TokenWeightsWorker)
+    assert (Role.RefPolicy in workers) == (role == Role.Actor)
+    assert not any(issubclass(worker, TokenWeightsWorker) for worker in workers.values())
 
 
 def loss(mode, advantages, weights=None):

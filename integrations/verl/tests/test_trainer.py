@@ -22,11 +22,11 @@ RECIPE = "token_weights.recipe={name: low2high, warmup_steps: 8}"
 STEPS = 10
 
 
-def run(folder, steps, ranks, *more, modules="cpu_platform", timeout=1500):
+def run(folder, steps, ranks, *more, recipe=RECIPE, modules="cpu_platform", timeout=1500):
     """The logged metrics of each step of a run in a process group and a Ray of its own."""
     ray = tempfile.mkdtemp(prefix="ray")  # short: Ray puts sockets below it
     process = subprocess.Popen(
-        [sys.executable, HERE / "trainer_run.py", folder, str(steps), str(ranks), RECIPE, *more],
+        [sys.executable, HERE / "trainer_run.py", folder, str(steps), str(ranks), recipe, *more],
         env={
             **os.environ,
             **ENVIRONMENT,

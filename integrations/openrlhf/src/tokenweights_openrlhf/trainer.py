@@ -94,13 +94,11 @@ class TokenWeightsExperienceMaker(RemoteExperienceMaker):
 
     def gradient_metrics(self, step: int) -> dict[str, float]:
         """What the gradient probe finds after a step; empty where it has none to do."""
-        steps, path = self.config.gradient_probe_steps, self.config.gradient_probe_file
-        if not self._probe_batches or (step - 1) % steps != 0:
+        if not self._probe_batches or (step - 1) % self.config.gradient_probe_steps != 0:
             return {}
         run = self.actor_model_group.async_run_method_batch
         (metrics, *_), *_ = ray.get(run("gradient_metrics", batch=self._probe_batches))
-        if path is not None:
-            append_log(path, metrics, step=step)
+        append_log(self.config.gradient_probe_file, metrics, step=step)
         return metrics
 
 
@@ -125,8 +123,7 @@ class TokenWeightsMixin(_Trainer):
         status, next_step = super().train_step(rollout_samples, global_step)
         metrics = self.experience_maker.metrics
         status |= {f"token_weights/{name}": metrics[name] for name in metrics}
-        if (path := self.experience_maker.config.metrics_file) is not None:
-            append_log(path, status, step=next_step)
+        append_log(self.experience_maker.config.metrics_file, status, step=next_step)
         return status, next_step
 
 

@@ -1,6 +1,5 @@
 """The `token_weights` part of VeRL's configuration, and what VeRL's other parts must be for it."""
 
-from dataclasses import fields
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -31,11 +30,7 @@ def token_weights_config(config: DictConfig) -> TokenWeightsConfig:
     require_version("verl", "0.9", "0.10")
     node = OmegaConf.select(config, "token_weights")
     asked: Any = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else {}
-    known = [field.name for field in fields(TokenWeightsConfig)]
-    if unknown := sorted(set(asked) - set(known)):
-        hint = f"Known are {', '.join(known)}."
-        raise invalid("verl", "token_weights", "without unknown keys", unknown, hint)
-    token_weights = TokenWeightsConfig(**asked)
+    token_weights = TokenWeightsConfig.from_mapping(asked)
     _check(config, token_weights)
     return token_weights
 
@@ -51,8 +46,10 @@ def _check(config: DictConfig, token_weights: TokenWeightsConfig) -> None:
     given -= set() if any(selected(*_REFERENCE)) else {"reference_log_probs"}
     require_columns(made, given, caller="verl")
     read, divided = made.attention is not None or probed, made.denominator != "all_tokens"
-    flat = probed and selected(f"{_ACTOR}.strategy") == ["fsdp"]
     (distilled, implementation) = selected("distillation.enabled", _ATTENTION)
+    mode, strategy, offloaded = selected(_MODE, f"{_ACTOR}.strategy", _OFFLOADED)
+    kept = offloaded and strategy == "fsdp2" and "separate" in mode
+    flat = probed and strategy == "fsdp"
     sliced = any((size or 1) > 1 for size in selected(*_ULYSSES))
     elsewhere = sliced and "flash" not in (implementation or "flash_attention_2")
     divisor = f"The recipe divides by {made.denominator}; change this, or the recipe."
@@ -63,6 +60,7 @@ def _check(config: DictConfig, token_weights: TokenWeightsConfig) -> None:
         (True, f"{_ACTOR}.policy_loss.loss_mode", LOSS_MODES, _NOT_LINEAR),
         (True, f"{_CORRECTION}.bypass_mode", (False, None), _NO_PASS),
         (corrects_sampler(made), f"{_CORRECTION}.rollout_is", (None,), _TWICE),
+        (kept, "trainer.v1.separate_async.parameter_sync_step", (1,), _KEPT),
         (distilled, "distillation.distillation_loss.use_task_rewards", (True,), _DISTILLED),
         (divided, f"{_ACTOR}.loss_agg_mode", ("token-mean",), divisor),
         (divided, f"{_CORRECTION}.rollout_rs", (None,), divisor),
@@ -89,6 +87,8 @@ _MODE, _SAMPLER = "trainer.v1.trainer_mode", "actor_rollout_ref.rollout.calculat
 _REFERENCE = (f"{_ACTOR}.use_kl_loss", "algorithm.use_kl_in_reward")
 _ATTENTION = "actor_rollout_ref.model.override_config.attn_implementation"
 _ULYSSES = [f"{_ACTOR}{of}.ulysses_sequence_parallel_size" for of in ("", ".fsdp_config")]
+_OFFLOADED = f"{_ACTOR}.fsdp_config.param_offload"
+_KEPT = "VeRL overwrites the older weights that it keeps of offloaded parameters."
 _PLAIN = "Any other trainer of VeRL would ignore the recipe."
 _OTHER_LAYOUT = "Other engines lay attention out in their own way."
 _NOT_LINEAR = "In other losses the advantage is no factor of each token's loss."

@@ -7,10 +7,11 @@ import torch
 from tensordict import TensorDict
 from tokenweights import GradientSeries
 from tokenweights.capture import AttentionCapture, CapturedAttention, capture_attention
+from verl.experimental.separation.engine_workers import DetachActorWorker
 from verl.single_controller.base.decorator import make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
-from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker, TrainingWorkerConfig
+from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
 from verl.workers.utils.padding import build_attention_mask_from_nested
 
 from tokenweights_verl.probe import gradient_metrics
@@ -96,8 +97,11 @@ class TokenWeightsTrainingWorker(TrainingWorker):
         return tu.get_tensordict(tensor_dict={}, non_tensor_dict={"metrics": metrics})
 
 
-class TokenWeightsWorker(ActorRolloutRefWorker):
-    """VeRL's actor worker with the engine above for the actor; a reference model keeps VeRL's."""
+class TokenWeightsWorker(DetachActorWorker):
+    """VeRL's actor worker with the engine above for the actor; a reference model keeps VeRL's.
+
+    It derives from the worker that can keep older weights, as a separate rollout asks for.
+    """
 
     actor_worker_cls = TokenWeightsTrainingWorker
 

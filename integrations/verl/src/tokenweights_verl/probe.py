@@ -38,7 +38,7 @@ _Base: Any = object
 
 
 class GradientProbeMixin(_Base):
-    r"""Gradient geometry for a PPO trainer of VeRL; name it after `TokenWeightsMixin`.
+    r"""Gradient geometry for a PPO trainer of VeRL; a base of `TokenWeightsMixin`.
 
     The probe batch is the first rollout batch with a non-zero advantage, before any weights: there
     the recipes and plain VeRL are looked at alike. After training steps 1, 1 + N, 1 + 2N, ... its
@@ -60,6 +60,7 @@ class GradientProbeMixin(_Base):
 
     def _init_tokenizer(self) -> None:
         super()._init_tokenizer()
+        self.recipe = placed(self.recipe, self.config)  # now that the model is known
         probed = self._token_weights.gradient_probe_steps is not None
         if probed and self.processor is not None:
             raise invalid("verl", "model", "a text model", "with images", "Leave out the probe.")
@@ -90,8 +91,7 @@ class GradientProbeMixin(_Base):
                 data = self._probe_batch.clone(recurse=False)
                 found = tu.get(self.actor_rollout_wg.gradient_metrics(data), "metrics")
             metrics.update(found)
-            if path := self._token_weights.gradient_probe_file:
-                append_log(path, found, step=self.global_steps)
+            append_log(self._token_weights.gradient_probe_file, found, step=self.global_steps)
         return batch
 
 
@@ -129,10 +129,11 @@ def gradient_metrics(engine: Any, data: TensorDict, series: tw.GradientSeries) -
         with preserved("gradient_metrics", module), torch.no_grad():
             for part in parts:
                 found.append(part.select(*KEPT).update(_outputs(engine, part, forward_only=True)))
-        whole = tu.concat_tensordict(found)
+            whole = tu.concat_tensordict(found)
+            # Fused kernels give log-probabilities that require a gradient even here.
+            old = response_scores(whole["log_probs"], whole["response_mask"], alignment="deciding")
         padded = whole.select("response_mask", "advantages").to_padded_tensor()
         mask, advantages = padded["response_mask"].bool(), padded["advantages"].float()
-        old = response_scores(whole["log_probs"], whole["response_mask"], alignment="deciding")
         losses, sizes = [], [len(part) for part in parts]
         rows = (column.split(sizes) for column in (old, advantages, mask))
         for part, *own in zip(parts, *rows, strict=True):

@@ -8,27 +8,24 @@ from omegaconf import DictConfig
 from tokenweights.report.records import append_log
 from tokenweights.report.rollouts import RolloutRecords
 from transfer_queue import KVBatchMeta
-from verl.trainer.ppo.utils import Role
-from verl.trainer.ppo.v1.trainer_base import register_trainer
-from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.trainer.ppo import v1
 from verl.workers.utils.padding import response_to_nested
 
 from tokenweights_verl.config import token_weights_config
 from tokenweights_verl.engine import TokenWeightsWorker
 from tokenweights_verl.probe import GradientProbeMixin
-from tokenweights_verl.scores import COLUMNS, ENTROPY, FIELDS, PROBE, placed, rollout_batch
-
-# What a mixin calls belongs to the trainer after it; VeRL's own types are too loose to check it.
-_Base: Any = object
+from tokenweights_verl.scores import COLUMNS, ENTROPY, FIELDS, PROBE, rollout_batch
 
 
-class TokenWeightsMixin(_Base):
-    """Token weights for a PPO trainer of VeRL; name it first among the bases.
+class TokenWeightsMixin(GradientProbeMixin):
+    """Token weights and a gradient probe for a PPO trainer of VeRL; name it first among the bases.
 
     Once per rollout batch, after VeRL's own advantages, what the recipe reads of the rollout-time
     policy becomes weights, and `advantages` become weighted ones, which VeRL carries through
     mini-batches, epochs and micro-batches. Extrema and counts span the whole rollout batch: the
-    trainer sees all of it. The schedule's step is `global_steps - 1`, so that it starts at 0.
+    trainer sees all of it. With VeRL's separate rollout it is what one update trains on, of which a
+    step has `parameter_sync_step`. The schedule's step is `global_steps - 1`, so that it starts at
+    0.
 
     Attributes:
         recipe: The recipe, with its layers numbered for the actor's model.
@@ -43,18 +40,15 @@ class TokenWeightsMixin(_Base):
         self.recipe = asked.token_recipe
         self._records = RolloutRecords(asked.token_records, every=asked.token_records_steps)
         # VeRL chooses queue and data loader by the name of the mode.
-        mode = config.trainer.v1.trainer_mode
-        config.trainer.v1.trainer_mode = mode.removeprefix("tokenweights_")
+        chosen = config.trainer.v1
+        chosen.trainer_mode = chosen.trainer_mode.removeprefix("tokenweights_")
         super().__init__(config)
-
-    def _init_tokenizer(self) -> None:
-        super()._init_tokenizer()
-        self.recipe = placed(self.recipe, self.config)
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
-        for role in {Role.ActorRollout, Role.ActorRolloutRef} & set(self.role_worker_mapping):
-            self.role_worker_mapping[role] = ray.remote(TokenWeightsWorker)
+        for role in self.role_worker_mapping:
+            if "actor" in str(role):  # alone, or with a rollout, or with a reference as well
+                self.role_worker_mapping[role] = ray.remote(TokenWeightsWorker)
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         if self.recipe.attention is not None:
@@ -82,10 +76,19 @@ class TokenWeightsMixin(_Base):
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics: Any, *args: Any, **kwargs: Any) -> None:
         super()._compute_metrics(batch, metrics, *args, **kwargs)
-        if path := self._token_weights.metrics_file:
-            append_log(path, metrics, step=self.global_steps)
+        append_log(self._token_weights.metrics_file, metrics, step=self.global_steps)
 
 
-@register_trainer("tokenweights_sync")
-class TokenWeightsTrainerSync(TokenWeightsMixin, GradientProbeMixin, PPOTrainerSync):
-    """VeRL's synchronous trainer with token weights and a gradient probe; see the mixins."""
+@v1.register_trainer("tokenweights_sync")
+class TokenWeightsTrainerSync(TokenWeightsMixin, v1.PPOTrainerSync):
+    """VeRL's synchronous trainer with token weights; see `TokenWeightsMixin`."""
+
+
+@v1.register_trainer("tokenweights_colocate_async")
+class TokenWeightsTrainerColocateAsync(TokenWeightsMixin, v1.PPOTrainerColocateAsync):
+    """The same for the trainer that rolls out a batch ahead, on the GPUs that train."""
+
+
+@v1.register_trainer("tokenweights_separate_async")
+class TokenWeightsTrainerSeparateAsync(TokenWeightsMixin, v1.PPOTrainerSeparateAsync):
+    """The same for the trainer that leaves the rollout to GPUs of its own, all the time."""

@@ -1,15 +1,17 @@
 """An engine with the interface that OpenRLHF uses of vLLM; transformers generates, on the CPU.
 
-Requests that come at about the same time are generated as one batch.
+Requests that come at about the same time are generated as one batch. A pause cuts such a batch; it
+goes on where it was cut, perhaps with other weights.
 """
 
 import asyncio
+import threading
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
 from openrlhf.utils.distributed_util import stateless_init_process_group
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
 
 __version__ = "0.29.0"
 
@@ -36,11 +38,20 @@ class AsyncEngineArgs:
 
 
 class AsyncLLMEngine:
+    # After so many tokens the next batch waits for a pause: so a test is sure of one there.
+    halt_after = 0
+
     def __init__(self, arguments):
         torch.manual_seed(arguments.seed)
         self.model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
         self.tokenizer = AutoTokenizer.from_pretrained(arguments.model)
         self.pending = []
+        self.generating, self.running, self.paused = (
+            threading.Lock(),
+            threading.Event(),
+            threading.Event(),
+        )
+        self.running.set()
         self.output_processor = SimpleNamespace(
             get_num_unfinished_requests=lambda: len(self.pending)
         )
@@ -72,25 +83,38 @@ class AsyncLLMEngine:
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         width = max(len(ids) for ids, *_ in requests)
         rows = torch.tensor([[pad] * (width - len(ids)) + ids for ids, *_ in requests])
-        result = self.model.generate(
-            rows,
-            attention_mask=(rows != pad).long(),
-            do_sample=True,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=0,
-            max_new_tokens=params.max_tokens,
-            return_dict_in_generate=True,
-            output_logits=params.logprobs is not None,
-            disable_compile=True,
-        )
+        logits, goes_on = [], True
+        while goes_on:
+            self.running.wait()
+            left, halt = params.max_tokens - (rows.shape[1] - width), type(self).halt_after
+            with self.generating:
+                result = self.model.generate(
+                    rows,
+                    attention_mask=(rows != pad).long(),
+                    do_sample=True,
+                    temperature=params.temperature,
+                    top_p=params.top_p,
+                    top_k=0,
+                    max_new_tokens=min(left, halt) if halt else left,
+                    return_dict_in_generate=True,
+                    output_logits=params.logprobs is not None,
+                    disable_compile=True,
+                    stopping_criteria=StoppingCriteriaList([self._is_paused]),
+                )
+            rows = result.sequences
+            logits += result.logits or ()
+            written = rows[:, width:]
+            goes_on = written.shape[1] < params.max_tokens and not (written == eos).any(1).all()
+            if halt:
+                type(self).halt_after = 0
+                self.paused.wait(120)
         outputs = []
-        for row, ids in enumerate(result.sequences[:, width:].tolist()):
+        for row, ids in enumerate(written.tolist()):
             ended = eos in ids
             ids = ids[: ids.index(eos) + 1] if ended else ids
             log_probs = None
             if params.logprobs is not None:
-                every = torch.stack([step[row] for step in result.logits[: len(ids)]])
+                every = torch.stack([step[row] for step in logits[: len(ids)]])
                 every = (every.float() / params.temperature).log_softmax(-1)
                 log_probs = [
                     {token: SimpleNamespace(logprob=float(values[token]))}
@@ -105,6 +129,20 @@ class AsyncLLMEngine:
                 )
             )
         return outputs
+
+    def _is_paused(self, ids, scores, **_):
+        return torch.full((len(ids),), not self.running.is_set())
+
+    async def pause_generation(self, mode):
+        assert mode == "keep"
+        self.running.clear()
+        self.paused.set()
+        await asyncio.to_thread(self.generating.acquire)  # until no batch is being generated
+
+    async def resume_generation(self):
+        self.generating.release()
+        self.paused.clear()
+        self.running.set()
 
     async def collective_rpc(self, method, args):
         return await asyncio.to_thread(getattr(self, f"_{method}"), *args)
