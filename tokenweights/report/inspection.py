@@ -18,6 +18,7 @@ from tokenweights.attention import (
     attention_weights,
 )
 from tokenweights.capture import CapturedAttention, capture_attention
+from tokenweights.recipes import Recipe, RolloutBatch, require_columns
 from tokenweights.recipes.attention import Alignment
 from tokenweights.report.records import TokenRecord, token_records
 from tokenweights.signals import predictive_entropy
@@ -25,6 +26,8 @@ from tokenweights.signals import predictive_entropy
 SUPPORT_MASS = (0.5, 0.8, 0.9, 0.95)
 _SPANS = ("mean_distance", "local_mass", "max_weight")
 _KINDS: tuple[StatisticKind, ...] = (*ENTROPY_KINDS, "support_size", *_SPANS)
+# Columns of a rollout batch that one response has.
+_READ = ("attention", "log_probs", "predictive_entropy")
 _WEIGHT_ROWS = 64  # rows of weights in memory at once
 
 
@@ -171,6 +174,46 @@ def inspected_records(
             )
         )
     return records
+
+
+def weighted_records(
+    records: Sequence[TokenRecord], made: Recipe, *, step: int
+) -> list[TokenRecord]:
+    """Inspected records with the weights that a recipe gives this response, alone in its batch.
+
+    Args:
+        records: The records of `inspected_records`, one for each layer that the recipe reads.
+        made: The recipe, with its layers numbered.
+        step: Training step, for the schedule.
+
+    Returns:
+        The records with weights.
+
+    Raises:
+        TokenWeightsError: If the recipe reads what a single response does not have.
+    """
+    first = records[0]
+    require_columns(made, ("token_ids", *_READ), caller="inspect")
+    rows: dict[str, Any] = {
+        name: torch.tensor([getattr(first, name)])
+        for name in ("log_probs", "predictive_entropy")
+        if name in made.columns
+    }
+    entropies = {
+        int(record.layer): torch.tensor([record.attention_entropy])
+        for record in records
+        if isinstance(record.layer, int)
+    }
+    batch = RolloutBatch(
+        mask=torch.ones(1, len(first.tokens), dtype=torch.bool),
+        sample_ids=torch.zeros(1, dtype=torch.int64),
+        prompt_ids=torch.zeros(1, dtype=torch.int64),
+        token_ids=torch.tensor([first.token_ids]),
+        attention=entropies if made.attention is not None else None,
+        **rows,
+    )
+    weights = tuple(made.weighted(batch, step=step).weights[0].tolist())
+    return [replace(record, weights=weights) for record in records]
 
 
 def _add_rows(
