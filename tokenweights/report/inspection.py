@@ -24,7 +24,7 @@ from tokenweights.report.records import TokenRecord, token_records
 from tokenweights.signals import predictive_entropy
 
 SUPPORT_MASS = (0.5, 0.8, 0.9, 0.95)
-_SPANS = ("mean_distance", "local_mass", "max_weight")
+_SPANS: tuple[StatisticKind, ...] = ("mean_distance", "local_mass", "max_weight")
 _KINDS: tuple[StatisticKind, ...] = (*ENTROPY_KINDS, "support_size", *_SPANS)
 # Columns of a rollout batch that one response has.
 _READ = ("attention", "log_probs", "predictive_entropy")
@@ -64,7 +64,7 @@ def inspected_records(
     logits of one chunk and never an attention matrix. Each record has log-probabilities and
     predictive entropies at temperature 1, groups of bottom and top 20 %, the largest attention
     weights of each token, and the columns `support_size_0.5`, `_0.8`, `_0.9`, `_0.95`,
-    `mean_distance`, `local_mass`, `max_weight` and `<kind>_entropy` for the other three kinds.
+    `mean_distance`, `local_mass_128`, `max_weight` and `<kind>_entropy` for the other three kinds.
 
     Args:
         model: A transformers language model in evaluation mode.
@@ -75,7 +75,7 @@ def inspected_records(
         entropy_kind: The attention entropy of the records.
         alignment: Whose attention row stands for a token: the one `"deciding"` it, or its `"own"`.
         largest: Attention weights recorded for each token; all of a short context.
-        local_window: Keys at a smaller distance than this count as local.
+        local_window: Keys at a smaller distance than this count as local; the column says it.
         chunk_tokens: Tokens read at a time.
         progress: Called with the number of tokens after each chunk.
 
@@ -247,6 +247,7 @@ def _add_rows(
     for place, mass in enumerate(SUPPORT_MASS):
         columns[f"support_size_{mass:g}"] = sizes[0, :, place].float()
     columns |= {name: getattr(statistics, name)[0] for name in _SPANS}
+    columns[f"local_mass_{local_window}"] = columns.pop("local_mass")
     for name, values in columns.items():
         layer.columns.setdefault(name, []).append(values.float().cpu())
     offset = end - key.shape[2]  # a sliding cache has dropped so many keys

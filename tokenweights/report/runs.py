@@ -104,6 +104,9 @@ def run_from_directory(
         [{'step': 0, 'reward': -1.0}]
     """
     folder = Path(directory)
+    if not folder.is_dir():
+        hint = "Pass the directory that a run writes into."
+        raise invalid("run_from_directory", "directory", "that exists", os.fspath(directory), hint)
     states = [path for place in _STATE_PLACES for path in folder.glob(place)]
     if not states and not any((folder / name).is_file() for name in FILES):
         got, hint = os.fspath(directory), "Append metrics while the run trains."
