@@ -8,7 +8,12 @@ import sys
 import pytest
 
 from tokenweights.__main__ import main
-from tokenweights.report import TokenRecord, append_metrics, append_token_records, run_from_directory
+from tokenweights.report import (
+    TokenRecord,
+    append_metrics,
+    append_token_records,
+    run_from_directory,
+)
 
 RECORD = TokenRecord(
     step=0,
