@@ -139,7 +139,7 @@ def test_a_missing_extra_is_named(folder):
     ("steps", "words"),
     [
         (19, "Too early to judge whether the run is collapsing: 19 steps"),
-        (20, "No collapse up to step 19, .* and slow declines from 90 steps on"),
+        (20, "No collapse up to step 19, .*; slow declines are judged from 90 steps on"),
         (90, r"No collapse up to step 89, [^,]*thresholds\."),
     ],
 )

@@ -122,7 +122,7 @@ def _sections(run: Run) -> list[_Section]:
 
 def _token_sections(last: Sequence[TokenRecord]) -> list[_Section]:
     """What the recorded responses of the last step show."""
-    where = f"Step {last[0].step}: {counted(last)}; {len(last)} responses were recorded."
+    where = f"Step {last[0].step}: {counted(last)}, of {len(last)} recorded."
     sections = []
     if all(record.predictive_entropy is not None for record in last):
         sections += [
@@ -233,7 +233,7 @@ def _healthy_words(step: int, monitor: CollapseMonitor, judged: int) -> str:
             f"Too early to judge whether the run is collapsing: {judged} steps were logged, and "
             f"{2 * window} are needed."
         )
-    slow = f", and slow declines from {9 * window} steps on" if judged < 9 * window else ""
+    slow = f"; slow declines are judged from {9 * window} steps on" if judged < 9 * window else ""
     return (
         f"No collapse up to step {step}, judged by response length and reward at the documented "
         f"thresholds{slow}."
