@@ -49,3 +49,33 @@ def emulate(driver, *, scheme: str = "light", width: int = 1280, height: int = 9
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
     size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
+# Elements that stick out of the window, and that no parent within it scrolls.
+_OVERFLOWING = """
+const wide = document.documentElement.clientWidth;
+const scrolls = (element) => {
+  for (let at = element; at && at !== document.body; at = at.parentElement) {
+    const shown = getComputedStyle(at).overflowX;
+    if (shown !== "visible" && at.getBoundingClientRect().right <= wide + 1) return true;
+  }
+  return false;
+};
+const found = [];
+for (const element of document.body.querySelectorAll("*")) {
+  const box = element.getBoundingClientRect();
+  const seen = box.width && box.height && getComputedStyle(element).visibility !== "hidden";
+  if (seen && box.right > wide + 1 && !scrolls(element.parentElement)) {
+    const text = element.textContent.slice(0, 40);
+    found.push(`${element.tagName} to ${Math.round(box.right)}: ${text}`);
+  }
+}
+const more = document.documentElement.scrollWidth - wide;
+if (more > 0) found.push(`the page scrolls sideways by ${more}`);
+return found.slice(0, 8);
+"""
+
+
+def overflowing(driver) -> list[str]:
+    """What of the open page sticks out of the window."""
+    return driver.execute_script(_OVERFLOWING)

@@ -1,6 +1,16 @@
-"""The five distributions are of one version, pin each other alike, and can be cited."""
+"""The five distributions are of one version, pin each other alike, and can be cited.
+
+Their wheels are built and installed into an empty environment, outside the repository, as a user
+does: first the library alone, then all that TRL's adapter needs, at the lowest versions and at the
+newest. torch stays the one of the tests.
+"""
 
 import importlib.util
+import os
+import re
+import subprocess
+import venv
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -11,6 +21,7 @@ import tokenweights as tw
 tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
 
 ROOT = Path(__file__).parents[1]
+INTEGRATIONS = ROOT / "integrations"
 FOLDERS = [ROOT, *sorted(path.parent for path in ROOT.glob("integrations/*/pyproject.toml"))]
 SERIES = ".".join(tw.__version__.split(".")[:2])
 
@@ -50,3 +61,126 @@ def test_the_citation_is_of_this_version():
     (paper,) = citation["references"]
     assert paper["title"].startswith("Not All Tokens Learn Alike") and len(paper["authors"]) == 4
     assert "2605.07660" in paper["url"]
+
+
+TORCH = f"torch=={metadata.version('torch').partition('+')[0]}"
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
+# Dependencies that only a machine with GPUs makes sense of: these wheels are installed without.
+APART = ("tokenweights_verl", "tokenweights_openrlhf")
+
+
+class Environment:
+    """An environment of its own, in a folder outside the repository."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.bin, self.wheels = folder, folder / "env" / "bin", folder / "wheels"
+        venv.create(folder / "env", with_pip=True)
+        done = self.pip("wheel", "--no-deps", "--wheel-dir", self.wheels, *FOLDERS)
+        if "No matching distribution found for hatchling" in done.stderr:
+            reason = "no package index can be reached"
+            pytest.fail(reason) if os.environ.get("REQUIRE_INDEX") else pytest.skip(reason)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    def run(self, *command: object) -> subprocess.CompletedProcess:
+        """The end of a command, run outside the repository and without its paths."""
+        clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        return subprocess.run(
+            [str(part) for part in command],
+            cwd=self.folder,
+            env=clean | {"PATH": f"{self.bin}{os.pathsep}{clean['PATH']}"},
+            capture_output=True,
+            text=True,
+            timeout=1200,
+        )
+
+    def pip(self, *arguments: object) -> subprocess.CompletedProcess:
+        options = ("--quiet", "--disable-pip-version-check")
+        return self.run(self.bin / "python", "-m", "pip", *arguments, *options)
+
+    def install(self, *arguments: object) -> None:
+        done = self.pip("install", TORCH, "--find-links", self.wheels, *arguments)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    def python(self, source: str, *switches: str) -> str:
+        (self.folder / "script.py").write_text(source)
+        done = self.run(self.bin / "python", *switches, self.folder / "script.py")
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    return Environment(tmp_path_factory.mktemp("outside"))
+
+
+def lowest(*folders: Path, extras: tuple[str, ...] = ()) -> list[str]:
+    """The lower bounds of what these distributions name, as pins; torch stays as it is."""
+    pins: dict[str, tuple[int, ...]] = {}
+    for folder in folders:
+        optional = project(folder).get("optional-dependencies", {})
+        named = [line for extra in extras for line in optional.get(extra, [])]
+        for line in [*project(folder)["dependencies"], *named]:
+            name, _, bound = line.partition(">=")
+            if bound and name != "torch":
+                parts = tuple(int(part) for part in bound.partition(",")[0].split("."))
+                pins[name] = max(pins.get(name, parts), parts)
+    return [f"{name}=={'.'.join(map(str, parts))}" for name, parts in sorted(pins.items())]
+
+
+def readme_blocks() -> list[str]:
+    return BLOCK.findall((ROOT / "README.md").read_text())
+
+
+def looked_at(environment: Environment) -> None:
+    """A model and a response through the console script."""
+    (environment.folder / "prompt.txt").write_text("a-3b-1c+7?1>\n")
+    inspect = "inspect lab --prompt prompt.txt --generate 8 --recipe low2high"
+    for words in ("check lab", inspect):
+        done = environment.run(environment.bin / "tokenweights", *words.split())
+        assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_library_alone_runs_outside_the_repository(environment):
+    environment.install("tokenweights", *lowest(ROOT))
+    found = environment.pip("list", "--format", "freeze").stdout
+    assert "transformers" not in found and "matplotlib" not in found
+    (fifteen, *_) = readme_blocks()
+    place = environment.python(fifteen + "\nprint(tw.__file__, loss.item())", "-W", "error")
+    assert str(environment.bin.parent) in place
+    version = environment.run(environment.bin / "tokenweights", "--version")
+    assert version.stdout == f"tokenweights {tw.__version__}\n"
+    listed = environment.run(environment.bin / "tokenweights", "recipes")
+    assert listed.returncode == 0 and "low2high" in listed.stdout and not listed.stderr
+    refused = environment.run(environment.bin / "tokenweights", "inspect", "lab", "--text", "x")
+    assert refused.returncode == 2 and "pip install 'tokenweights[" in refused.stderr
+
+
+def test_the_extras_run_at_their_lowest_versions(environment):
+    pins = lowest(ROOT, INTEGRATIONS / "lab", extras=("capture", "report"))
+    environment.install("tokenweights[all]", "tokenweights-lab", *pins)
+    looked_at(environment)
+
+
+@pytest.mark.parametrize("versions", ["lowest", "newest"])
+def test_the_trl_adapter_runs_outside_the_repository(environment, versions):
+    pins = lowest(ROOT, INTEGRATIONS / "lab", INTEGRATIONS / "trl", extras=("capture",))
+    # What `datasets` brings needs newer ones than the library does.
+    fitting = [pin for pin in pins if not pin.startswith(("numpy", "tqdm"))]
+    chosen = [*fitting, "numpy>=2", "matplotlib>=3.9"] if versions == "lowest" else ["--upgrade"]
+    environment.install("tokenweights[all]", "tokenweights-lab", "tokenweights-trl", *chosen)
+    (_, inside_trl) = readme_blocks()
+    out = environment.python(inside_trl + "\nprint(trainer.state.global_step)")
+    assert out.splitlines()[-1] == "2"
+    looked_at(environment)
+    report = environment.run(environment.bin / "tokenweights", "report", "runs/mine")
+    assert report.returncode == 0, report.stderr[-3000:]
+
+
+def test_the_adapters_of_gpu_trainers_install(environment):
+    wheels = [wheel for wheel in environment.wheels.glob("*.whl") if wheel.name.startswith(APART)]
+    assert len(wheels) == len(APART)
+    done = environment.pip("install", "--no-deps", *wheels)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in APART:
+        source = f"import importlib.util as u; print(u.find_spec({name!r}).origin)"
+        assert str(environment.bin.parent) in environment.python(source)

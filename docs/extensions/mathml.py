@@ -16,6 +16,9 @@ _converter = LatexToMathML()
 class _Maths(InlineProcessor):
     def handleMatch(self, m: re.Match[str], data: str) -> tuple[str, int, int]:
         mathml = _converter.convert_with_local_state(m[2], displaystyle=m[1] == "$$")
+        if m[1] == "$$":
+            # MathML itself does not scroll, and a narrow screen is narrower than most equations.
+            mathml = f'<span class="equation" tabindex="0">{mathml}</span>'
         return self.md.htmlStash.store(mathml), m.start(0), m.end(0)
 
 

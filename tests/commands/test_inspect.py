@@ -1,11 +1,14 @@
 """`inspect` on a small model with a tokenizer of its own, saved as any model is."""
 
 import json
+import shutil
+import sys
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+import tokenweights as tw
 from tokenweights.__main__ import main
 from tokenweights.report import read_token_records
 
@@ -58,20 +61,20 @@ def test_it_writes_trace_figures_records_and_summary(saved, text, tmp_path, caps
     prompt.write_text("1+1=?")
     output = inspected(saved, text, tmp_path, "--prompt", str(prompt), "--layers", "1", "-1")
     printed = capsys.readouterr()
-    assert "read   5 prompt and 8 response tokens" in printed.out
+    assert "read   5 prompt and 7 response tokens" in printed.out
     assert "reading: 100%" in printed.err and "drawing: 100%" in printed.err
     pictures = {path.stem for path in output.glob("*.png")}
     assert pictures == FIGURES | {"layers"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in output.glob("*.png"))
     records = list(read_token_records(output / "tokens.jsonl"))
     assert [record.layer for record in records] == [1, 3]
-    assert "".join(records[0].tokens) == "2\n3-1=2\n" and records[0].prompt == "1+1=?"
+    assert "".join(records[0].tokens) == "2\n3-1=2" and records[0].prompt == "1+1=?"
     summary = json.loads((output / "inspection.json").read_text())
-    assert summary["prompt_tokens"] == 5 and summary["response_tokens"] == 8
+    assert summary["prompt_tokens"] == 5 and summary["response_tokens"] == 7
     means = summary["layers"][1]["means"]
-    assert means["all"]["tokens"] == 8 and means["anchor"]["tokens"] == 2
+    assert means["all"]["tokens"] == 7 and means["anchor"]["tokens"] == 2
     entropy = records[1].attention_entropy
-    assert means["all"]["attention_entropy"] == pytest.approx(sum(entropy) / 8)
+    assert means["all"]["attention_entropy"] == pytest.approx(sum(entropy) / 7)
     assert means["all"]["support_size_0.9"] > 0
     assert summary["agreement"]["rank_correlation"][0][0] == pytest.approx(1)
     page = (output / "trace.html").read_text()
@@ -82,7 +85,7 @@ def test_a_mark_splits_the_text_and_the_middle_layer_is_read(saved, text, tmp_pa
     text.write_text("1+1=?2\n3-1=?2\n")
     output = inspected(saved, text, tmp_path, "--split", "?", "--no-figures")
     (record,) = read_token_records(output / "tokens.jsonl")
-    assert record.prompt == "1+1=?" and "".join(record.tokens) == "2\n3-1=?2\n"
+    assert record.prompt == "1+1=?" and "".join(record.tokens) == "2\n3-1=?2"
     assert record.layer == 2
 
 
@@ -97,11 +100,16 @@ def test_without_a_prompt_the_first_token_is_the_prompt(saved, text, tmp_path):
 
 
 def test_a_second_inspection_replaces_the_first(saved, text, tmp_path):
-    for content in ("1+1=?2", "2+2=?"):
-        text.write_text(content)
-        output = inspected(saved, text, tmp_path, "--no-figures")
+    text.write_text("1+1=?2")
+    output = inspected(saved, text, tmp_path, "--layers", "0", "1")
+    (output / "mine.png").write_bytes(b"")
+    assert (output / "layers.png").is_file()
+    text.write_text("2+2=?")
+    inspected(saved, text, tmp_path, "--no-figures")
     (record,) = read_token_records(output / "tokens.jsonl")
     assert "".join(record.tokens) == "+2=?"
+    names = {path.name for path in output.iterdir()}
+    assert names == {"trace.html", "inspection.json", "tokens.jsonl", "mine.png"}
 
 
 @pytest.mark.parametrize(
@@ -114,6 +122,11 @@ def test_a_second_inspection_replaces_the_first(saved, text, tmp_path):
         ("1+1", ("--prompt", "/nowhere.txt"), "/nowhere.txt"),
         ("1+1", ("--largest", "0"), "largest"),
         (b"\xff\xfe", (), "UTF-8"),
+        ("1+1", ("--recipe", "low2hihg"), "Did you mean 'low2high'"),
+        ("1+1", ("--recipe", "low2high", "--kind", "raw"), "without --kind"),
+        ("1+1", ("--recipe", "entropy_bonus"), "reads `advantages`"),
+        ("1+1", ("--chat",), "--chat"),
+        ("1+1", ("--chat", "--split", "+"), "with a chat template"),
     ],
 )
 def test_wrong_input_is_named(content, options, words, saved, text, tmp_path, capsys):
@@ -122,6 +135,117 @@ def test_wrong_input_is_named(content, options, words, saved, text, tmp_path, ca
     assert main([*arguments, *options]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def record_of(output):
+    (record,) = read_token_records(output / "tokens.jsonl")
+    return record
+
+
+def test_one_newline_ends_a_file_and_is_not_scored(saved, text, tmp_path):
+    for end in ("", "\n"):
+        text.write_text("1+1=?2" + end)
+        assert record_of(inspected(saved, text, tmp_path, "--no-figures")).tokens[-1] == "2"
+    text.write_text("1+1=?2\n\n")
+    assert record_of(inspected(saved, text, tmp_path, "--no-figures")).tokens[-1] == "\n"
+
+
+@pytest.fixture
+def spoken(saved, tmp_path):
+    """The model with a first token, a chat template and no unknown characters."""
+    folder = tmp_path / "spoken"
+    shutil.copytree(saved, folder)
+    letters = [*"0123456789+-=?<>\n "]
+    vocabulary = {letter: number for number, letter in enumerate(letters)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(
+        tokenizers.Regex(r"[\s\S]"), behavior="isolated"
+    )
+    backend.decoder = tokenizers.decoders.Fuse()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="> $A", special_tokens=[(">", vocabulary[">"])]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=">",
+        eos_token="<",
+        chat_template="{{ bos_token }}{% for message in messages %}{{ message['content'] }}="
+        "{% endfor %}{% if add_generation_prompt %}?{% endif %}",
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_a_chat_template_brings_the_only_first_token(spoken, text, tmp_path):
+    prompt = tmp_path / "prompt.txt"
+    text.write_text("2\n")
+    options = ("--prompt", str(prompt), "--no-figures")
+    prompt.write_text("1+1\n")
+    chat = record_of(inspected(spoken, text, tmp_path, *options, "--chat"))
+    assert chat.prompt_tokens == (">", "1", "+", "1", "=", "?") and chat.tokens == ("2",)
+    prompt.write_text(">1+1=?")  # a template pasted
+    assert record_of(inspected(spoken, text, tmp_path, *options)).prompt_tokens == (
+        chat.prompt_tokens
+    )
+    prompt.write_text("1+1=?")
+    assert record_of(inspected(spoken, text, tmp_path, *options)).prompt_tokens == (
+        chat.prompt_tokens
+    )
+
+
+def test_an_unknown_character_is_named(spoken, text, capsys):
+    text.write_text("1+x")
+    assert main(["inspect", str(spoken), "--text", str(text)]) == 2
+    assert "'x' (WordLevel error" in capsys.readouterr().err
+
+
+def test_the_model_answers_itself(spoken, tmp_path, capsys):
+    prompt, output = tmp_path / "prompt.txt", tmp_path / "out"
+    prompt.write_text("1+1=")
+    common = ["inspect", str(spoken), "--prompt", str(prompt), "--no-figures"]
+    common += ["--output", str(output), "--generate", "6"]
+    answers = []
+    for options in ([], [], ["--temperature", "1"], ["--temperature", "1", "--seed", "1"]):
+        assert main([*common, *options]) == 0
+        answers.append(record_of(output).token_ids)
+        assert "answer " in capsys.readouterr().out
+    assert answers[0] == answers[1] and len(set(answers)) == 3
+    assert all(1 <= len(answer) <= 6 for answer in answers)
+    ids = torch.tensor([[15, 1, 10, 1, 12]])
+    model = Qwen3ForCausalLM.from_pretrained(spoken)
+    with torch.no_grad():
+        assert int(model(ids).logits[0, -1].argmax()) == answers[0][0]
+    assert main([*common[:2], "--generate"]) == 2
+    assert "with a prompt to answer" in capsys.readouterr().err
+    assert main([*common, "--temperature", "-1"]) == 2
+
+
+@pytest.mark.parametrize("step", [0, 100])
+def test_a_recipe_shows_the_weights_it_would_give(saved, text, tmp_path, capsys, step):
+    text.write_text("1+1=?2\n3-1=2")
+    recipe = {"name": "low2high", "layers": [1], "warmup_steps": 100}
+    options = ("--recipe", json.dumps(recipe), "--step", str(step), "--no-figures")
+    record = record_of(inspected(saved, text, tmp_path, *options))
+    assert record.layer == 1 and record.weights is not None
+    scores = torch.tensor([record.attention_entropy])
+    expected = tw.recipe(recipe).token_weights(
+        scores, torch.ones_like(scores, dtype=torch.bool), step=step
+    )
+    assert record.weights == pytest.approx(tuple(expected[0].tolist()), abs=1e-5)
+    order = sorted(range(len(record.tokens)), key=record.attention_entropy.__getitem__)
+    lowest, highest = record.weights[order[0]], record.weights[order[-1]]
+    assert (lowest, highest) == ((1.0, 0.0) if step == 0 else (0.0, 1.0))
+    assert f"recipe low2high at step {step}: mean weight" in capsys.readouterr().out
+
+
+def test_the_embedded_policy_has_a_name(text, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("tokenweights_lab")
+    text.write_text("a-3b-1c+7?1>a-3=8\n")
+    output = inspected("lab", text, tmp_path, "--split", ">", "--no-figures")
+    assert "".join(record_of(output).tokens) == "a-3=8"
+    assert main(["check", "lab"]) == 0
+    monkeypatch.setitem(sys.modules, "tokenweights_lab", None)
+    assert main(["check", "lab"]) == 2
+    assert "tokenweights-lab" in capsys.readouterr().err
 
 
 def test_a_model_that_does_not_load_is_named(text, tmp_path, capsys):

@@ -1,13 +1,19 @@
 """`report` on the directories that the adapters leave behind, whole and damaged."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
 from tokenweights.__main__ import main
-from tokenweights.report import TokenRecord, append_metrics, append_token_records
+from tokenweights.report import (
+    TokenRecord,
+    append_metrics,
+    append_token_records,
+    run_from_directory,
+)
 
 RECORD = TokenRecord(
     step=0,
@@ -93,7 +99,7 @@ def test_what_verl_calls_reward_length_and_accuracy_is_understood(tmp_path):
         append_metrics(tmp_path / "metrics.jsonl", line)
     assert main(["report", str(tmp_path)]) == 0
     page = page_of(tmp_path)
-    assert "math/acc/mean@8" in page and "No collapse up to step 3" in page
+    assert "math/acc/mean@8" in page and "Too early to judge" in page and "4 steps" in page
 
 
 def test_a_collapse_is_said(tmp_path):
@@ -109,7 +115,8 @@ def test_a_collapse_is_said(tmp_path):
 def test_a_directory_that_is_no_run_is_refused(missing, tmp_path, capsys):
     folder = tmp_path / "missing" if missing else tmp_path
     assert main(["report", str(folder)]) == 2
-    assert "metrics.jsonl" in capsys.readouterr().err
+    words = "that exists" if missing else "metrics.jsonl"
+    assert words in capsys.readouterr().err
 
 
 def test_nothing_but_damage_still_gives_a_page(tmp_path, capsys):
@@ -126,3 +133,26 @@ def test_a_missing_extra_is_named(folder):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "pip install 'tokenweights[report]'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        (19, "Too early to judge whether the run is collapsing: 19 steps"),
+        (20, "No collapse up to step 19, .*; slow declines are judged from 90 steps on"),
+        (90, r"No collapse up to step 89, [^,]*thresholds\."),
+    ],
+)
+def test_no_verdict_is_given_before_one_can_be(steps, words, tmp_path):
+    for step in range(steps):
+        line = {"step": step, "reward": 0.0, "completions/mean_length": 400}
+        append_metrics(tmp_path / "metrics.jsonl", line)
+    assert main(["report", str(tmp_path)]) == 0
+    assert re.search(words, page_of(tmp_path))
+
+
+def test_lines_of_one_step_are_one(tmp_path):
+    for line in ({"reward": 0.25}, {"eval_reward": 0.5}, {"train_runtime": 9.0}):
+        append_metrics(tmp_path / "metrics.jsonl", {"step": 7, **line})
+    (merged,) = run_from_directory(tmp_path).metrics
+    assert merged == {"step": 7, "reward": 0.25, "eval_reward": 0.5, "train_runtime": 9.0}

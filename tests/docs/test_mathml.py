@@ -25,6 +25,11 @@ def test_display_maths_is_marked_as_display(html):
     assert '<math display="block">' in html("$$x$$")
 
 
+def test_display_maths_scrolls_inside_itself(html):
+    assert html("$$x$$").startswith('<p><span class="equation" tabindex="0"><math display="block">')
+    assert "equation" not in html("$x$")
+
+
 def test_backslashes_reach_the_formula(html):
     formula = math_core.LatexToMathML().convert_with_local_state(r"\{x\}", displaystyle=False)
     assert html(r"so $\{x\}$") == f"<p>so {formula}</p>"

@@ -1,10 +1,18 @@
-"""Every code block of the documentation runs, and prints what the page says it prints."""
+"""Every code block of README, documentation and adapters' READMEs runs, and prints what it says.
+
+The blocks of a page run in their order in a directory of their own, shell and Python, as printed.
+It holds what a reader brings: a model, data, a run, and the checkout's folder `integrations`.
+"""
 
 import contextlib
 import doctest
-import importlib.util
 import io
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -14,19 +22,27 @@ import pytest
 
 import tokenweights as tw
 from tokenweights.recipes import kinds
+from tokenweights.report import append_metrics
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-# Pages whose code the suite of another environment runs.
-ELSEWHERE = {"docs/guides/openrlhf.md"}
-# Pages about a distribution that the core does not depend on.
-NEEDS = {
-    "README.md": "tokenweights_trl",
-    "docs/guides/see-it.md": "tokenweights_lab",
-    "docs/guides/trl.md": "tokenweights_trl",
-    "docs/guides/your-own-rule.md": "tokenweights_trl",
+PAGES = [
+    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md"),
+    *sorted(DOCS.rglob("*.md")),
+    *sorted(ROOT.glob("integrations/*/README.md")),
+]
+# Commands that cannot run in this test, and what holds them to what they say instead.
+NOT_HERE = {
+    r"make [a-z]": "a target sets up an environment, or runs this very test; it is looked up below",
+    r"pip install": "it needs the index; tests/test_distributions.py installs the wheels",
+    r"-m tokenweights_verl": "GPUs and VeRL; integrations/verl/tests/test_docs.py composes it",
+    r"-m tokenweights_openrlhf": "GPUs and OpenRLHF; its tests/test_readme.py parses it",
+    r"ray start": "a node of a cluster",
+    r"prepare_data\.py": "data of the Hub; integrations/verl/tests/test_prepare_data.py",
+    r"-m tokenweights_lab\.warm_start": "1,100 training steps; its tests/test_warm_start.py",
 }
+# Scripts that would start a trainer say instead what they would start.
+DRY = {"DRY_RUN": "1", "PROMPTS": "48000"}
 
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.M | re.S)
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
@@ -49,12 +65,69 @@ def blocks(page: Path) -> list[Block]:
 
 
 def name(page: Path) -> str:
-    return page.relative_to(ROOT).as_posix()
+    return page.relative_to(ROOT).as_posix() if page.is_relative_to(ROOT) else page.name
 
 
-def with_language(*languages: str) -> list[Path]:
-    pages = [page for page in PAGES if name(page) not in ELSEWHERE]
-    return [page for page in pages if any(block.language in languages for block in blocks(page))]
+def commands(script: str) -> list[str]:
+    """The commands of a script, each with its continued lines; a here-document stays whole."""
+    found: list[str] = []
+    end = ""
+    for line in script.splitlines():
+        if end or (found and found[-1].endswith("\\")):
+            found[-1] += "\n" + line
+            end = "" if line == end else end
+        elif line.strip() and not line.startswith("#"):
+            found.append(line)
+        here = re.search(r"<<\s*'?(\w+)'?", line)
+        end = here[1] if here else end
+    return found
+
+
+def reason_against(command: str) -> str | None:
+    return next((why for pattern, why in NOT_HERE.items() if re.search(pattern, command)), None)
+
+
+def languages(page: Path) -> tuple[str, ...]:
+    """What runs of a page: its Python does not where OpenRLHF's environment is needed."""
+    elsewhere = ("docs/guides/openrlhf.md", "integrations/openrlhf/README.md")
+    return ("bash",) if name(page) in elsewhere else ("bash", "python")
+
+
+def brought(folder: Path) -> None:
+    """What a reader of the pages has."""
+    from tokenweights_lab import policy_path, problems
+
+    (folder / "integrations").symlink_to(ROOT / "integrations")
+    for model in ("my/model", "Qwen/Qwen3-0.6B"):
+        shutil.copytree(policy_path(), folder / model)
+    rows = [{"prompt": p.prompt, "answer": p.answer} for p in problems("train", 2)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    append_metrics(folder / "runs/demo/metrics.jsonl", {"step": 0, "reward": -1.0})
+    programs = {
+        "python": "",
+        "tokenweights": "-m tokenweights",
+        "torchrun": "-m torch.distributed.run",
+    }
+    for program, module in programs.items():
+        path = folder / ".bin" / program
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f'#!/bin/sh\nexec "{sys.executable}" {module} "$@"\n')
+        path.chmod(0o755)
+
+
+def printed_by_shell(script: str, folder: Path, place: str) -> str:
+    lines = [command for command in commands(script) if reason_against(command) is None]
+    path = f"{folder / '.bin'}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", "\n".join(lines)],
+        cwd=folder,
+        env=os.environ | DRY | {"PATH": path, "TQDM_DISABLE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, f"{place}:\n{script}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+    return done.stdout
 
 
 def printed(source: str, namespace: dict, *, file: str, line: int) -> str:
@@ -65,40 +138,80 @@ def printed(source: str, namespace: dict, *, file: str, line: int) -> str:
     return output.getvalue()
 
 
-@pytest.mark.parametrize("page", with_language("python"), ids=name)
-def test_python_blocks_run_and_print_what_follows(page, tmp_path, monkeypatch):
-    if name(page) in NEEDS:
-        pytest.importorskip(NEEDS[name(page)])
-        warnings.simplefilter("ignore", FutureWarning)  # the trainer's own
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
+def run_page(page: Path, folder: Path) -> None:
+    """Runs the blocks of a page in order; what is printed has to be the text block that follows."""
     namespace, output = {"__name__": "__main__"}, None
     for block in blocks(page):
-        if block.language == "python" and (file := re.match(r"# (\w+\.py)\n", block.text)):
-            Path(file[1]).write_text(block.text)
+        place = f"{name(page)}:{block.line}"
+        if block.language not in (*languages(page), "text"):
+            output = None
+        elif block.language == "python" and (file := re.match(r"# (\w+\.py)\n", block.text)):
+            (folder / file[1]).write_text(block.text)
         elif block.language == "python":
             output = printed(block.text, namespace, file=str(page), line=block.line)
-        elif block.language == "text" and output is not None and not block.after:
+        elif block.language == "bash":
+            output = printed_by_shell(block.text, folder, place)
+        elif output is not None and not block.after:
             same = doctest.OutputChecker().check_output(block.text, output, doctest.ELLIPSIS)
-            assert same, f"{name(page)}:{block.line} should say\n{output}"
+            assert same, f"{place} should say\n{output}"
             output = None
 
 
-@pytest.mark.parametrize("page", with_language("bash"), ids=name)
-def test_commands_name_targets_and_modules_that_exist(page):
+def runs(page: Path) -> bool:
+    return any(block.language in languages(page) for block in blocks(page))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if runs(page)], ids=name)
+def test_blocks_run_and_print_what_follows(page, tmp_path, monkeypatch):
+    for adapter in ("tokenweights_trl", "tokenweights_lab"):
+        pytest.importorskip(adapter)
+    warnings.simplefilter("ignore", FutureWarning)  # the trainer's own
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    brought(tmp_path)
+    run_page(page, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```bash\ntokenweights inpsect my/model\n```\n",
+        "```bash\ntokenweights recipes\npython -m tokenweights_trl.trian --help\n```\n",
+        "```bash\ntokenweights report runs/nowhere \\\n  --output page.html\n```\n",
+        "```bash\nfalse | true\n```\n",
+        "```bash\ntokenweights recipes full --json\n```\n\n```text\n{}\n```\n",
+        "```python\nimport tokenweights.nothing\n```\n",
+    ],
+    ids=["misspelt", "second line", "nothing there", "in a pipe", "says another", "python"],
+)
+def test_a_command_that_does_not_run_is_found(text, tmp_path):
+    pytest.importorskip("tokenweights_lab")
+    brought(tmp_path)
+    (tmp_path / "page.md").write_text(text)
+    with pytest.raises((AssertionError, ImportError)):
+        run_page(tmp_path / "page.md", tmp_path)
+
+
+def test_what_does_not_run_here_is_somewhere():
+    scripts = [block.text for page in PAGES for block in blocks(page) if block.language == "bash"]
+    for pattern in NOT_HERE:
+        assert any(re.search(pattern, script) for script in scripts), f"no page has {pattern}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_languages_are_those_that_run(page):
+    # A block under another name would not be run; one without a name is text.
+    used = {block.language for block in blocks(page)}
+    assert used <= {"bash", "python", "text", "json", ""}, used
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_targets_exist(page):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     for block in blocks(page):
-        if block.language != "bash":
-            continue
-        commands = re.sub(r"#.*", "", block.text.replace("\\\n", " "))
-        for line in re.findall(r"^\s*make ([a-z -]+)", commands, re.M):
-            assert set(line.split()) <= targets, f"{name(page)}: make {line}"
-        for module in re.findall(r"-m (\w+(?:\.\w+)+)", commands):
-            if module.split(".")[0] == NEEDS.get(name(page)):
-                pytest.importorskip(NEEDS[name(page)])
-            # An adapter with an environment of its own is not installed here.
-            ours = any(ROOT.glob(f"integrations/*/src/{module.replace('.', '/')}.py"))
-            assert ours or importlib.util.find_spec(module), f"{name(page)}: python -m {module}"
+        if block.language == "bash":
+            for line in re.findall(r"^\s*make ([a-z -]+)", re.sub("#.*", "", block.text), re.M):
+                assert set(line.split()) <= targets, f"{name(page)}: make {line}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -3,13 +3,21 @@
 import math
 
 import pytest
-from browser import emulate, started
+from browser import emulate, overflowing, started
 from selenium.webdriver import ActionChains as Actions
 from selenium.webdriver import Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
-from tokenweights.report import Run, run_report_html, token_trace_html, trace_page_html
+from tokenweights.report import (
+    RecipeRun,
+    Run,
+    comparison_html,
+    recipe_comparison,
+    run_report_html,
+    token_trace_html,
+    trace_page_html,
+)
 
 PROMPT = ("<", "1", "+", "1", "=?\n")
 ATTENDED = {
@@ -251,6 +259,107 @@ def test_a_trace_of_8192_tokens_opens(opened):
     Actions(driver).move_to_element(tokens[-2]).perform()
     assert tooltip(driver)["position"] == "8191 of 8192"
     assert "32 recorded" in one(driver, ".trace-strip p").text
+
+
+def long_page(count):
+    """A trace with everything, of so many tokens."""
+    entropy = [0.5 + math.sin(position / 40) / 2 for position in range(count)]
+    places = [tuple(range(max(0, place - 32), place)) for place in range(1, count + 1)]
+    return token_trace_html(
+        title="a_title_of_one_very_long_word_that_no_line_of_a_phone_can_hold/" * 2,
+        tokens=[" token" if place % 16 else "x" * 70 for place in range(count)],
+        attention_entropy=entropy,
+        predictive_entropy=entropy,
+        weights=entropy,
+        log_probs=entropy,
+        group=["explorer"] * count,
+        prompt_tokens=["?" * 90],
+        attended=places,
+        attended_weights=[(1 / len(row),) * len(row) for row in places],
+    )
+
+
+def full_report(record):
+    """A run with every section, and long words wherever a run may have them."""
+    metrics = [{"step": step, "reward": step / 4, "response_length": 60} for step in range(30)]
+    word = "data/a_very_long_path_without_a_space_in_it/" * 2
+    accuracies = {f"accuracy/{word}": 0.25, "accuracy/easy": 0.5, "samples": 8, "prompts": 30}
+    evaluations = [{"step": step, **accuracies} for step in (0, 29)]
+    ratios = {f"gradient/decile_{number}": number / 45 for number in range(10)}
+    gradients = [{"step": step, "gradient/anchor_cosine": 0.7, **ratios} for step in (1, 3)]
+    columns = {"mean_distance": (1.0,) * 5, "support_size_0.9": (2.0,) * 5}
+    last = record(step=29, **{**ATTENDED, "columns": columns})
+    return run_report_html(
+        Run(
+            title=word,
+            description=word,
+            recipe="recipe   " + word * 3,
+            settings={"model": word, "seed": 3},
+            metrics=metrics,
+            evaluations=evaluations,
+            gradients=gradients,
+            records=[record(step=0, prompt=word), last],
+            unreadable=[word],
+        )
+    )
+
+
+def comparison_page():
+    runs = [
+        RecipeRun(name, seed, [{"step": step, "reward": step + seed} for step in range(5)])
+        for name in ("full", "a_recipe_with_a_name_that_is_as_long_as_it_can_be")
+        for seed in range(3)
+    ]
+    return comparison_html(recipe_comparison(runs))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1400])
+@pytest.mark.parametrize("page", ["report", "comparison", "trace 60", "trace 8192"])
+def test_no_page_sticks_out_of_the_window(opened, record, page, width, scheme):
+    made = {
+        "report": lambda: full_report(record),
+        "comparison": comparison_page,
+        "trace 60": lambda: long_page(60),
+        "trace 8192": lambda: long_page(8192),
+    }
+    driver = opened(made[page](), width=width, scheme=scheme)
+    assert overflowing(driver) == []
+    if page != "comparison":
+        token = all_of(driver, ".token")[-1]
+        driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", token)
+        token.click()
+        assert overflowing(driver) == []
+
+
+def test_what_sticks_out_is_found(opened):
+    driver = opened('<body style="margin: 0"><p style="width: 500px">wide</p>', width=390)
+    found = overflowing(driver)
+    assert found == ["P to 500: wide", "the page scrolls sideways by 110"]
+    scrolled = '<div style="overflow-x: auto"><p style="width: 500px">wide</p></div>'
+    assert overflowing(opened(f'<body style="margin: 0">{scrolled}', width=390)) == []
+
+
+@pytest.mark.parametrize(("width", "height"), [(1400, 900), (390, 844), (390, 500)])
+@pytest.mark.parametrize("block", ["start", "center"])
+def test_the_tooltip_covers_neither_its_token_nor_the_strip(opened, width, height, block):
+    driver = opened(long_page(60), width=width, height=height)
+    tokens = all_of(driver, ".token")
+    tokens[-9].click()
+    place = f"arguments[0].scrollIntoView({{block: '{block}'}})"
+    driver.execute_script(place, tokens[-3])
+    Actions(driver).move_to_element(tokens[-3]).perform()
+    boxes = driver.execute_script(
+        """const of = (e) => { const b = e.getBoundingClientRect(); return [b.top, b.bottom]; };
+        const rects = arguments[0].getClientRects(), last = rects[rects.length - 1];
+        return [of(document.querySelector("#token-tooltip")), [last.top, last.bottom],
+          of(document.querySelector(".trace-strip"))];""",
+        tokens[-3],
+    )
+    shown, token, strip = boxes
+    assert shown[1] > shown[0] >= 0
+    for covered in (token, strip):
+        assert shown[1] <= covered[0] + 1 or shown[0] >= covered[1] - 1, boxes
 
 
 def test_a_report_opens(opened, record):

@@ -116,7 +116,7 @@ def test_a_record_has_texts_groups_and_every_column():
     assert set(record.columns) == {
         *(f"{kind}_entropy" for kind in ("raw", "topk", "fixed")),
         *(f"support_size_{mass}" for mass in (0.5, 0.8, 0.9, 0.95)),
-        *("mean_distance", "local_mass", "max_weight"),
+        *("mean_distance", "local_mass_128", "max_weight"),
     }
 
 

@@ -31,6 +31,10 @@ ATTENDED = {
 }
 
 
+def said(figure):
+    return figure.get_suptitle()
+
+
 def title(axes):
     return axes.get_title(loc="left")
 
@@ -67,7 +71,7 @@ def responses(record, count=4, length=40):
             "support_size_0.5": tuple(map(float, range(1, length + 1))),
             "support_size_0.9": tuple(map(float, range(10, length + 10))),
             "mean_distance": values(0, 30),
-            "local_mass": values(),
+            "local_mass_128": values(),
         }
         records.append(
             record(
@@ -106,7 +110,7 @@ def test_support_is_averaged_over_groups_of_the_chosen_entropy(kind, first, reco
         expected = [mean(f"support_size_{mass}", members) for mass in (0.5, 0.9)]
         np.testing.assert_allclose(named_lines(size)[name], expected)
         np.testing.assert_allclose(bars(distance)[name], mean("mean_distance", members), rtol=1e-5)
-        np.testing.assert_allclose(bars(local)[name], mean("local_mass", members), rtol=1e-5)
+        np.testing.assert_allclose(bars(local)[name], mean("local_mass_128", members), rtol=1e-5)
     assert list(size.lines[0].get_xdata()) == [50, 90]
     assert "random 20 %" in named_lines(size)
 
@@ -190,14 +194,14 @@ def test_the_relation_has_a_point_per_token_and_the_correlation(record):
     attention = np.concatenate([r.attention_entropy for r in records])
     np.testing.assert_allclose(axes.collections[0].get_offsets(), np.c_[predictive, attention])
     r = np.corrcoef(predictive, attention)[0, 1]
-    assert title(axes) == f"Pearson r = {r:.3f} over 160 tokens"
+    assert title(axes) == f"Pearson r = {r:.3f}, layer 2"
     assert "nats" in axes.get_xlabel() and "normalized" in axes.get_ylabel()
 
 
 def test_many_tokens_are_drawn_as_their_density(record):
     records = responses(record, count=8, length=500)
     figure = entropy_relation_figure(records)
-    assert "4,000 tokens" in title(figure.axes[0])
+    assert said(figure).startswith("4,000 tokens of 8 distinct responses to 1 prompt")
     assert figure.axes[1].get_ylabel() == "tokens per cell"
     assert np.nansum(figure.axes[0].collections[0].get_array()) == 4000
 
@@ -261,6 +265,91 @@ def test_attention_is_drawn_over_the_context(record):
 def test_attention_of_the_least_and_the_most_spread_token_by_default(record):
     low, high = attention_map_figure(record(**ATTENDED)).axes
     assert "position 3" in title(low) and "position 5" in title(high)
+
+
+def test_a_response_said_again_counts_once(record):
+    records = responses(record, count=2)
+    again = [*records, *(replace(r, sample_id=r.sample_id + 9) for r in records)]
+    for draw in (entropy_relation_figure, quadrant_figure):
+        once, twice = draw(records), draw(again)
+        assert title(once.axes[0]) == title(twice.axes[0])
+        assert said(once) == said(twice) and "80 tokens of 2 distinct responses" in said(once)
+        assert len(once.axes[0].patches) == len(twice.axes[0].patches)
+    once, twice = support_figure(records), support_figure(again)
+    assert said(once) == said(twice)
+    assert bars(once.axes[1]) == bars(twice.axes[1])
+    # To another prompt it is another response.
+    other = [*records, replace(records[0], prompt="other")]
+    assert "120 tokens of 3 distinct responses to 2 prompts" in said(entropy_relation_figure(other))
+    assert entropy_metrics(again) == entropy_metrics(records)
+
+
+def test_support_says_what_its_groups_and_its_window_are(record):
+    figure = support_figure(responses(record), kind="raw", first=8)
+    assert said(figure).startswith("groups by raw attention entropy, layer 2: 160 tokens of 4")
+    assert said(figure).endswith("the first 8 of each")
+    assert title(figure.axes[2]) == "Mass within 128 tokens"
+
+
+def long_record(record, count):
+    rng = np.random.default_rng(0)
+    places = [tuple(sorted({0, 1, *rng.integers(0, p, 30).tolist()})) for p in range(2, count + 2)]
+    values = tuple(rng.random(count).tolist())
+    nothing = dict.fromkeys(("weights", "advantages", "log_probs", "group"))
+    return record(
+        tokens=("x",) * count,
+        token_ids=(1,) * count,
+        attention_entropy=values,
+        predictive_entropy=values,
+        prompt_tokens=("?", "?"),
+        attended=tuple(places),
+        attended_weights=tuple(tuple([1 / len(row)] * len(row)) for row in places),
+        **nothing,
+    )
+
+
+@pytest.mark.parametrize("count", [60, 8192])
+def test_every_recorded_weight_is_drawn_a_pixel_wide(record, count):
+    entry = long_record(record, count)
+    figure = attention_map_figure(entry, [count - 1])
+    (axes,) = figure.axes
+    figure.draw_without_rendering()
+    pixel = 72 / figure.dpi  # in points, the unit of widths of lines
+    if count > 250:
+        (marks,) = axes.collections
+        drawn = [path.vertices[0][0] for path in marks.get_paths()]
+        assert marks.get_linewidth()[0] >= pixel
+    else:
+        marks = axes.patches[1:]  # the first shades the prompt
+        drawn = [bar.get_x() + bar.get_width() / 2 for bar in marks]
+        assert all(bar.get_window_extent().width >= 1 for bar in marks)
+    assert sorted(map(round, drawn)) == list(entry.attended[-1])
+    top = axes.get_window_extent().y1
+    assert axes.texts and all(text.get_window_extent().y1 <= top for text in axes.texts)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    pairs = [(a, b) for place, a in enumerate(boxes) for b in boxes[:place]]
+    assert not any(a.overlaps(b) for a, b in pairs)
+
+
+def test_long_responses_are_smoothed_with_their_values_behind(record):
+    entry = long_record(record, 8192)
+    attention, predictive = response_figure(entry).axes
+    assert title(attention).endswith("thick: mean over 81 tokens")
+    for axes in (attention, predictive):
+        raw, mean = (np.asarray(line.get_ydata()) for line in axes.lines)
+        np.testing.assert_allclose(raw, entry.attention_entropy)
+        np.testing.assert_allclose(mean[4000], raw[3960:4041].mean())
+    assert not attention.collections
+    assert len(response_figure(long_record(record, 400)).axes[0].lines) == 1
+
+
+def test_entropies_that_do_not_differ_are_said_and_not_grouped(record):
+    flat = record(attention_entropy=(0.5, 0.5, 0.5 + 3e-6, 0.5, 0.5))
+    figure = response_figure(flat)
+    assert "differ by 3e-06 at most" in said(figure)
+    low, high = figure.axes[0].get_ylim()
+    assert high - low > 0.05 and not figure.axes[0].collections
+    assert said(response_figure(record())) == ""
 
 
 @pytest.mark.parametrize(("changes", "positions"), [({}, []), (ATTENDED, [5]), (ATTENDED, [-1])])

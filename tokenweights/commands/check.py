@@ -10,6 +10,7 @@ from tokenweights.capture import CapturedAttention, attention_layers, capture_at
 from tokenweights.capture.layers import layer_type
 from tokenweights.commands.extras import imported
 from tokenweights.commands.hollow import hollow_model, run_hollow
+from tokenweights.commands.models import model_place
 from tokenweights.commands.terminal import aligned
 from tokenweights.recipes import recipe
 
@@ -24,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a transformers model: a directory with its config.json, or a name on the Hub",
+        help="a transformers model: a directory with its config.json, a name on the Hub, or "
+        "`lab`, the embedded policy of tokenweights-lab",
     )
 
 
@@ -55,8 +57,9 @@ def run(options: argparse.Namespace) -> int:
 def _model(name: str) -> Any:
     transformers = imported("transformers", extra="capture")
     transformers.logging.set_verbosity_error()
+    place = model_place(name)
     try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
         model = hollow_model(transformers, config)
     except Exception as error:  # whatever a configuration leads its own code to
         hint = "Pass a directory with a config.json, or a name on the Hub."

@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,13 +13,17 @@ import torch
 from tokenweights._errors import invalid
 from tokenweights.attention import ENTROPY_KINDS
 from tokenweights.capture import attention_layers, middle_layer
+from tokenweights.commands import texts
 from tokenweights.commands.extras import imported
+from tokenweights.commands.models import loaded_model
+from tokenweights.commands.terminal import shown
 from tokenweights.diagnostics import (
     LayerAgreement,
     layer_agreement,
     pearson_correlation,
     rank_correlation,
 )
+from tokenweights.recipes import Recipe, rollout_recipe
 from tokenweights.recipes.attention import Alignment
 from tokenweights.report import (
     TokenRecord,
@@ -34,9 +37,21 @@ from tokenweights.report import (
     support_figure,
     trace_page_html,
 )
+from tokenweights.report.inspection import weighted_records
+from tokenweights.report.ranges import flat_range
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+# Every file that this command may write: those of an earlier call are deleted.
+FIGURES = (
+    *("response", "attention", "relation", "quadrants", "layers"),
+    *(f"support_{kind}" for kind in ENTROPY_KINDS),
+)
+WRITTEN = (
+    *("trace.html", "inspection.json", "tokens.jsonl"),
+    *(f"{name}.png" for name in FIGURES),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,18 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL_OR_PATH",
-        help="a transformers language model: a directory, or a name on the Hub",
+        help="a transformers language model: a directory, a name on the Hub, or `lab`, the "
+        "embedded policy of tokenweights-lab",
     )
-    parser.add_argument(
-        "--text", required=True, metavar="FILE", help="the response, as UTF-8 text; - for stdin"
-    )
-    prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="FILE", help="the prompt, as UTF-8 text")
-    prompt.add_argument(
-        "--split",
-        metavar="MARK",
-        help="FILE holds prompt and response; the prompt ends with the first MARK",
-    )
+    texts.add_arguments(parser)
     parser.add_argument(
         "--output", type=Path, default=Path("inspection"), help="directory to write into"
     )
@@ -66,12 +73,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LAYER",
         help="layers to read; -1 is the last (default: the middle one)",
     )
-    parser.add_argument("--kind", choices=ENTROPY_KINDS, default="normalized", help="entropy")
+    parser.add_argument("--kind", choices=ENTROPY_KINDS, help="entropy (default: normalized)")
     parser.add_argument(
         "--alignment",
         choices=get_args(Alignment),
-        default="deciding",
-        help="attention row that stands for a token",
+        help="attention row that stands for a token (default: deciding)",
+    )
+    parser.add_argument(
+        "--recipe",
+        help="shows the weights that a recipe would give, its name or its fields as JSON; layers, "
+        "kind and alignment are the recipe's",
+    )
+    parser.add_argument(
+        "--step", type=int, default=0, help="training step of the recipe's schedule (default: 0)"
     )
     parser.add_argument(
         "--largest", type=int, default=32, help="attention weights kept for each token"
@@ -100,10 +114,18 @@ def run(options: argparse.Namespace) -> int:
     if options.figures:
         imported("matplotlib", extra="report")
     bar = imported("tqdm", extra="capture").tqdm
-    prompt, response = _texts(options)
-    model, tokenizer = _loaded(options)
-    prompt_ids, response_ids = _token_ids(tokenizer, prompt, response)
+    made = None if options.recipe is None else _recipe(options)
+    model, tokenizer = loaded_model(options.model, dtype=options.dtype, device=options.device)
+    prompt_ids, response_ids = texts.token_ids(options, model, tokenizer)
     ids = torch.tensor(prompt_ids + response_ids, device=model.device)
+    if made is not None:
+        made = made.on_model(model)
+        if made.attention is not None:
+            options.layers = list(made.layers)
+            options.kind = made.attention.entropy_kind
+            options.alignment = made.attention.alignment
+    options.kind = options.kind or "normalized"
+    options.alignment = options.alignment or "deciding"
     available = list(attention_layers(model))
     depth = model.config.get_text_config().num_hidden_layers
     layers = options.layers or [_nearest(available, middle_layer(depth))]
@@ -119,13 +141,16 @@ def run(options: argparse.Namespace) -> int:
             largest=options.largest,
             progress=progress.update,
         )
+    if made is not None:
+        records = weighted_records(records, made, step=options.step)
     agreement = _agreement(records)
     folder = options.output
     folder.mkdir(parents=True, exist_ok=True)
+    for name in WRITTEN:
+        (folder / name).unlink(missing_ok=True)
     figures = _figures(records, agreement) if options.figures else {}
     for name, draw in bar(figures.items(), desc="drawing", unit=" figures"):
         draw().savefig(folder / f"{name}.png", dpi=150)
-    (folder / "tokens.jsonl").unlink(missing_ok=True)
     append_token_records(folder / "tokens.jsonl", records)
     summary = _summary(options, records, agreement)
     text = json.dumps(_without_gaps(summary), indent=1, allow_nan=False)
@@ -133,59 +158,28 @@ def run(options: argparse.Namespace) -> int:
     page = trace_page_html(records, title=f"Inspection: {Path(options.model).name}")
     (folder / "trace.html").write_text(page, encoding="utf-8")
     print(f"read   {len(prompt_ids)} prompt and {len(response_ids)} response tokens")
+    if options.text is None:
+        print(shown(f"answer {tokenizer.decode(response_ids)}"))
+    if made is not None:
+        weights = records[0].weights or ()
+        mean = math.fsum(weights) / len(weights)
+        print(f"recipe {made.name} at step {options.step}: mean weight {mean:.3f}")
+    for record in records:
+        if said := flat_range(record):
+            print(f"note   layer {record.layer}: {said}")
     print(f"open   {folder / 'trace.html'}")
     others = [*(f"{name}.png" for name in figures), "inspection.json", "tokens.jsonl"]
     print(f"also   {', '.join(others)}")
     return 0
 
 
-def _texts(options: argparse.Namespace) -> tuple[str, str]:
-    text = sys.stdin.read() if options.text == "-" else _read(options.text)
-    if options.split is None:
-        return ("" if options.prompt is None else _read(options.prompt)), text
-    before, mark, response = text.partition(options.split)
-    if not mark or not options.split:
-        raise invalid("inspect", "--split", "that occurs in the text", repr(options.split), "")
-    return before + mark, response
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        hint = "Convert the file to UTF-8."
-        raise invalid("inspect", "text", "to be UTF-8", f"{path}: {error}", hint) from error
-
-
-def _loaded(options: argparse.Namespace) -> tuple[Any, Any]:
-    transformers = imported("transformers", extra="capture")
-    name = options.model
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        hint = "Pass a directory with a model and its tokenizer, or a name on the Hub."
-        raise invalid("inspect", "MODEL_OR_PATH", "to load", f"{name}: {first}", hint) from error
-    return model.to(options.device).eval(), tokenizer
-
-
-def _token_ids(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], list[int]]:
-    """Prompt and response apart, as in training, so that no token lies across the border.
-
-    Without a prompt the first token stands in for one: something has to decide the second.
-    """
-    if prompt:
-        first = tokenizer(prompt)["input_ids"]
-        rest = tokenizer(response, add_special_tokens=False)["input_ids"]
-    else:
-        ids = tokenizer(response)["input_ids"]
-        first, rest = ids[:1], ids[1:]
-    if not first or not rest:
-        got = f"{len(first)} prompt and {len(rest)} response tokens"
-        hint = "Pass a longer text."
-        raise invalid("inspect", "text", "with a token to decide and one before it", got, hint)
-    return first, rest
+def _recipe(options: argparse.Namespace) -> Recipe:
+    given = [name for name in ("layers", "kind", "alignment") if getattr(options, name) is not None]
+    if given:
+        hint = 'Change the recipe: {"name": NAME, "layers": [20]}.'
+        condition = f"without --{given[0]}"
+        raise invalid("inspect", "--recipe", condition, options.recipe, hint)
+    return rollout_recipe(options.recipe, caller="inspect")
 
 
 def _nearest(available: list[int], layer: int) -> int:
@@ -229,6 +223,8 @@ def _summary(
     """Means of every column over all tokens, anchors and explorers; correlations; agreement."""
     summary: dict[str, Any] = {
         "model": options.model,
+        "recipe": options.recipe,
+        "step": options.step if options.recipe else None,
         "prompt_tokens": len(records[0].prompt_tokens or ()),
         "response_tokens": len(records[0].tokens),
         "entropy_kind": options.kind,

@@ -41,6 +41,7 @@ from tokenweights.report.records import (
     read_token_records,
     token_records,
 )
+from tokenweights.report.run_json import write_run_json
 from tokenweights.report.runs import Run, run_from_directory
 from tokenweights.report.trace import token_trace_html, trace_page_html
 
@@ -80,4 +81,5 @@ __all__ = [
     "token_trace_html",
     "trace_page_html",
     "weights_figure",
+    "write_run_json",
 ]

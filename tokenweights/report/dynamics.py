@@ -8,7 +8,7 @@ from tokenweights._typing import typed
 from tokenweights.attention import EntropyKind
 from tokenweights.diagnostics import group_dynamics
 from tokenweights.partition import bottom_fraction, top_fraction
-from tokenweights.report.figures.columns import entropy_of_kind, token_mask
+from tokenweights.report.figures.columns import distinct, entropy_of_kind, token_mask
 from tokenweights.report.records import TokenRecord
 
 
@@ -23,8 +23,8 @@ def entropy_metrics(
 
     Args:
         records: Token records, those of a step one after another; one step is held in memory. Of
-            a step taken twice by a resumed run the later one counts, and within a step the last
-            record of each `sample_id`.
+            a step taken twice by a resumed run the later one counts, within a step the last record
+            of each `sample_id`, and of a response that occurs several times one.
         kind: The records' own kind, or another that they have as a column `<kind>_entropy`.
         fraction: Share of each response that makes up anchors, and explorers.
 
@@ -53,7 +53,7 @@ def entropy_metrics(
     """
     lines: dict[int, dict[str, float]] = {}
     for step, grouped in groupby(records, key=lambda record: record.step):
-        members = list({record.sample_id: record for record in grouped}.values())
+        members = distinct([*{record.sample_id: record for record in grouped}.values()])
         scores = entropy_of_kind(members, kind)
         if scores is None:
             hint = f"Record a column `{kind}_entropy`, or choose the kind of the records."

@@ -18,13 +18,16 @@ from tokenweights.attention import (
     attention_weights,
 )
 from tokenweights.capture import CapturedAttention, capture_attention
+from tokenweights.recipes import Recipe, RolloutBatch, require_columns
 from tokenweights.recipes.attention import Alignment
 from tokenweights.report.records import TokenRecord, token_records
 from tokenweights.signals import predictive_entropy
 
 SUPPORT_MASS = (0.5, 0.8, 0.9, 0.95)
-_SPANS = ("mean_distance", "local_mass", "max_weight")
+_SPANS: tuple[StatisticKind, ...] = ("mean_distance", "local_mass", "max_weight")
 _KINDS: tuple[StatisticKind, ...] = (*ENTROPY_KINDS, "support_size", *_SPANS)
+# Columns of a rollout batch that one response has.
+_READ = ("attention", "log_probs", "predictive_entropy")
 _WEIGHT_ROWS = 64  # rows of weights in memory at once
 
 
@@ -61,7 +64,7 @@ def inspected_records(
     logits of one chunk and never an attention matrix. Each record has log-probabilities and
     predictive entropies at temperature 1, groups of bottom and top 20 %, the largest attention
     weights of each token, and the columns `support_size_0.5`, `_0.8`, `_0.9`, `_0.95`,
-    `mean_distance`, `local_mass`, `max_weight` and `<kind>_entropy` for the other three kinds.
+    `mean_distance`, `local_mass_128`, `max_weight` and `<kind>_entropy` for the other three kinds.
 
     Args:
         model: A transformers language model in evaluation mode.
@@ -72,7 +75,7 @@ def inspected_records(
         entropy_kind: The attention entropy of the records.
         alignment: Whose attention row stands for a token: the one `"deciding"` it, or its `"own"`.
         largest: Attention weights recorded for each token; all of a short context.
-        local_window: Keys at a smaller distance than this count as local.
+        local_window: Keys at a smaller distance than this count as local; the column says it.
         chunk_tokens: Tokens read at a time.
         progress: Called with the number of tokens after each chunk.
 
@@ -173,6 +176,46 @@ def inspected_records(
     return records
 
 
+def weighted_records(
+    records: Sequence[TokenRecord], made: Recipe, *, step: int
+) -> list[TokenRecord]:
+    """Inspected records with the weights that a recipe gives this response, alone in its batch.
+
+    Args:
+        records: The records of `inspected_records`, one for each layer that the recipe reads.
+        made: The recipe, with its layers numbered.
+        step: Training step, for the schedule.
+
+    Returns:
+        The records with weights.
+
+    Raises:
+        TokenWeightsError: If the recipe reads what a single response does not have.
+    """
+    first = records[0]
+    require_columns(made, ("token_ids", *_READ), caller="inspect")
+    rows: dict[str, Any] = {
+        name: torch.tensor([getattr(first, name)])
+        for name in ("log_probs", "predictive_entropy")
+        if name in made.columns
+    }
+    entropies = {
+        int(record.layer): torch.tensor([record.attention_entropy])
+        for record in records
+        if isinstance(record.layer, int)
+    }
+    batch = RolloutBatch(
+        mask=torch.ones(1, len(first.tokens), dtype=torch.bool),
+        sample_ids=torch.zeros(1, dtype=torch.int64),
+        prompt_ids=torch.zeros(1, dtype=torch.int64),
+        token_ids=torch.tensor([first.token_ids]),
+        attention=entropies if made.attention is not None else None,
+        **rows,
+    )
+    weights = tuple(made.weighted(batch, step=step).weights[0].tolist())
+    return [replace(record, weights=weights) for record in records]
+
+
 def _add_rows(
     layer: _Layer,
     captured: CapturedAttention,
@@ -204,6 +247,7 @@ def _add_rows(
     for place, mass in enumerate(SUPPORT_MASS):
         columns[f"support_size_{mass:g}"] = sizes[0, :, place].float()
     columns |= {name: getattr(statistics, name)[0] for name in _SPANS}
+    columns[f"local_mass_{local_window}"] = columns.pop("local_mass")
     for name, values in columns.items():
         layer.columns.setdefault(name, []).append(values.float().cpu())
     offset = end - key.shape[2]  # a sliding cache has dropped so many keys

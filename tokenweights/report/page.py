@@ -9,10 +9,13 @@ from tokenweights._typing import typed
 from tokenweights.diagnostics import CollapseMonitor
 from tokenweights.report import figures, trace
 from tokenweights.report.document import document_html, escaped, facts_html, filled
+from tokenweights.report.figures.columns import counted, layers_of
 from tokenweights.report.figures.panels import first_recorded, series
+from tokenweights.report.figures.responses import unit_of
 from tokenweights.report.figures.style import figure_svg
 from tokenweights.report.figures.training import LENGTH, REWARD, accuracy_keys
 from tokenweights.report.lines import FilePath
+from tokenweights.report.records import TokenRecord
 from tokenweights.report.runs import Progress, Run, run_from_directory
 
 if TYPE_CHECKING:
@@ -78,6 +81,10 @@ def run_report_html(run: Run | FilePath, *, progress: Progress | None = None) ->
 
 def _sections(run: Run) -> list[_Section]:
     """Learning, entropy and weights of any run; gradients and tokens where they were recorded."""
+    entropy = "Attention entropy"
+    if run.records:
+        record = run.records[-1]
+        entropy += f" ({unit_of(record)}), {layers_of([record])}"
     sections = [
         _Section(
             "learning",
@@ -94,7 +101,7 @@ def _sections(run: Run) -> list[_Section]:
             "side.",
             "Attention entropy of anchors, explorers and all tokens, and response length, over "
             "training steps",
-            lambda: figures.dynamics_figure(run.metrics),
+            lambda: figures.dynamics_figure(run.metrics, title=entropy),
         ),
         _Section(
             "weights",
@@ -110,8 +117,14 @@ def _sections(run: Run) -> list[_Section]:
     if any(name.startswith("gradient/") for line in gradients for name in line):
         sections += _gradient_sections(gradients)
     last = [record for record in run.records if record.step == run.records[-1].step]
-    if last and all(record.predictive_entropy is not None for record in last):
-        where = f"All {len(last)} recorded responses of step {last[0].step}."
+    return [*sections, *(_token_sections(last) if last else [])]
+
+
+def _token_sections(last: Sequence[TokenRecord]) -> list[_Section]:
+    """What the recorded responses of the last step show."""
+    where = f"Step {last[0].step}: {counted(last)}, of {len(last)} recorded."
+    sections = []
+    if all(record.predictive_entropy is not None for record in last):
         sections += [
             _Section(
                 "relation",
@@ -130,6 +143,28 @@ def _sections(run: Run) -> list[_Section]:
                 lambda: figures.quadrant_figure(last),
             ),
         ]
+    if all((record.columns or {}).keys() & {"mean_distance"} for record in last):
+        sections.append(
+            _Section(
+                "support",
+                "Where attention lies",
+                f"{where} How many keys hold a share of a token\u2019s attention, and how far away "
+                "they are.",
+                "Support size, mean distance and local mass of token groups",
+                lambda: figures.support_figure(last, kind=last[0].entropy_kind),
+            )
+        )
+    if last[0].attended is not None:
+        sections.append(
+            _Section(
+                "attended",
+                "What single tokens looked at",
+                f"Step {last[0].step}, the first recorded response: the tokens of lowest and of "
+                "highest attention entropy in its second half.",
+                "Attention weights of two tokens over their context",
+                lambda: figures.attention_map_figure(last[0]),
+            )
+        )
     return sections
 
 
@@ -174,7 +209,8 @@ def _health_html(run: Run) -> str:
         for keys in (LENGTH, REWARD)
     ]
     monitor, verdict = CollapseMonitor(), None
-    for step in sorted(table[0].keys() & table[1].keys()):
+    judged = sorted(table[0].keys() & table[1].keys())
+    for step in judged:
         length, reward = (values[step] for values in table)
         if math.isfinite(length) and math.isfinite(reward):
             verdict = monitor.update(int(step), length=length, reward=reward)
@@ -183,13 +219,25 @@ def _health_html(run: Run) -> str:
     if verdict is None:
         return ""
     if not verdict.collapsed:
-        return (
-            f'<p class="health">No collapse up to step {verdict.step}, judged by response length '
-            "and reward at the documented thresholds.</p>"
-        )
+        return f'<p class="health">{_healthy_words(verdict.step, monitor, len(judged))}</p>'
     mode = (verdict.mode or "").replace("_", " ")
     words = escaped(f"{mode}, raised at step {verdict.since}: {verdict.reason}.")
     return f'<p class="health collapsed"><strong>Collapse:</strong> {words}</p>'
+
+
+def _healthy_words(step: int, monitor: CollapseMonitor, judged: int) -> str:
+    """What no verdict is worth: one window is compared with another, levels with eight before."""
+    window = monitor.thresholds.window
+    if judged < 2 * window:
+        return (
+            f"Too early to judge whether the run is collapsing: {judged} steps were logged, and "
+            f"{2 * window} are needed."
+        )
+    slow = f"; slow declines are judged from {9 * window} steps on" if judged < 9 * window else ""
+    return (
+        f"No collapse up to step {step}, judged by response length and reward at the documented "
+        f"thresholds{slow}."
+    )
 
 
 def _unreadable_html(messages: Sequence[str]) -> str:

@@ -1,19 +1,23 @@
 """Token records of a run's rollout batches, every so many steps."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
 from tokenweights.recipes import Recipe, RolloutBatch, WeightedRollout
-from tokenweights.report.records import append_token_records, token_records
+from tokenweights.report.records import TokenRecord, append_token_records, token_records
 
 
 class RolloutRecords:
-    """Appends token records of one prompt's responses to a file, every so many training steps.
+    """Appends token records of some prompts' responses to a file, every so many training steps.
 
     Args:
         path: JSONL file; None records nothing.
         every: Training steps between two recorded rollout batches.
+        prompts: Number of prompts whose responses are recorded, the first of a batch.
+        enriched: Adds to a record what only a model can say, such as what its tokens attended to;
+            called where records are written.
 
     Example:
         >>> RolloutRecords(None, every=100).due(0)
@@ -21,8 +25,16 @@ class RolloutRecords:
     """
 
     @typed
-    def __init__(self, path: str | None, *, every: int) -> None:
+    def __init__(
+        self,
+        path: str | None,
+        *,
+        every: int,
+        prompts: int = 1,
+        enriched: Callable[[TokenRecord], TokenRecord] | None = None,
+    ) -> None:
         self._path, self._every = path, every
+        self._prompts, self._enriched = prompts, enriched
         self._next_step = 0
 
     @typed
@@ -50,7 +62,7 @@ class RolloutRecords:
         detailed: Callable[[RolloutBatch, list[int]], RolloutBatch] | None = None,
         write: bool = True,
     ) -> None:
-        """Appends the responses to the first prompt of a batch, if its step is due.
+        """Appends the responses to the first prompts of a batch, if its step is due.
 
         Where several ranks hold parts of the batch, all of them call and one writes.
 
@@ -76,7 +88,7 @@ class RolloutRecords:
             hint = "A record holds attention entropies and tokens."
             raise invalid("RolloutRecords", "recipe", "that reads attention", recipe.name, hint)
         self._next_step = step + self._every
-        rows = first_prompt_rows(batch)
+        rows = first_prompt_rows(batch, prompts=self._prompts)
         shown = batch.rows(rows or [0])
         shown = detailed(shown, rows or [0]) if detailed else shown
         if not write or not rows:
@@ -98,21 +110,28 @@ class RolloutRecords:
             predictive_entropy=shown.predictive_entropy,
             log_probs=shown.log_probs,
         )
+        if batch.rewards is not None:
+            given = batch.rewards[rows].tolist()
+            records = [replace(r, reward=value) for r, value in zip(records, given, strict=True)]
+        if self._enriched is not None:
+            records = [self._enriched(record) for record in records]
         append_token_records(self._path, records)
 
 
 @typed
-def first_prompt_rows(batch: RolloutBatch) -> list[int]:
-    """Numbers of the rows that answer the same prompt as the first row with a valid token.
+def first_prompt_rows(batch: RolloutBatch, *, prompts: int = 1) -> list[int]:
+    """Numbers of the rows that answer the first prompts that have a row with a valid token.
 
     Args:
         batch: The batch.
+        prompts: Number of prompts.
 
     Returns:
         Numbers of rows with a valid token; empty if there is none.
     """
     assert batch.prompt_ids is not None
-    prompts, real = batch.prompt_ids.tolist(), batch.mask.any(-1).tolist()
-    first = next((prompt for prompt, there in zip(prompts, real, strict=True) if there), None)
-    places = enumerate(zip(prompts, real, strict=True))
-    return [row for row, (prompt, there) in places if there and prompt == first]
+    answered, real = batch.prompt_ids.tolist(), batch.mask.any(-1).tolist()
+    there = [prompt for prompt, valid in zip(answered, real, strict=True) if valid]
+    first = [*dict.fromkeys(there)][:prompts]
+    places = enumerate(zip(answered, real, strict=True))
+    return [row for row, (prompt, valid) in places if valid and prompt in first]

@@ -11,7 +11,8 @@ A run directory of any of the adapters holds these files, each of them optional:
 | `gradient.jsonl` | one line per gradient probe, `append_metrics` |
 
 A run that stopped and went on from a checkpoint takes some steps twice. Of metrics, evaluations and
-probes the last line of a step counts, of token records the last of a response in its step.
+probes the last value of a step counts, of token records the last of a response in its step. Lines
+of one step are one: trainers log evaluations and a summary beside what the step itself gave.
 
 Without `metrics.jsonl` the log history of the newest `trainer_state.json` stands in, which the
 trainers of transformers and TRL write into the directory and its checkpoints.
@@ -103,6 +104,9 @@ def run_from_directory(
         [{'step': 0, 'reward': -1.0}]
     """
     folder = Path(directory)
+    if not folder.is_dir():
+        hint = "Pass the directory that a run writes into."
+        raise invalid("run_from_directory", "directory", "that exists", os.fspath(directory), hint)
     states = [path for place in _STATE_PLACES for path in folder.glob(place)]
     if not states and not any((folder / name).is_file() for name in FILES):
         got, hint = os.fspath(directory), "Append metrics while the run trains."
@@ -121,8 +125,10 @@ def run_from_directory(
         path = folder / name
         if not path.is_file():
             return ()
-        found = read_metrics(path, unreadable=tell)
-        return [*{line["step"]: line for line in found}.values()]
+        merged: dict[float, dict[str, float]] = {}
+        for line in read_metrics(path, unreadable=tell):
+            merged.setdefault(line["step"], {}).update(line)
+        return [*merged.values()]
 
     described = _tolerated(lambda: _description(folder / "run.json"), tell) or {}
     metrics = lines("metrics.jsonl")

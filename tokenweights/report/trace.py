@@ -25,8 +25,10 @@ from tokenweights.report.document import (
     filled,
     script_json,
 )
+from tokenweights.report.ranges import flat_words
 from tokenweights.report.records import EntropyKind, TokenGroup, TokenRecord
 from tokenweights.report.runs import outer_steps
+from tokenweights.rewards import NO_BOX, RIGHT, WRONG
 
 STYLES = ("trace.css",)
 SCRIPTS = ("trace.js", "trace_search.js", "trace_strip.js")
@@ -198,7 +200,7 @@ def _trace_of(record: TokenRecord, *, by_layer: bool) -> _Trace:
     layer = "layers" if len(layers) > 1 else "layer"
     indices = ", ".join(map(str, layers))
     facts = {
-        "reward": None if record.reward is None else f"{record.reward:g}".replace("-", "\u2212"),
+        "reward": _reward_words(record.reward),
         "tokens": len(record.tokens),
         layer: None if by_layer else indices,
         "row": record.alignment,
@@ -222,6 +224,14 @@ def _trace_of(record: TokenRecord, *, by_layer: bool) -> _Trace:
         token_ids=record.token_ids,
         reads_own_row=record.alignment == "own",
     )
+
+
+def _reward_words(reward: float | None) -> str | None:
+    """A reward; those of `boxed_match_reward` with what they mean."""
+    if reward is None:
+        return None
+    meaning = {RIGHT: ", right", WRONG: ", wrong", NO_BOX: ", no answer"}.get(reward, "")
+    return f"{reward:g}".replace("-", "\u2212") + meaning
 
 
 def _check(trace: _Trace) -> None:
@@ -262,6 +272,8 @@ def _section_html(traces: Sequence[_Trace], kind: EntropyKind) -> str:
     bars = [value for trace in traces for value in trace.predictive_entropy or ()]
     low, high = min(entropies, default=0.0), max(entropies, default=1.0)
     top = max(bars, default=0.0)
+    flat = flat_words(entropies)
+    scale = (low, low) if flat else (low, high)
     prompts = {_prompt_html(trace) for trace in traces}
     shared = prompts.pop() if len(prompts) == 1 else None
     # Many long responses at once are slow to lay out, and nobody reads them side by side.
@@ -270,6 +282,7 @@ def _section_html(traces: Sequence[_Trace], kind: EntropyKind) -> str:
     return filled(
         "traces.html",
         entropy_label=_LABELS[kind],
+        flat=f'<p class="quiet">Not coloured: {escaped(flat)}.</p>' if flat else "",
         entropy_low=f"{low:.2f}",
         entropy_middle=f"{(low + high) / 2:.2f}",
         entropy_high=f"{high:.2f}",
@@ -286,7 +299,7 @@ def _section_html(traces: Sequence[_Trace], kind: EntropyKind) -> str:
                 title=escaped(trace.title),
                 facts=facts_html(trace.facts),
                 prompt="" if shared is not None else _prompt_html(trace),
-                tokens=_tokens_html(trace, low=low, high=high, top=top),
+                tokens=_tokens_html(trace, low=scale[0], high=scale[1], top=top),
                 data=_data_json(trace, kind),
             )
             for number, trace in enumerate(traces)

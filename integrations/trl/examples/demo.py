@@ -4,9 +4,9 @@ python integrations/trl/examples/demo.py --steps 50 --recipe low2high --output r
 """
 
 import argparse
-import json
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,17 @@ from datasets import Dataset
 from tokenweights import TokenWeightsError, boxed_match_reward, recipe
 from tokenweights.recipes.rules import EndpointWeights
 from tokenweights.report import (
-    append_log,
+    TokenRecord,
     append_metrics,
     dynamics_figure,
+    inspected_records,
     learning_figure,
     read_metrics,
     run_report_html,
     weights_figure,
+    write_run_json,
 )
+from tokenweights.report.rollouts import RolloutRecords
 from tokenweights_lab import (
     MAX_COMPLETION_TOKENS,
     accuracy,
@@ -34,24 +37,69 @@ from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
-from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer
+from tokenweights_trl import TokenWeightsGRPOConfig
+from tokenweights_trl.rewarded import RewardedGRPOTrainer
 
 PROMPTS, SAMPLES = 16, 8
+RECORDED_PROMPTS = 4
+LOCAL_WINDOW = 16  # tokens; responses have about sixty
+FILES = ("metrics.jsonl", "evaluations.jsonl", "tokens.jsonl", "gradient.jsonl", "run.json")
 FIGURES = {"learning": learning_figure, "dynamics": dynamics_figure, "weights": weights_figure}
 
 
-class Progress(TrainerCallback):
-    """A progress bar with reward, length and weights, and the metrics of every step on disk."""
+class DemoTrainer(RewardedGRPOTrainer):
+    """Records several prompts, and what every recorded token attended to."""
 
-    def __init__(self, folder: Path, steps: int):
-        self.metrics = folder / "metrics.jsonl"
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._seen: dict[Any, TokenRecord] = {}
+        self._records = RolloutRecords(
+            self.args.token_records,
+            every=self.args.token_records_steps,
+            prompts=RECORDED_PROMPTS,
+            enriched=self._inspected,
+        )
+
+    def _inspected(self, record: TokenRecord) -> TokenRecord:
+        """The record with the policy's attention; of a response that occurs twice, once read."""
+        key = (record.step, record.prompt, record.token_ids)
+        if key not in self._seen:
+            model, tokenizer = self.accelerator.unwrap_model(self.model), self.processing_class
+            prompt = tokenizer(record.prompt)["input_ids"]
+            training = model.training
+            ids = torch.tensor([*prompt, *record.token_ids], device=model.device)
+            (found,) = inspected_records(
+                model.eval(),
+                ids,
+                prompt_length=len(prompt),
+                decode=tokenizer.decode,
+                layers=self.recipe.layers,
+                entropy_kind=record.entropy_kind,
+                alignment=record.alignment,
+                local_window=LOCAL_WINDOW,
+            )
+            model.train(training)
+            self._seen[key] = found
+        found = self._seen[key]
+        return replace(
+            record,
+            columns=found.columns,
+            prompt_tokens=found.prompt_tokens,
+            attended=found.attended,
+            attended_weights=found.attended_weights,
+        )
+
+
+class Progress(TrainerCallback):
+    """A progress bar with reward, length and weights."""
+
+    def __init__(self, steps: int):
         self.bar = tqdm(total=steps, desc="training", unit="step")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Record and show what TRL logged for a step."""
+        """Show what TRL logged for a step."""
         if not logs or "reward" not in logs:
             return
-        append_log(self.metrics, logs, step=state.global_step)
         shown = {
             "reward": logs["reward"],
             "length": logs["completions/mean_length"],
@@ -77,7 +125,7 @@ def main() -> int:
     made = options.recipe
 
     def evaluate(step: int) -> dict[str, float]:
-        scores = {"step": step}
+        scores = {"step": step, "samples": SAMPLES, "prompts": options.held_out}
         for split in ("easy", "hard"):
             held_out = problems(split, options.held_out, seed=1)
             result = accuracy(model, tokenizer, held_out, samples=SAMPLES)
@@ -91,29 +139,28 @@ def main() -> int:
             if state.global_step % 20 == 0 and state.global_step < options.steps:
                 evaluate(state.global_step)
 
-    settings = {
-        "model": f"Qwen3, {sum(p.numel() for p in model.parameters()):,} parameters",
-        "trainer": "TRL GRPOTrainer, DAPO loss, clip 0.2 / 0.28, no KL",
-        "batch": f"{PROMPTS} prompts x {SAMPLES} responses",
-        "steps": options.steps,
-        "seed": options.seed,
-    }
-    described = {
-        "title": f"{made.name} on the running total",
-        "description": "A tiny policy learns to solve sums step by step. Each token's advantage is "
-        "weighted by how widely the policy attends when it decides that token.",
-        "recipe": made.describe(),
-        "settings": settings,
-    }
-    (folder / "run.json").write_text(json.dumps(described, indent=1))
+    arguments = _arguments(options, folder)
+    write_run_json(
+        arguments,
+        trainer="trl",
+        model=f"lab, a Qwen3 of {sum(p.numel() for p in model.parameters()):,} parameters",
+        data="running total",
+        seed=options.seed,
+        recipe=made.on_model(model),
+        settings={
+            "loss": "DAPO, clip 0.2 / 0.28, no KL",
+            "batch": f"{PROMPTS} prompts x {SAMPLES} responses",
+            "steps": options.steps,
+        },
+    )
     print("evaluating the warm-started policy on held-out prompts")
     before = evaluate(0)
-    progress = Progress(folder, options.steps)
-    trainer = TokenWeightsGRPOTrainer(
+    progress = Progress(options.steps)
+    trainer = DemoTrainer(
         model=model,
         processing_class=tokenizer,
         reward_funcs=_rewards,
-        args=_arguments(options, folder),
+        args=arguments,
         train_dataset=_prompts(options),
         callbacks=[progress, Evaluations()],
     )
@@ -147,8 +194,11 @@ def _arguments(options: argparse.Namespace, folder: Path) -> TokenWeightsGRPOCon
     return TokenWeightsGRPOConfig(
         output_dir=str(folder / "trainer"),
         recipe=options.recipe.to_dict(),
+        metrics_file=str(folder / "metrics.jsonl"),
         token_records=str(folder / "tokens.jsonl") if options.records else None,
         token_records_steps=max(1, options.steps - 1),
+        gradient_probe_steps=max(1, options.steps // 5) if options.records else None,
+        gradient_probe_file=str(folder / "gradient.jsonl") if options.records else None,
         loss_type="dapo",
         per_device_train_batch_size=PROMPTS * SAMPLES,
         num_generations=SAMPLES,
@@ -190,13 +240,14 @@ def _print_summary(folder: Path, before: dict[str, float], after: dict[str, floa
         key = f"accuracy/{split}"
         print(f"  {split:<15} {before[key]:8.3f} {after[key]:7.3f}")
     print(f"\nopen   {folder / 'report.html'}")
-    print(f"also   {', '.join(f'{name}.png' for name in FIGURES)}, metrics.jsonl, tokens.jsonl")
+    written = [name for name in FILES if (folder / name).is_file()]
+    print(f"also   {', '.join([*(f'{name}.png' for name in FIGURES), *written])}")
 
 
 def _fresh(folder: Path) -> None:
     """An output folder without the files of an earlier run, which would be appended to."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.jsonl", "evaluations.jsonl", "tokens.jsonl"):
+    for name in (*FILES, "report.html", *(f"{name}.png" for name in FIGURES)):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -2,22 +2,22 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import tiny
 from datasets import Dataset, DatasetDict, IterableDataset
 from tokenweights import TokenWeightsError
+from tokenweights.report import run_from_directory
 
-from tokenweights_trl.train import (
-    RESERVED_COLUMNS,
-    TrainArguments,
-    boxed_reward,
-    main,
-    training_dataset,
-)
+from tokenweights_trl.arguments import TrainArguments
+from tokenweights_trl.config import TokenWeightsGRPOConfig
+from tokenweights_trl.data import training_dataset
+from tokenweights_trl.train import checkpoint_of, main
 
 SOURCE = Path(__file__).parent.parent / "src"
 ROWS = [{"prompt": prompt, "answer": str(number)} for number, prompt in enumerate(tiny.PROMPTS)]
@@ -29,13 +29,20 @@ def jsonl(folder, rows=ROWS):
     return path
 
 
-def cli(*arguments, ranks=1):
+def started(*arguments, ranks=1):
     inherited = os.environ.get("PYTHONPATH", "")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SOURCE), inherited])}
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     launcher = [sys.executable, *(torchrun if ranks > 1 else [])]
     command = [*launcher, "-m", "tokenweights_trl.train", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
+
+
+def cli(*arguments, ranks=1):
+    process = started(*arguments, ranks=ranks)
+    printed, errors = process.communicate(timeout=1800)
+    return subprocess.CompletedProcess(process.args, process.returncode, printed, errors)
 
 
 @pytest.mark.versions
@@ -45,26 +52,33 @@ def cli(*arguments, ranks=1):
 def test_two_steps_from_the_command_line(tmp_path, recipe, ranks):
     tiny.policy().save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
+    # Device, precision, backend and files are the machine's and the command's own.
     options = (
         "--per_device_train_batch_size 4 --num_generations 4 --max_completion_length 6 "
-        "--max_steps 2 --logging_steps 1 --use_cpu --bf16 false --report_to none "
-        "--save_strategy no --disable_tqdm true --overlong_buffer 2 --token_records_steps 1"
+        "--max_steps 2 --save_strategy no --disable_tqdm true --overlong_buffer 2 "
+        "--token_records_steps 1 --seed 3"
     )
     done = cli(
         *("--model", tmp_path / "model"),
         *("--dataset", jsonl(tmp_path)),
         *("--recipe", recipe),
         *("--output_dir", tmp_path / "out"),
-        *("--token_records", tmp_path / "tokens.jsonl"),
         *options.split(),
-        *(["--ddp_backend", "gloo"] if ranks > 1 else []),
         ranks=ranks,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    recipe_name = "low2high" if ranks == 1 else "anchor20"
     assert "token_weights/weight_mean" in done.stdout
     assert "rewards/boxed_match/mean" in done.stdout
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    assert len((tmp_path / "tokens.jsonl").read_text().splitlines()) == 8
+    out = tmp_path / "out"
+    assert len((out / "tokens.jsonl").read_text().splitlines()) == 8
+    found = run_from_directory(out)
+    assert [line["step"] for line in found.metrics if "reward" in line] == [1, 2]
+    assert found.title == f"{recipe_name} on train.jsonl" and "deciding row" in found.recipe
+    assert found.settings["model"] == str(tmp_path / "model") and found.settings["seed"] == 3
+    assert found.settings["trl"] and found.settings["rewards"] == "boxed_match"
+    assert "tokenweights report" in done.stdout
 
 
 def test_a_misspelt_recipe_fails_before_anything_is_loaded(tmp_path):
@@ -189,7 +203,7 @@ BROKEN = {
     "no prompts": (
         lambda at: jsonl(at, [{"question": "1+1=", "answer": "2"}]),
         {},
-        r"with a `prompt` column, got columns \['question', 'answer'\]",
+        r"with a `prompt` column, got columns \['question', 'answer'\]. Name",
     ),
 }
 
@@ -206,74 +220,131 @@ def test_a_dataset_that_cannot_be_used_is_refused(tmp_path, case, streaming):
     assert "\n" not in str(error.value)
 
 
-def rows_with(answers, column="answer"):
-    return Dataset.from_dict({"prompt": ["1+1="] * len(answers), column: answers})
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([*map(str, arguments)])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert "Traceback" not in lines and ": error: " in lines[-1]
+    return lines[-1].partition(": error: ")[2]
 
 
-def test_the_reward_is_boxed_match_less_the_overlong_penalty():
-    arguments = TrainArguments(overlong_buffer=4)
-    dataset = rows_with(["4"], "solution")
-    reward = boxed_reward(arguments, dataset, max_completion_length=8)
-    completions = [r"\boxed{4}", [{"role": "assistant", "content": r"\boxed{5}"}], "4"]
-    ids = [[0] * length for length in (4, 6, 8)]
-    rewards = reward(completions=completions, completion_ids=ids, solution=["4", "4", 4])
-    assert rewards == [1.0, -1.5, -3.0]
+@pytest.fixture
+def policy(tmp_path):
+    tiny.policy().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
 
 
-@pytest.mark.parametrize(
-    ("answers", "text"),
-    [([7.0], "7"), ([7], "7"), ([-2.0], "-2"), ([0.5], "0.5"), (["7.0"], "7.0")],
-)
-def test_numbers_match_as_they_are_written(answers, text):
-    reward = boxed_reward(TrainArguments(), rows_with(answers), max_completion_length=8)
-    completions = [rf"\boxed{{{text}}}", r"\boxed{None}"]
-    rewards = reward(completions=completions, completion_ids=[[0], [0]], answer=answers * 2)
-    assert rewards == [1.0, -1.0]
+def test_errors_of_others_are_one_line(tmp_path, policy, capsys):
+    data = jsonl(tmp_path)
+    common = ("--dataset", data, "--recipe", "low2high", "--output_dir", tmp_path / "out")
+    assert (
+        refused(capsys, "--modle", policy, *common)
+        == "unknown option --modle. Did you mean --model?"
+    )
+    assert "a model that loads, got no/model" in refused(capsys, "--model", "no/model", *common)
+    assert "must be divisible" in refused(
+        capsys, "--model", policy, *common, "--num_generations", 3
+    )
+    config = json.loads((policy / "config.json").read_text())
+    reader = tmp_path / "reader"
+    reader.mkdir()
+    (reader / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
+    assert "a language model, got BertForMaskedLM" in refused(capsys, "--model", reader, *common)
 
 
-@pytest.mark.parametrize(
-    ("answers", "message"),
-    [
-        (["4", None, None], r"got None \(row 1, column 'answer'\)"),
-        ([1, None], r"got None \(row 1, column 'answer'\)"),
-        (["4", " "], r"got ' ' \(row 1, column 'answer'\)"),
-        ([1.0, float("nan")], r"got nan \(row 1, column 'answer'\)"),
-        ([float("inf")], r"got inf \(row 0, column 'answer'\)"),
-        ([True], r"got True \(row 0, column 'answer'\)"),
-        ([["4"]], r"got \['4'\] \(row 0, column 'answer'\)"),
-    ],
-    ids=str,
-)
-def test_a_row_without_an_answer_is_refused(answers, message):
-    with pytest.raises(TokenWeightsError, match=message):
-        boxed_reward(TrainArguments(), rows_with(answers), max_completion_length=8)
-    stream = rows_with(answers).to_iterable_dataset()
-    reward = boxed_reward(TrainArguments(), stream, max_completion_length=8)
-    completions, ids = [r"\boxed{None}"] * len(answers), [[0]] * len(answers)
-    with pytest.raises(TokenWeightsError, match=r"a row, column 'answer'"):
-        reward(completions=completions, completion_ids=ids, answer=answers)
+def test_chats_without_a_template_are_refused(tmp_path, policy, capsys):
+    chats = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in ROWS]
+    data = jsonl(tmp_path, chats)
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = None
+    (policy / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(policy)
+    line = refused(capsys, "--model", policy, "--dataset", data, "--recipe", "low2high",
+                   "--output_dir", tmp_path / "out")  # fmt: skip
+    assert "with a chat template" in line
 
 
-def test_a_dataset_without_answers_is_refused():
-    with pytest.raises(TokenWeightsError, match="answer or solution"):
-        boxed_reward(TrainArguments(), rows_with(["4"], "result"), max_completion_length=8)
-    with pytest.raises(TokenWeightsError, match=r"to be a column \(answers\)"):
-        arguments = TrainArguments(answer_column="answers")
-        boxed_reward(arguments, rows_with(["4"]), max_completion_length=8)
+def test_the_prompt_may_stand_in_another_column(tmp_path):
+    rows = [{"question": row["prompt"], "answer": row["answer"]} for row in ROWS]
+    arguments = TrainArguments(dataset_name=str(jsonl(tmp_path, rows)), prompt_column="question")
+    assert list(training_dataset(arguments)["prompt"]) == [row["prompt"] for row in ROWS]
+    both = TrainArguments(dataset_name=str(jsonl(tmp_path)), prompt_column="answer")
+    with pytest.raises(TokenWeightsError, match="without a `prompt` beside it"):
+        training_dataset(both)
 
 
-@pytest.mark.parametrize("column", RESERVED_COLUMNS)
-def test_an_answer_column_that_trl_keeps_for_itself_is_refused(column):
-    dataset = Dataset.from_dict({"prompt": ["1+1="]} | {column: ["2"]})
-    with pytest.raises(
-        TokenWeightsError, match=f"`answer_column` with a name of its own.*{column}"
-    ):
-        boxed_reward(TrainArguments(answer_column=column), dataset, max_completion_length=8)
+def resuming(tmp_path, given):
+    return checkpoint_of(
+        TokenWeightsGRPOConfig(
+            str(tmp_path), recipe="full", use_cpu=True, bf16=False, resume_from_checkpoint=given
+        )
+    )
 
 
-@pytest.mark.parametrize("buffer", [-1, 9])
-def test_an_overlong_buffer_outside_the_response_is_refused(buffer):
-    arguments = TrainArguments(overlong_buffer=buffer)
-    with pytest.raises(TokenWeightsError, match=r"`overlong_buffer` in \[0, .* = 8\]"):
-        boxed_reward(arguments, rows_with(["4"]), max_completion_length=8)
-    boxed_reward(TrainArguments(overlong_buffer=8), rows_with(["4"]), max_completion_length=8)
+def test_true_is_the_last_checkpoint(tmp_path):
+    for given in (None, "False", "false", ""):
+        assert resuming(tmp_path, given) is None
+    with pytest.raises(TokenWeightsError, match="True with a checkpoint in `output_dir`"):
+        resuming(tmp_path, "True")
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert resuming(tmp_path, "True") == str(tmp_path / "checkpoint-10")
+    named = str(tmp_path / "checkpoint-9")
+    assert resuming(tmp_path, named) == named
+    with pytest.raises(TokenWeightsError, match="a checkpoint, got nowhere"):
+        resuming(tmp_path, "nowhere")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, policy, ranks):
+    out = tmp_path / "out"
+    options = (
+        "--recipe low2high --per_device_train_batch_size 4 --num_generations 4 "
+        "--max_completion_length 6 --save_strategy no --disable_tqdm true"
+    )
+    arguments = ["--model", policy, "--dataset", jsonl(tmp_path), "--output_dir", out]
+    arguments += options.split()
+    process = started(*arguments, "--max_steps", 100000, ranks=ranks)
+    metrics = out / "metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and metrics.read_text()):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=600)
+    if ranks == 1:
+        assert process.returncode == 130, errors[-4000:]
+    assert process.returncode != 0
+    (checkpoint,) = out.glob("checkpoint-*")
+    step = int(checkpoint.name.partition("-")[2])
+    assert f"interrupted at step {step}" in printed
+    resume = next(line for line in printed.splitlines() if line.startswith("resume "))
+    start = "torchrun --nproc_per_node 2" if ranks == 2 else "python"
+    assert resume.startswith(f"resume  {start} -m tokenweights_trl.train --model {policy}")
+    assert resume.endswith(" --resume_from_checkpoint True")
+    if ranks == 1:
+        more = ["--max_steps", step + 1, "--resume_from_checkpoint", "True"]
+        done = cli(*arguments, *more)
+        assert done.returncode == 0, done.stderr[-4000:]
+        steps = [line["step"] for line in run_from_directory(out).metrics if "reward" in line]
+        assert steps == list(range(1, step + 2))
+        # A run that starts anew begins its files anew.
+        assert cli(*arguments, "--max_steps", 1).returncode == 0
+        lines = map(json.loads, metrics.read_text().splitlines())
+        assert [line["step"] for line in lines if "reward" in line] == [1]
+
+
+def test_held_out_rows_are_evaluated_where_asked_for(tmp_path, policy):
+    rows = Dataset.from_list(ROWS)
+    DatasetDict({"train": rows, "test": rows.select(range(2))}).save_to_disk(tmp_path / "rows")
+    options = (
+        "--recipe full --per_device_train_batch_size 4 --num_generations 4 --max_steps 1 "
+        "--max_completion_length 6 --save_strategy no --eval_strategy steps --eval_steps 1 "
+        "--per_device_eval_batch_size 4"
+    )
+    done = cli("--model", policy, "--dataset", tmp_path / "rows", "--output_dir", tmp_path / "out",
+               *options.split())  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert r"comparing no \boxed{} with the answer" in done.stderr
+    assert any("eval_reward" in line for line in run_from_directory(tmp_path / "out").metrics)

@@ -33,8 +33,14 @@ function show(token, position, data) {
   // A token that wraps has several boxes; the tooltip goes to the last.
   const boxes = token.getClientRects();
   const box = boxes[boxes.length - 1];
+  // Never over the token itself, nor over the strip that shows its attention.
+  const strip = document.querySelector(".trace-strip:not([hidden])");
+  const floor = Math.min(innerHeight, strip ? strip.getBoundingClientRect().top : innerHeight);
   const below = box.bottom + gap;
-  const fits = below + tooltip.offsetHeight <= innerHeight;
+  const room = { below: floor - below - gap, above: box.top - 2 * gap };
+  tooltip.style.maxHeight = "none";
+  const fits = tooltip.offsetHeight <= room.below || room.below >= room.above;
+  tooltip.style.maxHeight = `${Math.max(fits ? room.below : room.above, 0)}px`;
   const left = Math.min(box.left, innerWidth - tooltip.offsetWidth - gap);
   tooltip.style.left = `${Math.max(gap, left)}px`;
   tooltip.style.top = `${Math.max(gap, fits ? below : box.top - gap - tooltip.offsetHeight)}px`;

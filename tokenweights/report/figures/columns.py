@@ -9,6 +9,43 @@ from tokenweights.attention import AttentionStatistics, EntropyKind
 from tokenweights.report.records import TokenRecord
 
 SUPPORT = "support_size_"
+LOCAL_MASS = "local_mass"
+
+
+def distinct(records: Sequence[TokenRecord]) -> list[TokenRecord]:
+    """The records without repetitions: of one prompt, the first of each response.
+
+    A policy that has learned a task says the same again and again. Counted each time, its tokens
+    would pass for observations of their own.
+    """
+    return [
+        *{
+            (r.prompt, r.token_ids, r.step, r.layer, r.entropy_kind): r for r in reversed(records)
+        }.values()
+    ][::-1]
+
+
+def counted(records: Sequence[TokenRecord]) -> str:
+    """How many tokens, distinct responses and prompts numbers of records are over, in words."""
+    found = distinct(records)
+    prompts = len({record.prompt for record in found})
+    return (
+        f"{_many(sum(len(record.tokens) for record in found), 'token')} of "
+        f"{_many(len(found), 'distinct response')} to {_many(prompts, 'prompt')}"
+    )
+
+
+def layers_of(records: Sequence[TokenRecord]) -> str:
+    """The layer or layers of records in words."""
+    found: dict[int, None] = {}
+    for record in records:
+        layers = record.layer if isinstance(record.layer, tuple) else (record.layer,)
+        found |= dict.fromkeys(layers)
+    return f"layer{'s' if len(found) > 1 else ''} {', '.join(map(str, found))}"
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def token_mask(records: Sequence[TokenRecord]) -> Tensor:
@@ -45,6 +82,12 @@ def entropy_of_kind(records: Sequence[TokenRecord], kind: EntropyKind) -> Tensor
     return padded(records, values)
 
 
+def local_mass_name(records: Sequence[TokenRecord]) -> str:
+    """The column of the local mass, which says its window: `local_mass_<window>`."""
+    names = {name for record in records for name in record.columns or {}}
+    return next((name for name in sorted(names) if name.startswith(LOCAL_MASS)), LOCAL_MASS)
+
+
 def support_statistics(
     records: Sequence[TokenRecord],
 ) -> tuple[AttentionStatistics, tuple[float, ...]]:
@@ -54,7 +97,8 @@ def support_statistics(
     )
     sizes = {float(name.removeprefix(SUPPORT)): column(records, name) for name in names}
     sizes = {mass: size for mass, size in sorted(sizes.items()) if size is not None}
-    spans = {name: column(records, name) for name in ("mean_distance", "local_mass")}
+    spans = {"mean_distance": column(records, "mean_distance")}
+    spans["local_mass"] = column(records, local_mass_name(records))
     given = {name: values for name, values in spans.items() if values is not None}
     if sizes:
         given["support_size"] = torch.stack(list(sizes.values()), -1).long()

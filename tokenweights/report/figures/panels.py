@@ -51,6 +51,22 @@ def figure_of(*, width: float = 8.0, height: float = 3.1) -> "Figure":
     return Figure(figsize=(width, height), dpi=100, layout=layout)
 
 
+def say_what_of(figure: "Figure", text: str) -> None:
+    """One line over all panels that says what the numbers are of."""
+    options = {"x": 0.01, "ha": "left", "fontsize": 8.5, "color": style.MUTED}
+    figure.suptitle(text, parse_math=False, **options)
+
+
+def moving_mean(values: Sequence[float], window: int) -> list[float]:
+    """Centred means over `window` values, an odd number; of what there is at the ends and gaps."""
+    half = window // 2
+    means = []
+    for position, value in enumerate(values):
+        near = [v for v in values[max(0, position - half) : position + half + 1] if v == v]
+        means.append(math.fsum(near) / len(near) if value == value else math.nan)
+    return means
+
+
 def series(metrics: Metrics, key: str) -> tuple[list[float], list[float]]:
     """Ascending steps that logged `key`, and the last value of each; NaN where not finite."""
     for line in metrics:

@@ -10,8 +10,15 @@ from tokenweights._typing import typed
 from tokenweights.diagnostics import pearson_correlation, quadrant_tokens
 from tokenweights.partition import median_quadrants
 from tokenweights.report.figures import style
-from tokenweights.report.figures.columns import padded, token_mask
-from tokenweights.report.figures.panels import draw_bars, figure_of, say_nothing_recorded
+from tokenweights.report.figures.columns import counted, distinct, layers_of, padded, token_mask
+from tokenweights.report.figures.panels import (
+    draw_bars,
+    figure_of,
+    moving_mean,
+    say_nothing_recorded,
+    say_what_of,
+)
+from tokenweights.report.ranges import flat_range
 from tokenweights.report.records import TokenRecord
 
 if TYPE_CHECKING:
@@ -19,7 +26,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _POINTS = 3000  # more would only cover each other
+_FEW = 300
 _CELLS = 60
+# Beyond so many tokens a line of single values is noise, and a bar is thinner than a pixel.
+_DENSE, _SMOOTHED = 400, 100
+_THIN = 250
 _QUADRANTS = (
     # Quadrant of (predictive, attention) entropy, in reading order from the upper left.
     (2, "low predictive, high attention entropy", style.EXPLORER),
@@ -37,7 +48,8 @@ def response_figure(record: TokenRecord) -> "matplotlib.figure.Figure":
         record: A response.
 
     Returns:
-        A figure with two panels over the same positions; explorers and anchors are dots.
+        A figure with two panels over the same positions; explorers and anchors are dots. Of a long
+        response the values lie thin behind their means over about a hundredth of its length.
 
     Example:
         >>> record = TokenRecord(
@@ -58,9 +70,19 @@ def response_figure(record: TokenRecord) -> "matplotlib.figure.Figure":
     with style.figure_style():
         figure = figure_of(width=10.0, height=4.2)
         attention, predictive = figure.subplots(2, 1, sharex=True)
-        attention.set_title(f"Attention entropy ({unit_of(record)}), {layers_of(record)}")
-        attention.plot(places, record.attention_entropy, color=style.ALL, linewidth=0.9)
-        for name, color in (("anchor", style.ANCHOR), ("explorer", style.EXPLORER)):
+        window = 2 * (len(places) // _SMOOTHED // 2) + 1 if len(places) > _DENSE else 1
+        smoothed = f", thick: mean over {window} tokens" if window > 1 else ""
+        attention.set_title(
+            f"Attention entropy ({unit_of(record)}), {layers_of([record])}{smoothed}"
+        )
+        _draw_along(attention, places, record.attention_entropy, style.ALL, window)
+        said = flat_range(record)
+        if said:
+            say_what_of(figure, said)
+            middle = sum(record.attention_entropy) / len(places)
+            attention.set_ylim(middle - 0.05, middle + 0.05)
+        groups = (("anchor", style.ANCHOR), ("explorer", style.EXPLORER))
+        for name, color in groups if window == 1 and not said else ():
             members = [
                 place for place in places if record.group and record.group[place - 1] == name
             ]
@@ -70,7 +92,7 @@ def response_figure(record: TokenRecord) -> "matplotlib.figure.Figure":
         if record.predictive_entropy is None:
             say_nothing_recorded(predictive)
         else:
-            predictive.plot(places, record.predictive_entropy, color=style.ACCENT, linewidth=0.9)
+            _draw_along(predictive, places, record.predictive_entropy, style.ACCENT, window)
         figure.axes[-1].set_xlabel("position in the response")
     return figure
 
@@ -140,7 +162,8 @@ def entropy_relation_figure(records: Sequence[TokenRecord]) -> "matplotlib.figur
         records: Responses with predictive entropies, all with one kind of attention entropy.
 
     Returns:
-        A figure with a point for each token; beyond 3,000 tokens with their density.
+        A figure with a point for each token; beyond 3,000 tokens with their density. A response
+        that occurs several times counts once.
 
     Raises:
         TokenWeightsError: If kinds are mixed.
@@ -149,6 +172,7 @@ def entropy_relation_figure(records: Sequence[TokenRecord]) -> "matplotlib.figur
         >>> entropy_relation_figure([]).axes[0].texts[0].get_text()
         'not recorded'
     """
+    records = distinct(records)
     with style.figure_style():
         figure = figure_of(width=8.0, height=3.8)
         axes = figure.subplots()
@@ -160,9 +184,11 @@ def entropy_relation_figure(records: Sequence[TokenRecord]) -> "matplotlib.figur
         attention, predictive, mask = found
         r = float(pearson_correlation(attention, predictive, mask))
         x, y = predictive[mask].numpy(), attention[mask].numpy()
-        axes.set_title(f"Pearson r = {r:.3f} over {len(x):,} tokens")
+        axes.set_title(f"Pearson r = {r:.3f}, {layers_of(records)}")
+        say_what_of(figure, counted(records))
         if len(x) <= _POINTS:
-            axes.scatter(x, y, s=8, color=style.ACCENT, alpha=0.35, linewidths=0)
+            strength = 0.35 if len(x) > _FEW else 0.8
+            axes.scatter(x, y, s=8, color=style.ACCENT, alpha=strength, linewidths=0)
         else:
             options = {"bins": _CELLS, "cmap": style.colormap(), "cmin": 1, "norm": "log"}
             cells = axes.hist2d(x, y, **options)[3]
@@ -182,7 +208,7 @@ def quadrant_figure(
     """The most frequent tokens of each quadrant of the two entropies (Figure 10).
 
     Quadrants are cut at the medians of each response (Eq. 22). A bar is a token's share of its
-    quadrant, with its number of occurrences.
+    quadrant, with its number of occurrences. A response that occurs several times counts once.
 
     Args:
         records: Responses with predictive entropies, all with one kind of attention entropy.
@@ -198,24 +224,26 @@ def quadrant_figure(
         >>> len(quadrant_figure([]).axes)
         4
     """
+    records = distinct(records)
     with style.figure_style():
         figure = figure_of(width=9.0, height=1.4 + 0.5 * limit)
         grid = figure.subplots(2, 2).flat
         found = _both_entropies(records)
         texts: dict[int, str] = {}
-        counted = None
+        frequent = None
         if found is not None:
             attention, predictive, mask = found
             ids = padded(records, lambda record: record.token_ids)
             assert ids is not None
             quadrants = median_quadrants(predictive, attention, mask)
             size = int(ids.max()) + 1 if ids.numel() else 1
-            counted = quadrant_tokens(ids.long(), quadrants, vocab_size=size)
+            frequent = quadrant_tokens(ids.long(), quadrants, vocab_size=size)
             for record in records:
                 texts |= dict(zip(record.token_ids, record.tokens, strict=True))
+            say_what_of(figure, f"{counted(records)}, {layers_of(records)}")
         for axes, (quadrant, name, color) in zip(grid, _QUADRANTS, strict=True):
-            pairs = [] if counted is None else counted.most_frequent(quadrant, limit=limit)
-            share = "" if counted is None else f": {float(counted.share[quadrant]):.0%}"
+            pairs = [] if frequent is None else frequent.most_frequent(quadrant, limit=limit)
+            share = "" if frequent is None else f": {float(frequent.share[quadrant]):.0%}"
             axes.set_title(f"{name}{share}", fontsize=9)
             names = [style.drawable(texts[token]) for token, _ in pairs]
             numbers = [float(count) for _, count in pairs]
@@ -229,12 +257,6 @@ def unit_of(record: TokenRecord) -> str:
     return "normalized" if record.entropy_kind == "normalized" else f"{record.entropy_kind}, nats"
 
 
-def layers_of(record: TokenRecord) -> str:
-    """The layer or layers of a record in words."""
-    layers = record.layer if isinstance(record.layer, tuple) else (record.layer,)
-    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
-
-
 def _both_entropies(records: Sequence[TokenRecord]) -> tuple[Tensor, Tensor, Tensor] | None:
     kinds = {record.entropy_kind for record in records}
     if len(kinds) > 1:
@@ -245,6 +267,16 @@ def _both_entropies(records: Sequence[TokenRecord]) -> tuple[Tensor, Tensor, Ten
     if attention is None or predictive is None or not attention.numel():
         return None
     return attention, predictive, token_mask(records)
+
+
+def _draw_along(
+    axes: "Axes", places: Sequence[int], values: Sequence[float], color: str, window: int
+) -> None:
+    if window == 1:
+        axes.plot(places, values, color=color, linewidth=0.9)
+        return
+    axes.plot(places, values, color=color, linewidth=0.5, alpha=0.25)
+    axes.plot(places, moving_mean(values, window), color=color, linewidth=1.4)
 
 
 def _draw_attention(
@@ -264,12 +296,21 @@ def _draw_attention(
     color = style.EXPLORER if label == " (explorer)" else style.ANCHOR
     if prompt:
         axes.axvspan(-0.5, prompt - 0.5, color=style.GRID, alpha=0.5, linewidth=0)
-    axes.bar(places, weights, width=0.9, color=color)
+    if len(context) > _THIN:
+        axes.vlines(places, 0, weights, color=color, linewidth=1.6)
+    else:
+        axes.bar(places, weights, width=0.9, color=color, edgecolor=color, linewidth=0.8)
     axes.set_xlim(-0.5, len(context) - 0.5)
     axes.set_ylabel("attention weight")
     largest = sorted(zip(weights, places, strict=True), reverse=True)[:5]
-    labels = [(place, weight, style.drawable(context[place])) for weight, place in largest]
-    for place, weight, text in labels:
+    # A name over each mark; where marks are close, the smaller one's would cover it.
+    taken: list[float] = []
+    for weight, place in largest:
+        text = style.drawable(context[place])
+        width = (2.0 + len(text)) / 130 * len(context)
+        if any(abs(place - other) < width for other in taken):
+            continue
+        taken.append(place)
         options = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "fontsize": 8}
         axes.annotate(text, (place, weight), color=style.INK, parse_math=False, **options)
-    axes.margins(y=0.2)
+    axes.set_ylim(0.0, 1.2 * max(weights, default=1.0) or 1.0)

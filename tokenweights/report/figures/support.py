@@ -11,7 +11,16 @@ from tokenweights.attention import EntropyKind
 from tokenweights.diagnostics import LayerAgreement, support_concentration
 from tokenweights.partition import bottom_fraction, first_tokens, random_fraction, top_fraction
 from tokenweights.report.figures import style
-from tokenweights.report.figures.columns import entropy_of_kind, support_statistics, token_mask
+from tokenweights.report.figures.columns import (
+    LOCAL_MASS,
+    counted,
+    distinct,
+    entropy_of_kind,
+    layers_of,
+    local_mass_name,
+    support_statistics,
+    token_mask,
+)
 from tokenweights.report.figures.panels import (
     Line,
     draw_bars,
@@ -19,6 +28,7 @@ from tokenweights.report.figures.panels import (
     draw_lines,
     figure_of,
     say_nothing_recorded,
+    say_what_of,
 )
 from tokenweights.report.records import TokenRecord
 
@@ -35,13 +45,14 @@ def support_figure(
 ) -> "matplotlib.figure.Figure":
     """How many keys hold a share of the attention, and how far away they are (Figures 3, 15-18).
 
-    Local mass is the share of the attention at distances below the local window of the records.
+    Local mass is the share of the attention at distances below the local window of the records,
+    which their column names. A response that occurs several times counts once.
     Anchors and explorers are the bottom and top fifth of each response by the entropy of `kind`;
     the random fifth is drawn with a fixed seed. Values are means over the tokens of a group.
 
     Args:
-        records: Reads the columns `support_size_<mass>`, `mean_distance` and `local_mass`, and
-            `<kind>_entropy` where a record's own entropy is of another kind; the command `inspect`
+        records: Reads the columns `support_size_<mass>`, `mean_distance`, `local_mass_<window>`,
+            and `<kind>_entropy` where a record's own is of another kind; the command `inspect`
             writes them all.
         kind: Entropy that makes the groups: `raw` for Figure 16, `topk` for Figure 18.
         first: Only the first so many tokens of each response: 512 for Figure 17.
@@ -69,11 +80,13 @@ def support_figure(
         >>> figure.axes[0].lines[0].get_ydata().tolist()
         [4.0, 9.0]
     """
+    records = distinct(records)
     scores = entropy_of_kind(records, kind)
     if scores is None:
         hint = f"Record a column `{kind}_entropy`, or choose the kind of the records."
         got = f"{len(records)} records"
         raise invalid("support_figure", "records", f"with {kind} entropies", got, hint)
+    window = local_mass_name(records).removeprefix(LOCAL_MASS).lstrip("_")
     mask = token_mask(records)
     if first is not None:
         mask = first_tokens(mask, count=first)
@@ -88,9 +101,12 @@ def support_figure(
     with style.figure_style():
         figure = figure_of(width=10.0, height=3.2)
         size, distance, local = figure.subplots(1, 3, width_ratios=(5, 3, 3))
-        size.set_title("Keys that hold a share of the attention")
+        size.set_title("Keys that hold a share")
         distance.set_title("Mean distance, tokens")
-        local.set_title("Local mass")
+        local.set_title(f"Mass within {window} tokens" if window else "Local mass")
+        part = "" if first is None else f", the first {first} of each"
+        groups_of = f"groups by {kind} attention entropy, {layers_of(records)}"
+        say_what_of(figure, f"{groups_of}: {counted(records)}{part}")
         if all(value is None for value in vars(statistics).values()):
             for axes in figure.axes:
                 say_nothing_recorded(axes)

@@ -6,7 +6,6 @@ last value counts. NaN is drawn as a gap, and a panel without any value says "no
 trainers log reward and response length under different names; each of these is understood.
 """
 
-import math
 from typing import TYPE_CHECKING
 
 from tokenweights._typing import typed
@@ -18,6 +17,7 @@ from tokenweights.report.figures.panels import (
     figure_of,
     first_recorded,
     line_of,
+    moving_mean,
     percent,
     series,
 )
@@ -44,7 +44,7 @@ def learning_figure(metrics: Metrics, evaluations: Metrics = ()) -> "matplotlib.
     Args:
         metrics: Reads `reward`, or what VeRL calls it.
         evaluations: Reads every key `accuracy/<name>` as a share in $[0, 1]$ and draws it as
-            line `<name>`.
+            line `<name>`; `samples` and `prompts`, if all lines have the same, are named.
 
     Returns:
         A figure with two panels.
@@ -63,14 +63,14 @@ def learning_figure(metrics: Metrics, evaluations: Metrics = ()) -> "matplotlib.
         lines = [Line("", style.ACCENT, steps, values)]
         window = 2 * round(len(steps) * _SMOOTHING_SHARE / 2) + 1
         if window > 1 and steps:
-            means = _moving_mean(values, window)
+            means = moving_mean(values, window)
             lines = [
                 Line("", style.ACCENT, steps, values, faint=True),
                 Line("", style.ACCENT, steps, means),
             ]
             reward.set_xlabel(f"step (thick: mean over {window} steps)")
         draw_lines(reward, lines)
-        accuracy.set_title("Held-out accuracy")
+        accuracy.set_title(_accuracy_title(evaluations))
         accuracy.yaxis.set_major_formatter(percent)
         keys = accuracy_keys(evaluations)
         pairs = zip(keys.items(), colors * len(keys), strict=False)
@@ -111,7 +111,9 @@ def dynamics_figure(
     with style.figure_style():
         figure = figure_of()
         entropy, length = figure.subplots(1, 2, width_ratios=(3, 2))
-        entropy.set_title(f"{title}, mean ± std of tokens")
+        # Beside the other panel a long title needs a second line.
+        join = "\n" if len(title) > len("Attention entropy") else ", "
+        entropy.set_title(f"{title}{join}mean ± std of tokens")
         draw_lines(
             entropy,
             [
@@ -169,6 +171,17 @@ def weights_figure(metrics: Metrics) -> "matplotlib.figure.Figure":
     return figure
 
 
+def _accuracy_title(evaluations: Metrics) -> str:
+    """With k of mean@k and the number of prompts, where every evaluation has the same."""
+    samples, prompts = ({line.get(key) for line in evaluations} for key in ("samples", "prompts"))
+    title = "Held-out accuracy"
+    if len(samples) == 1 and None not in samples:
+        title += f", mean@{samples.pop():.0f}"
+    if len(prompts) == 1 and None not in prompts:
+        title += f", n = {prompts.pop():.0f} each"
+    return title
+
+
 def accuracy_keys(evaluations: Metrics) -> dict[str, str]:
     """Keys of held-out accuracies and the names they are shown by, in the order of appearance."""
     keys = {key: None for line in evaluations for key in line}
@@ -178,12 +191,3 @@ def accuracy_keys(evaluations: Metrics) -> dict[str, str]:
         for prefix in ACCURACY
         if key.startswith(prefix)
     }
-
-
-def _moving_mean(values: list[float], window: int) -> list[float]:
-    half = window // 2
-    means = []
-    for position, value in enumerate(values):
-        near = [v for v in values[max(0, position - half) : position + half + 1] if v == v]
-        means.append(math.fsum(near) / len(near) if value == value else math.nan)
-    return means

@@ -1,231 +1,122 @@
 """Training from the command line: `python -m tokenweights_trl.train --help`."""
 
+import os
+import re
+import shlex
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
-from datasets.exceptions import DatasetsError
-from tokenweights._errors import TokenWeightsError, invalid
-from tokenweights.rewards import boxed_match_reward, overlong_penalty, reference_answer
-from trl.scripts.utils import ScriptArguments, TrlParser
-from trl.trainer.model_config import ModelConfig
+from tokenweights._errors import TokenWeightsError, invalid, nearest
+from tokenweights.commands.models import model_place
+from tokenweights.report import write_run_json
+from transformers import AutoConfig
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
+from trl.scripts.utils import TrlParser
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
+from tokenweights_trl.arguments import TrainArguments, TrainModelConfig
+from tokenweights_trl.callbacks import Interruption, RewardWatch
 from tokenweights_trl.config import TokenWeightsGRPOConfig
-from tokenweights_trl.trainer import TokenWeightsGRPOTrainer
+from tokenweights_trl.data import is_missing_path, training_dataset
+from tokenweights_trl.rewarded import RewardedGRPOTrainer
+from tokenweights_trl.rewards import MATCHES, answer_column, reward_functions
 
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-# What `save_to_disk` leaves in a folder, next to the data.
-SAVED_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")
-# Arguments with which TRL calls a reward function; it hands on no column of these names.
-RESERVED_COLUMNS = (
-    *("prompt", "prompts", "completion", "completions", "completion_ids"),
-    *("trainer_state", "log_extra", "log_metric", "environments"),
-)
-
-
-@dataclass
-class TrainArguments(ScriptArguments):
-    """TRL's script arguments, and how a response is rewarded.
-
-    Args:
-        dataset_name: A json, jsonl or parquet file, a folder of such files or one made by
-            `save_to_disk`, or a name on the Hub. Also `--dataset`.
-        answer_column: Column of the reference answer.
-        overlong_buffer: Length of the soft penalty's ramp before `max_completion_length`, in
-            tokens; 0 leaves long responses unpunished.
-    """
-
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "aliases": ["--dataset"],
-            "help": "A json, jsonl or parquet file, a folder of such files or one made by "
-            "`save_to_disk`, or a name on the Hub.",
-        },
-    )
-    answer_column: str | None = field(
-        default=None,
-        metadata={"help": "Column of the reference answer. None takes `answer` or `solution`."},
-    )
-    overlong_buffer: int = field(
-        default=0,
-        metadata={"help": "Tokens before `max_completion_length` with a growing penalty; 0: none."},
-    )
-
-
-@dataclass
-class TrainModelConfig(ModelConfig):
-    """TRL's model arguments; the model's name is also `--model`."""
-
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"aliases": ["--model"], "help": "Model checkpoint, a folder or a Hub name."},
-    )
-
-
-def training_dataset(arguments: TrainArguments) -> Dataset | IterableDataset:
-    """The training split of the dataset that the arguments name.
-
-    Args:
-        arguments: Parsed command line.
-
-    Returns:
-        A dataset with at least one row and a `prompt` column.
-
-    Raises:
-        TokenWeightsError: If no dataset is named, it cannot be loaded as the arguments ask, it is
-            empty, or it has no `prompt`.
-    """
-    name = arguments.dataset_name
-    if not name:
-        raise invalid("train", "dataset_name", "a path or a name", name, "Pass `--dataset NAME`.")
-    if is_missing_path(name):
-        raise invalid("train", "dataset_name", "a path that exists", name, "Check the path.")
-    try:
-        dataset = _loaded(name, arguments)
-        first = next(iter(dataset))
-    except TokenWeightsError:
-        raise
-    except (StopIteration, IndexError) as error:  # datasets raises either for no rows
-        hint = "Check the file, or the split."
-        raise invalid("train", "dataset_name", "with rows", f"none in {name}", hint) from error
-    except (DatasetsError, OSError, ValueError, LookupError, TypeError) as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = " ".join(str(cause).split()) or type(cause).__name__
-        hint = "Check name, split, content and, for the Hub, the connection."
-        condition, got = "a dataset that loads", f"{name} ({reason.rstrip('.')})"
-        raise invalid("train", "dataset_name", condition, got, hint) from error
-    if "prompt" not in first:
-        hint = "Rename the column that holds the question."
-        got = f"columns {list(first)}"
-        raise invalid("train", "dataset_name", "with a `prompt` column", got, hint)
-    return dataset
-
-
-def is_missing_path(name: str) -> bool:
-    """Whether a name can only be a path, not a name on the Hub, and nothing is there."""
-    path = Path(name)
-    is_path = name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or name.endswith("/")
-    return (is_path or path.suffix in FILE_FORMATS) and not path.exists()
-
-
-def _loaded(name: str, arguments: TrainArguments) -> Dataset | IterableDataset:
-    path, split = Path(name), arguments.dataset_train_split
-    is_saved = path.is_dir() and any((path / file).is_file() for file in SAVED_FILES)
-    if arguments.dataset_config and (is_saved or path.is_file()):
-        got, hint = arguments.dataset_config, "Only a name on the Hub has configurations."
-        raise invalid("train", "dataset_config", "None for a file or a saved dataset", got, hint)
-    if is_saved:
-        saved = load_from_disk(name)
-        splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
-        if split not in splits:
-            condition, hint = (
-                f"one of {', '.join(map(str, splits))}",
-                f"These splits are in {name}.",
-            )
-            raise invalid("train", "dataset_train_split", condition, split, hint)
-        dataset = splits[split]
-        return dataset.to_iterable_dataset() if arguments.dataset_streaming else dataset
-    options: dict[str, Any] = {"split": split, "streaming": arguments.dataset_streaming}
-    if path.is_file():
-        if path.suffix not in FILE_FORMATS:
-            condition, hint = f"one of {', '.join(FILE_FORMATS)}", "Convert the file."
-            raise invalid("train", "dataset_name", condition, name, hint)
-        return load_dataset(FILE_FORMATS[path.suffix], data_files=name, **options)
-    if path.is_dir() and not any(file.suffix in FILE_FORMATS for file in path.rglob("*")):
-        condition = f"a folder with {', '.join(FILE_FORMATS)} files or one made by `save_to_disk`"
-        raise invalid("train", "dataset_name", condition, name, "Check the path.")
-    return load_dataset(name, name=arguments.dataset_config, **options)
-
-
-def boxed_reward(
-    arguments: TrainArguments,
-    dataset: Dataset | IterableDataset,
-    *,
-    max_completion_length: int | None,
-) -> Callable[..., list[float]]:
-    """A reward function for TRL: boxed exact match, less the overlong penalty where asked for.
-
-    Args:
-        arguments: Parsed command line.
-        dataset: The dataset to train on. Every answer is checked here, those of a stream when they
-            come.
-        max_completion_length: Longest response, in tokens.
-
-    Returns:
-        A function of TRL's keyword arguments that gives one reward for each response.
-
-    Raises:
-        TokenWeightsError: If the dataset has no column with the reference answer, its name is one
-            that TRL keeps for itself, a row has no answer, or the overlong buffer does not fit.
-    """
-    buffer, longest = arguments.overlong_buffer, max_completion_length
-    if buffer and not 0 < buffer <= (longest or 0):
-        condition = f"in [0, max_completion_length = {longest}]"
-        hint = "It is the last part of the longest response; 0 is no penalty."
-        raise invalid("train", "overlong_buffer", condition, buffer, hint)
-    column = _answer_column(arguments, list(next(iter(dataset))))
-    if isinstance(dataset, Dataset):
-        for row, answer in enumerate(dataset[column]):
-            reference_answer(answer, place=f"row {row}, column {column!r}")
-
-    def boxed_match(
-        completions: list[Any], completion_ids: list[list[int]], **kwargs: Any
-    ) -> list[float]:
-        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        place = f"a row, column {column!r}"
-        rewards = [
-            boxed_match_reward(text, reference_answer(answer, place=place))
-            for text, answer in zip(texts, kwargs[column], strict=True)
-        ]
-        if buffer and longest:
-            lengths = torch.tensor([len(ids) for ids in completion_ids])
-            penalties = overlong_penalty(lengths, max_length=longest, buffer_length=buffer)
-            rewards = (penalties + torch.tensor(rewards, dtype=penalties.dtype)).tolist()
-        return rewards
-
-    return boxed_match
-
-
-def _answer_column(arguments: TrainArguments, columns: list[str]) -> str:
-    named = [arguments.answer_column] if arguments.answer_column else ["answer", "solution"]
-    if named[0] in RESERVED_COLUMNS:
-        hint = "TRL uses this name itself and does not pass the column on. Rename the column."
-        raise invalid("train", "answer_column", "with a name of its own", named[0], hint)
-    for name in named:
-        if name in columns:
-            return name
-    hint = "Name the column of the reference answer."
-    raise invalid("train", "answer_column", f"to be a column ({' or '.join(named)})", columns, hint)
+INTERRUPTED = 130  # what a shell says of a program that was interrupted
+# How transformers calls models that generate text.
+GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+# Files of a run that are written into `output_dir` unless other ones are named.
+DEFAULT_FILES = {"metrics_file": "metrics.jsonl", "token_records": "tokens.jsonl"}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Trains a model by recipe and saves it to `output_dir`."""
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+    words = sys.argv[1:] if argv is None else argv
     parts: Any = (TrainArguments, TokenWeightsGRPOConfig, TrainModelConfig)
     parser = TrlParser(parts)
+    parser.set_defaults_with_config(**_of_this_machine())
     try:
-        trainer = _trainer(*parser.parse_args_and_config(argv))
-    except TokenWeightsError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    trainer.save_model(trainer.args.output_dir)
+        script, training, model = parser.parse_args_and_config(words)
+        training.resume_from_checkpoint = checkpoint_of(training)
+        trainer = _trainer(script, training, model)
+    except Exception as error:  # of this library, or of TRL, transformers, datasets and the Hub
+        if {"--log_level", "debug"} <= set(words):
+            raise
+        parser.exit(2, f"{parser.prog}: error: {_one_line(error, parser)}\n")
+    interruption = Interruption()
+    trainer.add_callback(interruption)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model(training.output_dir)
+    if trainer.accelerator.is_main_process:
+        _say_what_next(training, words, trainer, interrupted=interruption.asked)
     if trainer.accelerator.num_processes > 1:
         # A thread of gloo's may still have to let go of the last collective's tensors, and needs
         # the interpreter for it. A process that ends before it got it hangs or is aborted.
         time.sleep(1.0)
     trainer.accelerator.end_training()
+    if interruption.asked:
+        sys.exit(INTERRUPTED)
+
+
+def _of_this_machine() -> dict[str, Any]:
+    """Defaults of device and precision, and a line in the log for each rollout batch."""
+    found: dict[str, Any] = {"logging_steps": 1}
+    if not torch.accelerator.is_available():
+        return found | {"use_cpu": True, "bf16": False, "ddp_backend": _backend()}
+    return found | {"bf16": is_torch_bf16_gpu_available()}
+
+
+def _backend() -> str | None:
+    return "gloo" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+
+
+def _one_line(error: Exception, parser: TrlParser) -> str:
+    unknown = re.search(r"not used by the HfArgumentParser: \['(--[^'=]+)", str(error))
+    if unknown:
+        near = nearest(unknown[1], list(parser._option_string_actions))
+        meant = f" Did you mean {near}?" if near else ""
+        return f"unknown option {unknown[1]}.{meant}"
+    words = " ".join(str(error).split())
+    return words if isinstance(error, TokenWeightsError) else f"{type(error).__name__}: {words}"
+
+
+def checkpoint_of(training: TokenWeightsGRPOConfig) -> str | None:
+    """The checkpoint to go on from: a path, or `True` for the last one in `output_dir`.
+
+    Args:
+        training: Parsed training arguments.
+
+    Returns:
+        A directory, or None to start anew.
+
+    Raises:
+        TokenWeightsError: If there is no such checkpoint.
+    """
+    given = training.resume_from_checkpoint
+    if given is None or str(given).lower() in ("", "false"):
+        return None
+    folder = str(training.output_dir)
+    if str(given).lower() == "true":
+        last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        if last is None:
+            hint = "Leave the option out to start anew."
+            condition = "True with a checkpoint in `output_dir`"
+            raise invalid("train", "resume_from_checkpoint", condition, f"none in {folder}", hint)
+        return last
+    if not (Path(given) / "trainer_state.json").is_file():
+        hint = "`--resume_from_checkpoint True` takes the last one in `output_dir`."
+        raise invalid("train", "resume_from_checkpoint", "a checkpoint", given, hint)
+    return str(given)
 
 
 def _trainer(
     script: TrainArguments, training: TokenWeightsGRPOConfig, model: TrainModelConfig
-) -> TokenWeightsGRPOTrainer:
+) -> RewardedGRPOTrainer:
     name = model.model_name_or_path
     if not name:
         hint = "Pass `--model NAME`."
@@ -233,7 +124,16 @@ def _trainer(
     if is_missing_path(name):
         raise invalid("train", "model_name_or_path", "a path that exists", name, "Check the path.")
     dataset = training_dataset(script)
-    reward = boxed_reward(script, dataset, max_completion_length=training.max_completion_length)
+    place = model_place(name)
+    _require_generator(place, model)
+    held_out = None
+    if training.eval_strategy != "no":
+        held_out = training_dataset(script, split=script.dataset_test_split)
+    longest = training.max_completion_length
+    functions = reward_functions(script, dataset, max_completion_length=longest)
+    matched = set(script.reward_funcs or MATCHES) & set(MATCHES)
+    column = answer_column(script, list(next(iter(dataset)))) if matched else None
+    watch = RewardWatch(functions, column=column)
     settings: Any = training.model_init_kwargs or {}  # TRL has parsed its JSON
     training.model_init_kwargs = {
         "revision": model.model_revision,
@@ -241,14 +141,85 @@ def _trainer(
         "attn_implementation": model.attn_implementation,
         **settings,
     }
-    return TokenWeightsGRPOTrainer(
-        model=name,
-        reward_funcs=reward,
+    _name_files(training)
+    trainer = RewardedGRPOTrainer(
+        model=place,
+        reward_funcs=watch.functions,
         args=training,
         train_dataset=dataset,
+        eval_dataset=held_out,
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
+        callbacks=[watch],
     )
+    first = next(iter(dataset))["prompt"]
+    if not isinstance(first, str) and trainer.processing_class.chat_template is None:
+        hint = "Write the prompts as text, or give the tokenizer a template."
+        raise invalid("train", "model_name_or_path", "with a chat template", name, hint)
+    if trainer.accelerator.is_main_process:
+        write_run_json(
+            training,
+            trainer="trl",
+            model=name,
+            data=str(script.dataset_name),
+            seed=training.seed,
+            recipe=trainer.recipe,
+            settings={
+                "rewards": ", ".join(trainer.reward_func_names),
+                "steps": trainer.args.max_steps if trainer.args.max_steps > 0 else None,
+                "responses per prompt": training.num_generations,
+                "learning rate": training.learning_rate,
+                "loss": training.loss_type,
+            },
+        )
+    return trainer
+
+
+def _require_generator(name: str, model: TrainModelConfig) -> None:
+    """Refuses what is no language model before it is loaded."""
+    try:
+        config = AutoConfig.from_pretrained(name, revision=model.model_revision)
+    except (OSError, ValueError) as error:
+        got = f"{name} ({' '.join(str(error).split())})"
+        hint = "Check the name, and the connection."
+        raise invalid("train", "model_name_or_path", "a model that loads", got, hint) from error
+    made = config.architectures or []
+    if made and not any(name.endswith(GENERATORS) for name in made):
+        hint = "Name a model that generates text."
+        raise invalid("train", "model_name_or_path", "a language model", made[0], hint)
+
+
+def _name_files(training: TokenWeightsGRPOConfig) -> None:
+    """Metrics and token records go into `output_dir`; a run that starts anew begins them anew."""
+    folder = Path(str(training.output_dir)).absolute()
+    for option, file in DEFAULT_FILES.items():
+        if getattr(training, option) is not None:
+            continue
+        if option == "token_records" and training.token_recipe.attention is None:
+            continue
+        setattr(training, option, str(folder / file))
+        if training.resume_from_checkpoint is None and os.environ.get("RANK", "0") == "0":
+            (folder / file).unlink(missing_ok=True)
+
+
+def _say_what_next(
+    training: TokenWeightsGRPOConfig,
+    words: list[str],
+    trainer: RewardedGRPOTrainer,
+    *,
+    interrupted: bool,
+) -> None:
+    step, folder = trainer.state.global_step, str(training.output_dir)
+    print(f"\n{'interrupted at' if interrupted else 'trained to'} step {step}")
+    print(f"model   {folder}")
+    print(f"report  tokenweights report {shlex.quote(folder)}")
+    if interrupted:
+        ranks = trainer.accelerator.num_processes
+        start = f"torchrun --nproc_per_node {ranks}" if ranks > 1 else "python"
+        old = words.index("--resume_from_checkpoint") if "--resume_from_checkpoint" in words else -1
+        kept = words if old < 0 else [*words[:old], *words[old + 2 :]]
+        again = shlex.join([*kept, "--resume_from_checkpoint", "True"])
+        print(f"resume  {start} -m tokenweights_trl.train {again}")
 
 
 if __name__ == "__main__":
