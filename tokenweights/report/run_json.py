@@ -21,7 +21,7 @@ def write_run_json(
     trainer: str,
     model: str,
     data: str,
-    seed: int,
+    seed: int | None,
     recipe: Recipe | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
@@ -36,7 +36,7 @@ def write_run_json(
         trainer: Distribution of the trainer, such as `trl`; its version is written.
         model: Name or path of the model.
         data: Name or path of the training data.
-        seed: Seed of the run.
+        seed: Seed of the run; None where it has none.
         recipe: The recipe with its layers numbered; None takes that of `config`.
         settings: Further names and values, of what JSON holds.
 
@@ -64,7 +64,7 @@ def write_run_json(
         "settings": {
             "model": model,
             "data": data,
-            "seed": seed,
+            **({} if seed is None else {"seed": seed}),
             **(settings or {}),
             **{name: found for name, found in versions.items() if found is not None},
             "python": platform.python_version(),

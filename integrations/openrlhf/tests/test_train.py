@@ -8,6 +8,7 @@ import sys
 import cpu_process
 import pytest
 import tiny
+from tokenweights.report import run_from_directory
 from tokenweights.report.records import read_metrics, read_token_records
 from tokenweights_lab import policy_path, problems
 
@@ -82,6 +83,8 @@ def test_low2high_raises_the_reward_and_a_stopped_run_goes_on(tmp_path):
     assert [made.step for made in read_token_records(records)] == [0] * 8 + [5] * 8 + [10] * 8
     steps = [line["step"] for line in read_metrics(records.with_name("metrics.jsonl"))]
     assert steps == list(range(1, 13))
+    made = run_from_directory(records.parent)
+    assert made.title == "low2high on prompts.jsonl" and made.settings["openrlhf"]
     lines = read_metrics(probed)
     assert [line["step"] for line in lines] == [1, 11]
     for line in lines:

@@ -37,8 +37,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
-from tokenweights_trl import TokenWeightsGRPOConfig
-from tokenweights_trl.rewarded import RewardedGRPOTrainer
+from tokenweights_trl import TokenWeightsGRPOConfig, TokenWeightsGRPOTrainer
 
 PROMPTS, SAMPLES = 16, 8
 RECORDED_PROMPTS = 4
@@ -47,7 +46,7 @@ FILES = ("metrics.jsonl", "evaluations.jsonl", "tokens.jsonl", "gradient.jsonl",
 FIGURES = {"learning": learning_figure, "dynamics": dynamics_figure, "weights": weights_figure}
 
 
-class DemoTrainer(RewardedGRPOTrainer):
+class DemoTrainer(TokenWeightsGRPOTrainer):
     """Records several prompts, and what every recorded token attended to."""
 
     def __init__(self, *args: Any, **kwargs: Any):

@@ -14,6 +14,7 @@ import pytest
 import tokenweights as tw
 import torch
 from cpu_platform import ENVIRONMENT
+from tokenweights.report import run_from_directory
 from tokenweights.report.records import read_metrics, read_token_records
 from tokenweights_lab import load_policy, load_tokenizer
 
@@ -114,6 +115,13 @@ def test_the_metrics_file_has_every_step_also_over_a_resume(runs, ranks):
         logged = metrics[line["step"]]
         for name in ("critic/score/mean", "token_weights/weight_mean", "actor/grad_norm"):
             assert line[name] == pytest.approx(logged[name])
+
+
+def test_the_run_says_what_it_is(runs):
+    folder, _ = runs(1)
+    made = run_from_directory(folder / "run")
+    assert made.title == "low2high on train.parquet"
+    assert made.settings["model"] == str(folder / "model") and made.settings["verl"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

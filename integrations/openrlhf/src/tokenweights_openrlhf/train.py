@@ -18,6 +18,7 @@ from openrlhf.utils import config as openrlhf_config
 from tokenweights import TokenWeightsConfig
 from tokenweights._errors import TokenWeightsError
 from tokenweights.recipes import require_version
+from tokenweights.report import write_run_json
 
 from tokenweights_openrlhf.config import checked_arguments
 from tokenweights_openrlhf.probe import GradientProbePolicyActor
@@ -60,7 +61,11 @@ def _run(argv: list[str], config: Any) -> None:
     hierarchize = openrlhf_config.hierarchize
 
     def hierarchize_and_check(arguments: Any) -> Any:
-        return checked_arguments(hierarchize(arguments), config)
+        checked = checked_arguments(hierarchize(arguments), config)
+        model, data = checked.actor.model_name_or_path, checked.data.prompt_dataset
+        seed = checked.train.seed
+        write_run_json(config, trainer="openrlhf", model=model, data=str(data), seed=seed)
+        return checked
 
     probed = config is not None and config.gradient_probe_steps is not None
     actor_class = GradientProbePolicyActor if probed else TokenWeightsPolicyActor

@@ -23,8 +23,8 @@ from tokenweights_trl.arguments import TrainArguments, TrainModelConfig
 from tokenweights_trl.callbacks import Interruption, RewardWatch
 from tokenweights_trl.config import TokenWeightsGRPOConfig
 from tokenweights_trl.data import is_missing_path, training_dataset
-from tokenweights_trl.rewarded import RewardedGRPOTrainer
 from tokenweights_trl.rewards import MATCHES, answer_column, reward_functions
+from tokenweights_trl.trainer import TokenWeightsGRPOTrainer
 
 INTERRUPTED = 130  # what a shell says of a program that was interrupted
 # How transformers calls models that generate text.
@@ -116,7 +116,7 @@ def checkpoint_of(training: TokenWeightsGRPOConfig) -> str | None:
 
 def _trainer(
     script: TrainArguments, training: TokenWeightsGRPOConfig, model: TrainModelConfig
-) -> RewardedGRPOTrainer:
+) -> TokenWeightsGRPOTrainer:
     name = model.model_name_or_path
     if not name:
         hint = "Pass `--model NAME`."
@@ -142,7 +142,7 @@ def _trainer(
         **settings,
     }
     _name_files(training)
-    trainer = RewardedGRPOTrainer(
+    trainer = TokenWeightsGRPOTrainer(
         model=place,
         reward_funcs=watch.functions,
         args=training,
@@ -205,7 +205,7 @@ def _name_files(training: TokenWeightsGRPOConfig) -> None:
 def _say_what_next(
     training: TokenWeightsGRPOConfig,
     words: list[str],
-    trainer: RewardedGRPOTrainer,
+    trainer: TokenWeightsGRPOTrainer,
     *,
     interrupted: bool,
 ) -> None:

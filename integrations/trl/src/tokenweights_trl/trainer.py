@@ -270,9 +270,22 @@ class TokenWeightsMixin(_Base):
             prompt_ids=sample_ids // self.num_generations,
             token_ids=output["completion_ids"],
             advantages=advantages if advantages.dim() == 2 else advantages[:, None],
+            rewards=self._rewards(len(mask), mask.device),
             group=torch.distributed.group.WORLD if torch.distributed.is_initialized() else None,
             **{name: given.get(name) for name in given if name in self.recipe.columns},
         )
+
+    def _rewards(self, rows: int, device: torch.device) -> Tensor | None:
+        """What the reward functions gave this rank's rows, weighed; token records show it."""
+        # TRL keeps the rewards of the last rollout batch, of all ranks one after another.
+        parts = [list(self._logs["rewards"][name]) for name in self.reward_func_names]
+        ranks = self.accelerator.num_processes
+        if any(len(part) < rows * ranks for part in parts):
+            return None
+        start = -(ranks - self.accelerator.process_index) * rows
+        mine = [part[start : start + rows or None] for part in parts]
+        values = torch.tensor(mine, dtype=torch.float32, device=device)
+        return (values * self.reward_weights.to(device)[:, None]).nansum(0)
 
     def _weighted(self, output: dict[str, Any], columns: dict[str, Any]) -> dict[str, Any]:
         step, batch = self.state.global_step, self._batch(output, columns)

@@ -125,10 +125,8 @@ def gradient_metrics(engine: Any, data: TensorDict, series: tw.GradientSeries) -
         return pad(found, (0, mask.shape[1] - found.shape[1]))
 
     with engine.train_mode(zero_grad_on_exit=False):
-        found = []
         with preserved("gradient_metrics", module), torch.no_grad():
-            for part in parts:
-                found.append(part.select(*KEPT).update(_outputs(engine, part, forward_only=True)))
+            found = [p.select(*KEPT).update(_outputs(engine, p, forward_only=True)) for p in parts]
             whole = tu.concat_tensordict(found)
             # Fused kernels give log-probabilities that require a gradient even here.
             old = response_scores(whole["log_probs"], whole["response_mask"], alignment="deciding")

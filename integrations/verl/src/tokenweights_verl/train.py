@@ -6,6 +6,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from tokenweights._errors import TokenWeightsError
 from tokenweights.recipes.config import FILES
+from tokenweights.report import write_run_json
 from verl.trainer import main_ppo
 
 from tokenweights_verl.config import token_weights_config
@@ -24,6 +25,8 @@ def main(config: DictConfig) -> None:
         sys.exit(f"train: error: {error}")
     # Ray's processes have another working directory than this one.
     OmegaConf.update(config, "token_weights", {name: getattr(asked, name) for name in FILES})
+    path, data = config.actor_rollout_ref.model.path, config.data
+    write_run_json(asked, trainer="verl", model=path, data=str(data.train_files), seed=data.seed)
     main_ppo.main(config)
 
 
