@@ -49,20 +49,10 @@ def add(a: int, b: int) -> int:
 class Calculator:
     """An environment whose one method is the tool."""
 
+    add = staticmethod(add)
+
     def reset(self, **_):
         return None
-
-    def add(self, a: int, b: int) -> int:
-        """Adds two numbers.
-
-        Args:
-            a: The first.
-            b: The second.
-
-        Returns:
-            Their sum.
-        """
-        return a + b
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
