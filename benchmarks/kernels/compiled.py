@@ -1,9 +1,10 @@
-"""Registers, local memory and shared memory of the compiled Triton kernels; needs no GPU.
+"""What the compiled Triton kernels take, read from their machine code; needs no GPU.
 
 `python benchmarks/kernels/compiled.py --arch 90` compiles what the library ships for that compute
 capability and prints one line per kernel; `--json` prints it for machines. `--sweep` tries other
 tiles as well. A configuration is fit if it spills nothing (stack and local memory are zero) and its
-shared memory is within the limit of the device.
+shared memory is within the limit of the device. Instructions per score are those of the tightest
+loop with a product in it: what is done once for all heads of a tile is outside of it.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -26,6 +28,7 @@ from tokenweights.attention.triton_configuration import Configuration, Tiles, bl
 
 # Bytes of shared memory that a block may use.
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
+SHARED_OF_MULTIPROCESSOR = {80: 167936, 90: 233472, 100: 233472}
 POINTERS = {
     "query": "input",
     "key": "input",
@@ -44,6 +47,7 @@ DIVISIBLE = {"query_batch", "query_head", "query_token", "key_batch", "key_head"
 # What a launch may find to be a multiple of 16, as with 16384 tokens, or to be 1.
 ROUND = frozenset({"query_slots", "all_rows", "sum_rows"})
 ONES = ROUND | {"group", "window", "fixed_k", "local_window", "top_k"}
+PRODUCT = re.compile(r"\b(?P<name>HGMMA|HMMA|UTC\w*MMA)\b(?:\.64x(?P<columns>\d+)x16)?")
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 EVERYTHING = {"ENTROPY": True, "LINEAR": True, "FIXED": True}
 ENTROPY_ONLY = {"ENTROPY": True, "LINEAR": False, "FIXED": False}
@@ -66,12 +70,25 @@ class Case:
 
 @dataclass(frozen=True)
 class Usage:
-    """What the binary takes."""
+    """What the binary takes.
+
+    Attributes:
+        registers: Of a thread.
+        stack: Bytes of a thread in local memory.
+        local: The same, as the binary declares them.
+        shared: Bytes of a block.
+        blocks: How many blocks a multiprocessor holds.
+        product: The tensor-core instruction; empty where there is none.
+        per_score: Instructions that threads issue for a score; None without such an instruction.
+    """
 
     registers: int
     stack: int
     local: int
     shared: int
+    blocks: int
+    product: str
+    per_score: float | None
 
     def fits(self, arch: int) -> bool:
         """No local memory, and no more shared memory than the device has."""
@@ -97,7 +114,11 @@ def usage(case: Case, arch: int) -> Usage:
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": case.warps, "num_stages": case.stages}
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return Usage(*_resources(binary.asm["cubin"]), binary.metadata.shared)
+    registers, stack, local = _resources(_shown_by("cuobjdump", "--dump-resource-usage", binary))
+    code = _shown_by("nvdisasm", "-c", binary)
+    shared = binary.metadata.shared
+    blocks = _blocks(registers, shared, 32 * case.warps, arch)
+    return Usage(registers, stack, local, shared, blocks, *_tightest_loop(code, case))
 
 
 def shipped_cases(arch: int) -> Iterator[Case]:
@@ -136,11 +157,13 @@ def cases(configuration: Configuration, dim: int, dtype: str) -> Iterator[Case]:
     tiles = configuration.denominators
     yield Case(
         "log_sum_exp",
-        common | {"BLOCK_ROWS": tiles.rows, "BLOCK_KEYS": tiles.keys, "SINKS": False},
+        common
+        | {"BLOCK_ROWS": tiles.rows, "BLOCK_KEYS": tiles.keys}
+        | {"SINKS": False, "NEGATIVE": False},
         dtype,
         tiles.warps,
         tiles.stages,
-        f"D={dim} {dtype} {_shown(tiles)}",
+        f"D={dim} {dtype} {tiles}",
     )
     for name, tiles, sums, store in (
         ("entropy", configuration.weights, ENTROPY_ONLY, False),
@@ -148,8 +171,9 @@ def cases(configuration: Configuration, dim: int, dtype: str) -> Iterator[Case]:
         ("sums+workspace", configuration.sums, EVERYTHING, True),
     ):
         constants = common | sums | {"BLOCK_ROWS": tiles.rows, "BLOCK_KEYS": tiles.keys}
-        constants |= {"HEADS": 32, "UNROLLED": 4 if configuration.unrolled else 1, "STORE": store}
-        note = f"{name} D={dim} {dtype} {_shown(tiles)}"
+        constants |= {"HEADS": 32, "SHARED": 4 if tiles.shared else 1, "STORE": store}
+        constants |= {"OVERLAPPED": tiles.overlapped}
+        note = f"{name} D={dim} {dtype} {tiles}"
         yield Case("mean_weights", constants, dtype, tiles.warps, tiles.stages, note)
 
 
@@ -169,14 +193,12 @@ def sweep_cases(arch: int) -> Iterator[Case]:
     shapes = [(64, 32, 4), (64, 64, 4), (64, 128, 4), (128, 32, 4), (128, 64, 4), (128, 32, 8)]
     shapes += [(128, 64, 8), (128, 128, 8), (64, 64, 8), (64, 128, 8)]
     base = shipped(arch // 10, 128, 2)
+    forms = ({}, {"shared": True}, {"overlapped": True}, {"shared": True, "overlapped": True})
     for (rows, keys, warps), stages, dim in itertools.product(shapes, (1, 2, 3), (64, 128)):
-        tiles = Tiles(rows, keys, warps, stages)
-        for unrolled in (False, True):
-            yield from cases(
-                replace(base, weights=tiles, sums=tiles, denominators=tiles, unrolled=unrolled),
-                dim,
-                "bf16",
-            )
+        for form in forms:
+            tiles = Tiles(rows, keys, warps, stages, **form)
+            some = replace(base, weights=tiles, sums=tiles, denominators=tiles)
+            yield from itertools.islice(cases(some, dim, "bf16"), 1 if form else 0, None)
 
 
 def _input_type(name: str, case: Case) -> str:
@@ -186,20 +208,58 @@ def _input_type(name: str, case: Case) -> str:
     return f"tensordesc<{case.dtype}[1,1,{rows},{case.constants['BLOCK_DIM']}]>"
 
 
-def _shown(tiles: Tiles) -> str:
-    return f"{tiles.rows}x{tiles.keys} {tiles.warps}w s{tiles.stages}"
-
-
-def _resources(binary: bytes) -> tuple[int, int, int]:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+def _shown_by(tool: str, option: str, binary: Any) -> str:
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
+        file.write(binary.asm["cubin"])
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [str(path), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _resources(shown: str) -> tuple[int, int, int]:
     found = [re.search(rf"\b{name}:(\d+)", shown) for name in ("REG", "STACK", "LOCAL")]
     registers, stack, local = (int(match.group(1)) for match in found if match)
     return registers, stack, local
+
+
+def _blocks(registers: int, shared: int, threads: int, arch: int) -> int:
+    """Registers are given out by eight for each thread, shared memory with 1 KiB for each block."""
+    by_registers = 65536 // (-(-registers // 8) * 8 * threads)
+    return min(by_registers, SHARED_OF_MULTIPROCESSOR[arch] // (shared + 1024), 2048 // threads)
+
+
+def _tightest_loop(code: str, case: Case) -> tuple[str, float | None]:
+    """The product in it, and instructions per score."""
+    lines, places = [], {}
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_\w+):", line.strip()):
+            places[label.group(1)] = len(lines)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
+            lines.append(instruction.group(1))
+    found = []
+    for end, line in enumerate(lines):
+        target = re.search(r"\bBRA\b.*\((\.L_\w+)\)", line)
+        start = places.get(target.group(1), end + 1) if target else end + 1
+        products = [p for x in lines[start : end + 1] if (p := PRODUCT.search(x))]
+        if products:
+            # A warp group multiplies 64 x N x 16 at a time, a warp 16 x 8 x 16; on sm_100 one
+            # thread starts the product of the whole tile.
+            whole = case.constants["BLOCK_ROWS"] * case.constants["BLOCK_KEYS"]
+            scores = {
+                "HGMMA": lambda p: 64 * int(p["columns"] or 0) * 16 / 128,
+                "HMMA": lambda p: 16 * 8 * 16 / 32,
+            }
+            count = scores.get(products[0]["name"])
+            if count is None:
+                each = whole / (32 * case.warps)
+            else:
+                each = sum(map(count, products)) / case.constants["BLOCK_DIM"]
+            found.append(((end + 1 - start) / each, products[0]["name"]))
+    if not found:
+        return "", None
+    least, name = min(found)
+    return name, round(least, 2)
 
 
 def main() -> None:
@@ -216,6 +276,8 @@ def main() -> None:
             rows.append(record | asdict(taken) | {"fits": taken.fits(arch)})
             if not arguments.json:
                 shown = f"{taken.registers:4} reg {taken.stack:5} stack {taken.shared:7} shared"
+                shown += f" {taken.blocks} blocks {taken.product:7}"
+                shown += f" {taken.per_score:5.2f} per score" if taken.per_score else ""
                 verdict = "fits" if taken.fits(arch) else "DOES NOT FIT"
                 print(f"sm_{arch} {case.kernel:13}{case.note:50}{shown}  {verdict}", flush=True)
     if arguments.json:

@@ -1,5 +1,6 @@
 """Times of the kernels over tile sizes, next to those of the tiles that are shipped."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -20,9 +21,8 @@ ROLES = {
     "sums": (STATISTIC_KINDS, True),
     "denominators": (("normalized",), False),
 }
-SHAPES = ((64, 64, 4), (64, 128, 8), (128, 64, 8), (128, 128, 8), (64, 256, 8))
-# Query heads that share one load of keys need room for all of them.
-SHARED = ((64, 64, 8), (64, 128, 8), (128, 64, 8), (128, 128, 8))
+SHAPES = ((64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 8), (128, 128, 8), (64, 256, 8))
+FORMS = ({"shared": True}, {"overlapped": True}, {"shared": True, "overlapped": True})
 
 
 def tuned(layer: Layer, budget: float, *, toy: bool) -> Iterator[dict[str, str | float | None]]:
@@ -51,21 +51,15 @@ def tuned(layer: Layer, budget: float, *, toy: bool) -> Iterator[dict[str, str |
 
 def candidates(base: Configuration, role: str, *, toy: bool) -> Iterator[tuple[str, Configuration]]:
     """The shipped tiles, then others in their place."""
-    yield "shipped, " + shown(getattr(base, role), base.unrolled), base
+    yield f"shipped, {getattr(base, role)}", base
+    forms = ({},) if role == "denominators" else ({}, *FORMS)
     if toy:
-        tiles, shared = Tiles(32, 32, 1, 1), role != "denominators"
-        yield shown(tiles, shared), replace(base, **{role: tiles}, unrolled=shared)
-        return
-    for rows, keys, warps in SHAPES:
-        for stages in (2, 3):
-            tiles = Tiles(rows, keys, warps, stages)
-            yield shown(tiles, False), replace(base, **{role: tiles}, unrolled=False)
-    if role == "denominators":
-        return
-    for rows, keys, warps in SHARED:
-        for stages in (1, 2):
-            tiles = Tiles(rows, keys, warps, stages)
-            yield shown(tiles, True), replace(base, **{role: tiles}, unrolled=True)
+        shapes, stages, forms = ((32, 32, 1),), (1,), forms[-1:]
+    else:
+        shapes, stages = SHAPES, (2, 3)
+    for shape, loads, form in itertools.product(shapes, stages, forms):
+        tiles = Tiles(*shape, loads, **form)
+        yield str(tiles), replace(base, **{role: tiles})
 
 
 def sweep(layer: Layer, query, batch, request: Request, configuration: Configuration) -> None:
@@ -81,9 +75,3 @@ def sweep(layer: Layer, query, batch, request: Request, configuration: Configura
         workspace_bytes=2**28,
         configuration=configuration,
     )
-
-
-def shown(tiles: Tiles, unrolled: bool) -> str:
-    """Tiles in words."""
-    words = f"{tiles.rows}x{tiles.keys} {tiles.warps}w s{tiles.stages}"
-    return words + ", keys shared" * unrolled

@@ -8,6 +8,7 @@ cases on the device.
 
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from tokenweights.attention import (
 from tokenweights.attention.layout import padded_batch
 from tokenweights.attention.results import empty_results
 from tokenweights.attention.statistics import Logits, Request
-from tokenweights.attention.triton_configuration import INTERPRETER, Configuration, Tiles
+from tokenweights.attention.triton_configuration import INTERPRETER, Tiles
 
 # The interpreter evaluates both sides of every selection, overflow on the dropped one included.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -105,26 +106,26 @@ def test_heads_kept_apart(heads):
     assert_agrees(normal(1, 4, 40, 64), normal(1, 2, 70, 64, seed=1), heads=heads, kinds=kinds)
 
 
-@pytest.mark.parametrize("unrolled", [False, True])
+@pytest.mark.parametrize("overlapped", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("descriptors", [False, True])
 @pytest.mark.parametrize("dim", [64, 96])
-def test_ways_of_loading(unrolled, descriptors, dim):
+def test_ways_of_loading(overlapped, shared, descriptors, dim):
     if DEVICE != "cpu" and descriptors and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("no tensor descriptors")
     query, key = normal(2, 4, 40, dim).to(torch.float16), normal(2, 2, 70, dim, seed=1).half()
-    small = INTERPRETER if DEVICE == "cpu" else Configuration(*[Tiles(32, 64, 4, 2)] * 3)
-    configuration = Configuration(
-        small.weights,
-        small.sums,
-        small.denominators,
-        descriptors=descriptors,
-        unrolled=unrolled,
-        largest_block=small.largest_block,
+    tiles = replace(
+        INTERPRETER.sums if DEVICE == "cpu" else Tiles(64, 64, 4, 2),
+        shared=shared,
+        overlapped=overlapped,
+    )
+    configuration = replace(
+        INTERPRETER, weights=tiles, sums=tiles, denominators=tiles, descriptors=descriptors
     )
     mask = torch.ones(2, 70, dtype=torch.bool, device=DEVICE)
     mask[0, :35] = False
     query[0, :, :5], key[0, :, :35] = torch.nan, torch.nan
-    kinds = STATISTIC_KINDS if unrolled else SUMS
+    kinds = STATISTIC_KINDS if shared and not overlapped else SUMS
     request = Request(kinds, 20, 30, (0.5, 0.9), 40)
     results = empty_results(request, (2, 1, 40), query)
     triton_backend.triton_sweep(
@@ -156,6 +157,7 @@ def test_ways_of_loading(unrolled, descriptors, dim):
         {"softcap": 0.2},
         {"causal": False},
         {"scale": 0.5},
+        {"scale": -0.2},
         {"window": 70, "softcap": 3.0, "sinks": True},
     ],
     ids=str,

@@ -186,6 +186,7 @@ class _Sweep:
             self.all_rows,
             self.group,
             *self._logit_parameters(),
+            NEGATIVE=self.logits.scale <= 0,
             SINKS=self.sinks is not None,
             **self._constants(tiles),
         )
@@ -287,7 +288,6 @@ class _Sweep:
     ) -> None:
         kinds = set(request.kinds)
         averaged = self.heads // self.out_heads
-        unrolled = self.configuration.unrolled and averaged % self.group == 0
         _KERNELS.mean_weights[(len(items),)](
             self._loaded(self.query, tiles.rows),
             self._loaded(self.key, tiles.keys),
@@ -305,7 +305,8 @@ class _Sweep:
             request.fixed_k,
             request.local_window,
             HEADS=averaged,
-            UNROLLED=self.group if unrolled else 1,
+            SHARED=self.group if tiles.shared and averaged % self.group == 0 else 1,
+            OVERLAPPED=tiles.overlapped,
             ENTROPY=bool(kinds & {"raw", "normalized"}),
             LINEAR=bool(kinds & LINEAR),
             FIXED="fixed" in kinds,

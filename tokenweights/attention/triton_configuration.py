@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,12 +15,22 @@ LARGEST_BLOCK = 16384
 
 @dataclass(frozen=True)
 class Tiles:
-    """Queries and keys of a product, and the warps and load stages that work on it."""
+    """Queries and keys of a product, and the warps and load stages that work on it.
+
+    Weights alone may have keys `shared`, by the query heads that have them, once loaded, and
+    `overlapped` heads: exponentials of one run while the product of the next does.
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    shared: bool = False
+    overlapped: bool = False
+
+    def __str__(self) -> str:
+        form = ", keys shared" * self.shared + ", overlapped" * self.overlapped
+        return f"{self.rows}x{self.keys} {self.warps}w s{self.stages}{form}"
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,6 @@ class Configuration:
         sums: The same where more is summed or weights are written to a workspace.
         denominators: Tiles of the log-sum-exp.
         descriptors: Load tiles by tensor descriptors (TMA) instead of pointers.
-        unrolled: Work off all query heads of a key head per load of its keys.
         largest_block: Most weights of a row that a selecting program holds.
         selected: Weights that a selecting program holds where rows are shorter.
     """
@@ -51,7 +60,6 @@ class Configuration:
     sums: Tiles
     denominators: Tiles
     descriptors: bool = False
-    unrolled: bool = False
     largest_block: int = LARGEST_BLOCK
     selected: int = 4096
 
@@ -92,17 +100,17 @@ def shipped(
         few, products = Tiles(32, 16, 4, 1), Tiles(32, 32, 8, 1)
         return Configuration(products, products, few)
     wide = block > 128
-    if major == 9 and describable:
-        large, small = Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2 if wide else 3)
-        return Configuration(small if wide else large, small, small, descriptors=True)
+    long, square = Tiles(64, 128, 4, 2), Tiles(64, 64, 8, 2)
+    if major >= 9 and describable and not wide:
+        sums = Tiles(64, 64, 4, 2, shared=True) if major == 9 else Tiles(64, 64, 8, 3)
+        return Configuration(replace(long, shared=True), sums, long, descriptors=True)
     if major == 10:
-        small = Tiles(64, 64, 8, 2)
-        if describable:
-            large = small if wide else Tiles(128, 64, 8, 3)
-            return Configuration(large, Tiles(64, 64, 8, 3), large, descriptors=True)
-        return Configuration(small, Tiles(64, 32, 8, 2), small)
-    small = Tiles(64, 64, 8, 2) if wide else Tiles(128, 64, 8, 2)
-    return Configuration(small, small, small)
+        sums = square if describable else Tiles(64, 32, 8, 2)
+        few = Tiles(64, 64, 4, 2) if wide else square
+        return Configuration(square, sums, few, descriptors=describable)
+    large = square if wide and not (major == 9 and describable) else Tiles(128, 64, 8, 2)
+    sums = large if wide or major == 9 else replace(square, shared=True)
+    return Configuration(large, sums, large, descriptors=major == 9 and describable)
 
 
 # Small programs are slow to interpret, whatever the size of their tiles.

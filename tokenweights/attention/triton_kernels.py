@@ -41,6 +41,70 @@ def _softcapped(score, scale, softcap):
 
 
 @triton.jit
+def _logit(score, scale, softcap, SOFTCAP: tl.constexpr):
+    """Base-2 logits."""
+    if SOFTCAP:
+        logit = _softcapped(score, scale, softcap)
+    else:
+        logit = score * (scale * LOG2E)
+    return logit
+
+
+@triton.jit
+def _work(items, sequences):
+    """Rows and keys of this program, and batch row, slots, queries and keys of their sequence."""
+    item = items + tl.program_id(0) * ITEM_COLUMNS
+    sequence = sequences + tl.load(item) * SEQUENCE_COLUMNS
+    rows = tl.load(item + 1), tl.load(item + 2), tl.load(item + 3), tl.load(item + 4)
+    slots = tl.load(sequence), tl.load(sequence + 1), tl.load(sequence + 3)
+    return rows + slots + (tl.load(sequence + 2), tl.load(sequence + 4))
+
+
+@triton.jit
+def _tile(
+    tensor,
+    batch,
+    head,
+    slot,
+    last,
+    batch_stride,
+    head_stride,
+    token_stride,
+    TOKENS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Vectors of consecutive slots; by pointers, those after the first and `last` repeat it."""
+    if DESCRIPTORS:
+        tile = tensor.load([batch, head, slot, 0]).reshape(TOKENS, BLOCK_DIM)
+    else:
+        start = tensor + tl.cast(batch, tl.int64) * batch_stride
+        start += tl.cast(head, tl.int64) * head_stride + tl.cast(slot, tl.int64) * token_stride
+        dim = tl.arange(0, BLOCK_DIM)[None, :]
+        start += tl.minimum(tl.arange(0, TOKENS), last)[:, None] * token_stride + dim
+        if DIM == BLOCK_DIM:
+            tile = tl.load(start)
+        else:
+            tile = tl.load(start, mask=dim < DIM, other=0.0)
+    if UPCAST:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def _visible(distance, column, key_stop, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Which keys the queries at these distances see."""
+    visible = column < key_stop
+    if CAUSAL:
+        visible &= distance >= 0
+    if WINDOW:
+        visible &= distance < window
+    return visible
+
+
+@triton.jit
 def log_sum_exp(
     query,
     key,
@@ -67,77 +131,94 @@ def log_sum_exp(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    NEGATIVE: tl.constexpr,
     SINKS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Natural log of the softmax denominators, `heads row`: one program per row block and head."""
-    item = items + tl.program_id(0) * ITEM_COLUMNS
-    head = tl.cast(tl.program_id(1), tl.int64)
-    sequence = sequences + tl.load(item) * SEQUENCE_COLUMNS
-    first_row, row_stop = tl.load(item + 1), tl.load(item + 2)
-    first_key, key_stop = tl.load(item + 3), tl.load(item + 4)
-    batch, query_slot, queries = tl.load(sequence), tl.load(sequence + 1), tl.load(sequence + 2)
-    key_slot, keys = tl.load(sequence + 3), tl.load(sequence + 4)
+    """Natural log of the softmax denominators, `heads row`: one program per row block and head.
 
+    Only tiles at the edge of the window and those at the diagonal, or with the last keys, are
+    masked: the tiles between have a loop of their own.
+    """
+    first_row, row_stop, first_key, key_stop, batch, query_slot, key_slot, queries, keys = _work(
+        items, sequences
+    )
+    head = tl.program_id(1)
     row = tl.arange(0, BLOCK_ROWS)
-    dim = tl.arange(0, BLOCK_DIM)
-    real = tl.minimum(row, row_stop - first_row - 1)
     position = keys - queries + first_row + row
-    if DESCRIPTORS:
-        q = query.load([batch, tl.program_id(1), query_slot + first_row, 0])
-        q = q.reshape(BLOCK_ROWS, BLOCK_DIM)
+    q = _tile(
+        query,
+        batch,
+        head,
+        query_slot + first_row,
+        row_stop - first_row - 1,
+        query_batch,
+        query_head,
+        query_token,
+        BLOCK_ROWS,
+        DIM,
+        BLOCK_DIM,
+        DESCRIPTORS,
+        UPCAST,
+    )
+    # Softcapped logits, and those that a negative scale turns around, are scaled one by one.
+    if SOFTCAP or NEGATIVE:
+        factor = 1.0
     else:
-        q_start = query + tl.cast(batch, tl.int64) * query_batch + head * query_head
-        q_start += tl.cast(query_slot + first_row, tl.int64) * query_token
-        k_start = key + tl.cast(batch, tl.int64) * key_batch + (head // group) * key_head
-        k_start += tl.cast(key_slot, tl.int64) * key_token
-        q_offset = real[:, None] * query_token + dim[None, :]
-        if DIM == BLOCK_DIM:
-            q = tl.load(q_start + q_offset)
-        else:
-            q = tl.load(q_start + q_offset, mask=dim[None, :] < DIM, other=0.0)
-    if UPCAST:
-        q = q.to(tl.float32)
+        factor = scale * LOG2E
+    edge, diagonal = first_key, key_stop
+    if WINDOW:
+        hidden = keys - queries + row_stop - window - first_key
+        edge = tl.minimum(
+            first_key + tl.cdiv(tl.maximum(hidden, 0), BLOCK_KEYS) * BLOCK_KEYS, key_stop
+        )
+    if CAUSAL:
+        diagonal = tl.minimum(diagonal, keys - queries + first_row + 1)
+    diagonal = tl.maximum(edge, first_key + (diagonal - first_key) // BLOCK_KEYS * BLOCK_KEYS)
 
     largest = tl.full([BLOCK_ROWS], HIDDEN, tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
-    for start in range(first_key, key_stop, BLOCK_KEYS):
-        column = start + tl.arange(0, BLOCK_KEYS)
-        if DESCRIPTORS:
-            k = key.load([batch, tl.program_id(1) // group, key_slot + start, 0])
-            k = k.reshape(BLOCK_KEYS, BLOCK_DIM)
+    for stretch in tl.static_range(0 if WINDOW else 1, 3):
+        if stretch == 0:
+            begin, end = first_key, edge
+        elif stretch == 1:
+            begin, end = edge, diagonal
         else:
-            real_key = tl.minimum(column, keys - 1) - start
-            k_tile = k_start + tl.cast(start, tl.int64) * key_token
-            k_offset = real_key[:, None] * key_token + dim[None, :]
-            if DIM == BLOCK_DIM:
-                k = tl.load(k_tile + k_offset)
-            else:
-                k = tl.load(k_tile + k_offset, mask=dim[None, :] < DIM, other=0.0)
-        if UPCAST:
-            k = k.to(tl.float32)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if SOFTCAP:
-            logit = _softcapped(score, scale, softcap)
-        else:
-            logit = score * (scale * LOG2E)
-        distance = position[:, None] - column[None, :]
-        visible = column[None, :] < key_stop
-        if CAUSAL:
-            visible &= distance >= 0
-        if WINDOW:
-            visible &= distance < window
-        logit = tl.where(visible, logit, HIDDEN)
-        new = tl.maximum(largest, tl.max(logit, axis=1))
-        total = total * tl.exp2(largest - new) + tl.sum(tl.exp2(logit - new[:, None]), axis=1)
-        largest = new
+            begin, end = diagonal, key_stop
+        for start in range(begin, end, BLOCK_KEYS):
+            k = _tile(
+                key,
+                batch,
+                head // group,
+                key_slot + start,
+                keys - 1 - start,
+                key_batch,
+                key_head,
+                key_token,
+                BLOCK_KEYS,
+                DIM,
+                BLOCK_DIM,
+                DESCRIPTORS,
+                UPCAST,
+            )
+            logit = tl.dot(q, tl.trans(k), input_precision="ieee")
+            if SOFTCAP or NEGATIVE:
+                logit = _logit(logit, scale, softcap, SOFTCAP)
+            if stretch != 1:
+                column = start + tl.arange(0, BLOCK_KEYS)[None, :]
+                distance = position[:, None] - column
+                visible = _visible(distance, column, key_stop, window, CAUSAL, WINDOW)
+                logit = tl.where(visible, logit, HIDDEN)
+            new = tl.maximum(largest, tl.max(logit, axis=1) * factor)
+            power = tl.exp2(logit * factor - new[:, None])
+            total = total * tl.exp2(largest - new) + tl.sum(power, axis=1)
+            largest = new
     if SINKS:
         # A sink that overflows here leaves its head no weight, which is then exact.
         total += tl.exp2(tl.load(sinks + head) * LOG2E - largest)
-    out = batch * query_slots + query_slot + first_row + row
-    value = (largest + tl.log2(total)) * LN2
-    tl.store(lse + head * all_rows + out, value, mask=row < row_stop - first_row)
+    out = tl.cast(head, tl.int64) * all_rows + batch * query_slots + query_slot + first_row + row
+    tl.store(lse + out, (largest + tl.log2(total)) * LN2, mask=row < row_stop - first_row)
 
 
 @triton.jit
@@ -165,7 +246,8 @@ def mean_weights(
     fixed_k,
     local_window,
     HEADS: tl.constexpr,
-    UNROLLED: tl.constexpr,
+    SHARED: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -182,30 +264,21 @@ def mean_weights(
 ):
     """Row sums over the head-averaged weights of a block of rows and a range of keys.
 
-    `HEADS` heads are averaged, from `output head * HEADS` on. `UNROLLED` heads that share a key
-    head are worked off per load of its keys. `STORE` writes the weights to the workspace.
+    `HEADS` heads are averaged, from `output head * HEADS` on. `SHARED` heads in a row have one key
+    head and one load of its keys. `OVERLAPPED` takes the exponentials of a head while the product
+    of the next one runs. `STORE` writes the weights to the workspace.
     """
     item = items + tl.program_id(0) * ITEM_COLUMNS
-    sequence = sequences + tl.load(item) * SEQUENCE_COLUMNS
-    first_row, row_stop = tl.load(item + 1), tl.load(item + 2)
-    first_key, key_stop = tl.load(item + 3), tl.load(item + 4)
+    first_row, row_stop, first_key, key_stop, batch, query_slot, key_slot, queries, keys = _work(
+        items, sequences
+    )
     part, out_head = tl.load(item + 5), tl.load(item + 6)
-    batch, query_slot, queries = tl.load(sequence), tl.load(sequence + 1), tl.load(sequence + 2)
-    key_slot, keys = tl.load(sequence + 3), tl.load(sequence + 4)
-
     row = tl.arange(0, BLOCK_ROWS)
-    dim = tl.arange(0, BLOCK_DIM)
     live = row < row_stop - first_row
     real = tl.minimum(row, row_stop - first_row - 1)
     position = keys - queries + first_row + row
-    out = batch * query_slots + query_slot + first_row + real
-    q_start = query
-    k_start = key
-    if not DESCRIPTORS:
-        q_start += tl.cast(batch, tl.int64) * query_batch
-        q_start += tl.cast(query_slot + first_row, tl.int64) * query_token
-        k_start += tl.cast(batch, tl.int64) * key_batch + tl.cast(key_slot, tl.int64) * key_token
-    q_offset = real[:, None] * query_token + dim[None, :]
+    denominators = lse + tl.cast(out_head * HEADS, tl.int64) * all_rows
+    denominators += batch * query_slots + query_slot + first_row
     if WINDOW:
         first_visible = tl.maximum(position - window + 1, 0)
     else:
@@ -219,49 +292,60 @@ def mean_weights(
     fixed_mass = tl.zeros([BLOCK_ROWS], tl.float32)
     fixed_plogp = tl.zeros([BLOCK_ROWS], tl.float32)
     for start in range(first_key, key_stop, BLOCK_KEYS):
-        column = start + tl.arange(0, BLOCK_KEYS)
         mean = tl.zeros([BLOCK_ROWS, BLOCK_KEYS], tl.float32)
-        k_offset = (tl.minimum(column, keys - 1) - start)[:, None] * key_token + dim[None, :]
-        for step in range(0, HEADS // UNROLLED):
-            first_head = out_head * HEADS + step * UNROLLED
-            if DESCRIPTORS:
-                k = key.load([batch, first_head // group, key_slot + start, 0])
-                k = k.reshape(BLOCK_KEYS, BLOCK_DIM)
-            else:
-                k_tile = k_start + tl.cast(start, tl.int64) * key_token
-                k_tile += tl.cast(first_head // group, tl.int64) * key_head
-                if DIM == BLOCK_DIM:
-                    k = tl.load(k_tile + k_offset)
+        # What is overlapped lags by a head: before the first one there is no weight.
+        logit = tl.zeros([BLOCK_ROWS, BLOCK_KEYS], tl.float32)
+        shift = tl.full([BLOCK_ROWS], -HIDDEN, tl.float32)
+        for step in range(0, HEADS // SHARED):
+            first_head = out_head * HEADS + step * SHARED
+            k = tl.trans(
+                _tile(
+                    key,
+                    batch,
+                    first_head // group,
+                    key_slot + start,
+                    keys - 1 - start,
+                    key_batch,
+                    key_head,
+                    key_token,
+                    BLOCK_KEYS,
+                    DIM,
+                    BLOCK_DIM,
+                    DESCRIPTORS,
+                    UPCAST,
+                )
+            )
+            for member in range(0, SHARED):
+                q = _tile(
+                    query,
+                    batch,
+                    first_head + member,
+                    query_slot + first_row,
+                    row_stop - first_row - 1,
+                    query_batch,
+                    query_head,
+                    query_token,
+                    BLOCK_ROWS,
+                    DIM,
+                    BLOCK_DIM,
+                    DESCRIPTORS,
+                    UPCAST,
+                )
+                score = tl.dot(q, k, input_precision="ieee")
+                head = tl.cast(step * SHARED + member, tl.int64)
+                denominator = tl.load(denominators + head * all_rows + real) * LOG2E
+                if OVERLAPPED:
+                    mean += tl.exp2(_logit(logit, scale, softcap, SOFTCAP) - shift[:, None])
+                    logit, shift = score, denominator
                 else:
-                    k = tl.load(k_tile + k_offset, mask=dim[None, :] < DIM, other=0.0)
-            if UPCAST:
-                k = k.to(tl.float32)
-            for member in tl.static_range(UNROLLED):
-                head = tl.cast(first_head + member, tl.int64)
-                if DESCRIPTORS:
-                    q = query.load([batch, first_head + member, query_slot + first_row, 0])
-                    q = q.reshape(BLOCK_ROWS, BLOCK_DIM)
-                elif DIM == BLOCK_DIM:
-                    q = tl.load(q_start + head * query_head + q_offset)
-                else:
-                    q_tile = q_start + head * query_head + q_offset
-                    q = tl.load(q_tile, mask=dim[None, :] < DIM, other=0.0)
-                if UPCAST:
-                    q = q.to(tl.float32)
-                score = tl.dot(q, tl.trans(k), input_precision="ieee")
-                if SOFTCAP:
-                    logit = _softcapped(score, scale, softcap)
-                else:
-                    logit = score * (scale * LOG2E)
-                denominator = tl.load(lse + head * all_rows + out) * LOG2E
-                mean += tl.exp2(logit - denominator[:, None])
+                    score = _logit(score, scale, softcap, SOFTCAP)
+                    mean += tl.exp2(score - denominator[:, None])
+        if OVERLAPPED:
+            mean += tl.exp2(_logit(logit, scale, softcap, SOFTCAP) - shift[:, None])
         # One mask per tile, not per head; it also drops infinities of keys after the query.
+        column = start + tl.arange(0, BLOCK_KEYS)
         distance = position[:, None] - column[None, :]
-        visible = column[None, :] < key_stop
-        if CAUSAL:
-            visible &= distance >= 0
-        if WINDOW:
-            visible &= distance < window
+        visible = _visible(distance, column[None, :], key_stop, window, CAUSAL, WINDOW)
         mean = tl.where(visible, mean * (1.0 / HEADS), 0.0)
         mass += tl.sum(mean, axis=1)
         if STORE:
