@@ -6,6 +6,7 @@ VeRL imports this module in every process that has `ENVIRONMENT`.
 import logging
 import os
 from contextlib import nullcontext
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -127,6 +128,7 @@ def _copy_what_is_kept():
 
     save = fsdp_utils.fsdp2_sharded_save_to_cpu
 
+    @wraps(save)
     def copied(model):
         # VeRL keeps older weights by moving them to the CPU, where these already are.
         state, spec = save(model)
