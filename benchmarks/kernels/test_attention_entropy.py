@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tokenweights import attention_entropy
+from tokenweights.attention import attention_entropy_varlen
 
 HEADS, DIM, ROWS = 16, 64, 128
 
@@ -34,6 +35,25 @@ def eager_entropy(query, key):
     count = torch.arange(1, tokens + 1)
     entropy = torch.special.entr(weights.mean(1)).sum(-1)
     return entropy / count.log().where(count > 1, 1.0)
+
+
+def block_entropy(query, key, first):
+    """Normalised entropy of some rows of one sequence: what a user would write first."""
+    position = first + torch.arange(query.shape[1])
+    hidden = torch.arange(key.shape[1]) > position[:, None]
+    scores = (query @ key.transpose(1, 2) * query.shape[2] ** -0.5).masked_fill(hidden, -torch.inf)
+    entropy = torch.special.entr(torch.softmax(scores, -1).mean(0)).sum(-1)
+    return entropy / (position + 1).log().where(position > 0, 1.0)
+
+
+def entropy_by_blocks(query, key, block_entropy):
+    """One block of rows after another, each with the keys it sees."""
+    tokens = query.shape[2]
+    blocks = [
+        block_entropy(query[0, :, start : start + ROWS], key[0, :, : start + ROWS], start)
+        for start in range(0, tokens, ROWS)
+    ]
+    return torch.cat(blocks)[None]
 
 
 def floor(query, key):
@@ -99,6 +119,46 @@ def test_chunked_against_materialised_weights(benchmark, tokens):
         record |= {"chunked_MiB": small / 2**20, "eager_MiB": large / 2**20}
         record["memory_ratio"] = large / small
     report(benchmark, f"T={tokens}", record)
+
+
+# torch's compiler imports a part of torch that torch has deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("tokens", [1024, 2048, 4096])
+def test_chunked_against_compiled_row_blocks(benchmark, tokens):
+    query, key = inputs(tokens)
+    compiled_block = torch.compile(block_entropy, dynamic=True)
+
+    def compiled_entropy(query, key):
+        return entropy_by_blocks(query, key, compiled_block)
+
+    expected = compiled_entropy(query, key)
+    torch.testing.assert_close(attention_entropy(query, key), expected, atol=1e-5, rtol=0)
+    chunked, compiled = seconds(
+        [lambda: attention_entropy(query, key), lambda: compiled_entropy(query, key)], rounds=5
+    )
+    benchmark.pedantic(attention_entropy, (query, key), rounds=3)
+    record = {"chunked_ms": 1e3 * chunked, "compiled_ms": 1e3 * compiled}
+    report(benchmark, f"T={tokens}", record | {"ratio": compiled / chunked})
+
+
+@pytest.mark.parametrize(("sequences", "tokens"), [(2048, 16), (512, 64), (128, 256)])
+def test_short_packed_sequences_against_one_dense_call(benchmark, sequences, tokens):
+    query, key = inputs(tokens, batch=sequences)
+    rows = [part.transpose(1, 2).flatten(0, 1).contiguous() for part in (query, key)]
+    bounds = torch.arange(sequences + 1) * tokens
+
+    def packed():
+        return attention_entropy_varlen(*rows, cu_seqlens_q=bounds, cu_seqlens_k=bounds)
+
+    expected = eager_entropy(query, key)
+    torch.testing.assert_close(packed(), expected.flatten(), atol=1e-5, rtol=0)
+    spent, dense, eager = seconds(
+        [packed, lambda: attention_entropy(query, key), lambda: eager_entropy(query, key)], rounds=5
+    )
+    benchmark.pedantic(packed, rounds=3)
+    record = {"packed_ms": 1e3 * spent, "dense_ms": 1e3 * dense, "eager_ms": 1e3 * eager}
+    record |= {"packed/dense": spent / dense, "packed/eager": spent / eager}
+    report(benchmark, f"{sequences} x {tokens}", record)
 
 
 @pytest.mark.parametrize("tokens", [1024, 4096])

@@ -15,6 +15,7 @@ from tokenweights.attention import (
     attention_entropy_varlen,
     attention_statistics,
     chunked,
+    dispatch,
 )
 from tokenweights.attention.chunked import sequence_statistics
 from tokenweights.attention.statistics import Logits, Request
@@ -310,6 +311,80 @@ def test_every_layout_gives_the_same_numbers(lengths, data, kind, heads, window)
         assert not right[row][..., length:].any()
         # Blocks of rows start elsewhere, so only rounding may differ.
         assert_close(left[row][..., longest - count :], alone[row], 2e-6)
+
+
+def packed(sequences):
+    """Queries, keys and their bounds, of sequences `1 heads token dim` one after another."""
+    queries, keys = zip(*sequences, strict=True)
+    tokens = [torch.cat([part[0].transpose(0, 1) for part in side]) for side in (queries, keys)]
+    bounds = [torch.tensor([0, *(p.shape[2] for p in side)]).cumsum(0) for side in (queries, keys)]
+    return tokens, dict(zip(("cu_seqlens_q", "cu_seqlens_k"), bounds, strict=True))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(st.sampled_from([1, 2, 16, 45]), min_size=2, max_size=12),
+    st.sampled_from([None, 1, 3]),
+    st.sampled_from(ENTROPY_KINDS),
+    st.sampled_from(HEADS),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([1, 2**28]),
+)
+def test_short_sequences_of_equal_lengths_are_as_alone(
+    sizes, queries, kind, heads, faint, with_lse, workspace_bytes
+):
+    # A sink far above the scores sends rows through their logarithms.
+    sinks = torch.tensor([90.0, 1.0, 80.0, -torch.inf]) if faint else None
+    arguments = {"kind": kind, "heads": heads, "sinks": sinks, "top_k": 5, "fixed_k": 5}
+    arguments["workspace_bytes"] = workspace_bytes
+    sequences = [
+        (
+            normal(1, 4, min(queries or size, size), 8, seed=row),
+            normal(1, 2, size, 8, seed=100 + row),
+        )
+        for row, size in enumerate(sizes)
+    ]
+    lse = [log_sum_exp(*pair, sinks=sinks) if with_lse else None for pair in sequences]
+    alone = [
+        attention_entropy(*pair, lse=own, **arguments)[0]
+        for pair, own in zip(sequences, lse, strict=True)
+    ]
+    (query, key), bounds = packed(sequences)
+    together = torch.cat([own[0] for own in lse], -1) if with_lse else None
+    found = attention_entropy_varlen(query, key, lse=together, **bounds, **arguments)
+    assert torch.equal(found, torch.cat(alone, -1))
+
+
+def test_short_sequences_share_calls(monkeypatch):
+    calls = []
+
+    def counted(*arguments, **options):
+        calls.append(options["sequences"])
+        return sequence_statistics(*arguments, **options)
+
+    monkeypatch.setattr(dispatch, "sequence_statistics", counted)
+    sizes = [16, 9] * 300
+    (query, key), bounds = packed(
+        [(normal(1, 4, size, 8, seed=size), normal(1, 2, size, 8)) for size in sizes]
+    )
+    attention_entropy_varlen(query, key, **bounds)
+    # 2**20 bytes hold 256 sequences of 16 tokens, and all those of 9.
+    assert calls == [256, 44, 300]
+
+
+@pytest.mark.parametrize("kind", ENTROPY_KINDS)
+def test_a_foreign_lse_among_short_sequences_is_refused(kind):
+    sequences = [
+        (normal(1, 4, 9, 8, seed=row), normal(1, 2, 9, 8, seed=50 + row)) for row in range(8)
+    ]
+    (query, key), bounds = packed(sequences)
+    lse = torch.cat([log_sum_exp(*pair)[0] for pair in sequences], -1)
+    arguments = {"kind": kind, "fixed_k": 4, **bounds}
+    attention_entropy_varlen(query, key, lse=lse, **arguments)
+    lse[:, 5 * 9 : 6 * 9] += 0.1
+    with pytest.raises(TokenWeightsError, match="does not belong to these q and k"):
+        attention_entropy_varlen(query, key, lse=lse, **arguments)
 
 
 def test_packed_reference_and_chunked_agree():

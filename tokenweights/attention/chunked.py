@@ -2,7 +2,8 @@
 
 A block of query rows meets one tile of heads after another. Each tile is turned into weights in
 place and added to the block's mean distribution, which is then reduced to one number per row.
-Memory is `rows x keys`; no `query x key` matrix exists.
+Memory is `rows x keys`; no `query x key` matrix exists. Short sequences of equal lengths share a
+tile: their heads stand one after another, as those of one sequence do.
 """
 
 import math
@@ -70,12 +71,14 @@ class Workspace:
 class _Scores:
     """Queries and keys of one block, and how to turn them into masked logits.
 
-    `small` and `in_float32` say for each head whether its exponentials need no shift, and whether
-    float32 resolves its scores; the other heads are multiplied in float64.
+    The heads are those of all sequences, one sequence after another. `small` and `in_float32` say
+    for each whether its exponentials need no shift, and whether float32 resolves its scores; the
+    other heads are multiplied in float64.
     """
 
     query: Float[Tensor, "heads query dim"]
     key: Float[Tensor, "kv_heads key dim"]
+    sequences: int
     sinks: Float[Tensor, "heads 1 1"] | None
     lse: Float[Tensor, "heads query 1"] | None
     small: tuple[bool, ...]
@@ -165,18 +168,19 @@ class _Scores:
             total += sinks.float().exp_()
             yield tile, total.reciprocal_()
 
-    def mean_weights(self) -> Float[Tensor, "1 query key"]:
-        """The weights averaged over heads."""
-        mean = self.workspace.buffer("mean", 1, self.block.queries, self.block.keys)
-        share, started = 1 / self.query.shape[0], False
+    def mean_weights(self) -> Float[Tensor, "sequence query key"]:
+        """The weights averaged over the heads of each sequence."""
+        mean = self.workspace.buffer("mean", self.sequences, self.block.queries, self.block.keys)
+        share, started = self.sequences / self.query.shape[0], False
         for tile, factor in self.weights():
             if factor is not None:
                 tile.mul_(factor)
-            for weights in tile:
+            # The same head of all sequences at once.
+            for weights in tile.unflatten(0, (self.sequences, -1)).unbind(1):
                 if started:
-                    mean[0].add_(weights, alpha=share)
+                    mean.add_(weights, alpha=share)
                 else:
-                    torch.mul(weights, share, out=mean[0])
+                    torch.mul(weights, share, out=mean)
                     started = True
         return mean
 
@@ -193,7 +197,7 @@ class _Scores:
             if per_head:
                 parts.append(part)
             else:
-                part = part.logsumexp(0, keepdim=True)
+                part = part.unflatten(0, (self.sequences, -1)).logsumexp(1)
                 parts = [torch.logaddexp(parts[0], part) if parts else part]
         return torch.cat(parts)
 
@@ -204,6 +208,7 @@ def sequence_statistics(
     request: Request,
     logits: Logits,
     *,
+    sequences: int = 1,
     per_head: bool = False,
     sinks: Float[Tensor, " heads"] | None = None,
     lse: Float[Tensor, "heads query"] | None = None,
@@ -212,13 +217,15 @@ def sequence_statistics(
     workspace_bytes: int = WORKSPACE_BYTES,
     function: str = "attention_statistics",
 ) -> dict[str, Tensor]:
-    """The requested statistics of one unpadded sequence, queries being its last positions.
+    """The requested statistics of an unpadded sequence, queries being its last positions.
 
     Args:
         query: Queries.
         key: Keys.
         request: What to compute.
         logits: How scores become logits, and which keys a query sees.
+        sequences: How many sequences of equal lengths stand one after another along the heads; no
+            more than `sequences_per_tile`.
         per_head: Keep heads apart instead of averaging their distributions.
         sinks: Extra logits in the denominator, one per head.
         lse: Natural log of the softmax denominators, if known.
@@ -228,7 +235,7 @@ def sequence_statistics(
         function: Public name for error messages.
 
     Returns:
-        One tensor `heads query` per kind, with a single head unless `per_head`.
+        One tensor `heads query` per kind, with a single head of each sequence unless `per_head`.
     """
     workspace = Workspace(query.device) if workspace is None else workspace
     scores = score_range(query, key, logits.scale)
@@ -243,7 +250,7 @@ def sequence_statistics(
     sinks = None if sinks is None else sinks.to(wide)[:, None, None]
     lse = None if lse is None else lse.to(wide)[:, :, None]
     queries, keys = query.shape[1], key.shape[1]
-    rows = _row_count(query.device, keys, request, rows, workspace_bytes)
+    rows = _row_count(query.device, sequences * keys, request, rows, workspace_bytes)
     results = []
     for taken, block in row_blocks(
         queries=queries, keys=keys, rows=rows, logits=logits, device=query.device
@@ -253,6 +260,7 @@ def sequence_statistics(
         block_scores = _Scores(
             query=query[:, taken],
             key=key[:, block.key_slice],
+            sequences=sequences,
             sinks=sinks,
             lse=None if lse is None else lse[:, taken],
             small=small,
@@ -263,6 +271,12 @@ def sequence_statistics(
         )
         results.append(_block_statistics(block_scores, request, per_head=per_head))
     return joined(results, 1)
+
+
+def sequences_per_tile(*, heads: int, queries: int, keys: int, device: torch.device) -> int:
+    """How many sequences of these lengths a tile holds with all their heads, at least one."""
+    rows = min(queries, CPU_ROWS if device.type == "cpu" else ACCELERATOR_ROWS)
+    return max(_tile_bytes(device) // max(4 * heads * rows * keys, 1), 1)
 
 
 def reads_first_keys(request: Request, lse: Tensor | None) -> bool:
@@ -325,8 +339,11 @@ def _row_count(
 
 def _heads_per_tile(heads: int, group: int, block: RowBlock) -> int:
     """As many heads as a tile holds: whole key-value groups, or an even share of one."""
-    tile_bytes = CPU_TILE_BYTES if block.device.type == "cpu" else ACCELERATOR_TILE_BYTES
-    fitting = min(max(tile_bytes // (4 * block.queries * block.keys), 1), heads)
+    fitting = min(max(_tile_bytes(block.device) // (4 * block.queries * block.keys), 1), heads)
     if fitting >= group:
         return fitting // group * group
     return max(share for share in range(1, fitting + 1) if group % share == 0)
+
+
+def _tile_bytes(device: torch.device) -> int:
+    return CPU_TILE_BYTES if device.type == "cpu" else ACCELERATOR_TILE_BYTES

@@ -14,8 +14,9 @@ from tokenweights.attention.chunked import (
     Workspace,
     reads_first_keys,
     sequence_statistics,
+    sequences_per_tile,
 )
-from tokenweights.attention.layout import TokenBatch
+from tokenweights.attention.layout import TokenBatch, TokenSequence, sequence_stacks
 from tokenweights.attention.reference import reference_statistics
 from tokenweights.attention.results import write_results
 from tokenweights.attention.scores import ACCELERATOR_FLOAT32_SCORE, score_range
@@ -95,18 +96,28 @@ def chunked_sweep(
     sinks: Float[Tensor, " heads"] | None,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> None:
-    """As `sweep`, one sequence after another in plain torch."""
+    """As `sweep`, in plain torch: a sequence at a time, or short ones of equal lengths at once."""
     workspace = Workspace(batch.query.device)
-    statistics = partial(
-        sequence_statistics,
-        logits=logits,
-        workspace=workspace,
-        workspace_bytes=workspace_bytes,
-        function=function,
-    )
+    heads = batch.query.shape[1]
+
+    def most(sequence: TokenSequence) -> int:
+        queries, keys = sequence.query.shape[1], sequence.key.shape[1]
+        return sequences_per_tile(
+            heads=heads, queries=queries, keys=keys, device=batch.query.device
+        )
+
     totals: list[Tensor] = []
-    for sequence in batch.sequences:
-        query, key, lse = sequence.query, sequence.key, sequence.lse
+    for stack in sequence_stacks(batch.sequences, most):
+        query, key, lse, sequences = stack.query, stack.key, stack.lse, len(stack.slots)
+        stack_sinks = None if sinks is None else sinks.repeat(sequences)
+        statistics = partial(
+            sequence_statistics,
+            logits=logits,
+            sequences=sequences,
+            workspace=workspace,
+            workspace_bytes=workspace_bytes,
+            function=function,
+        )
         asked = request
         coarse = lse is not None and _is_coarse(lse)
         if lse is not None and (coarse or reads_first_keys(request, lse)):
@@ -114,14 +125,18 @@ def chunked_sweep(
             rows = slice(None) if coarse else slice(-1, None)
             checked, known = query[:, rows], lse[:, rows]
             found = statistics(checked, key, request.only("row_mass"), per_head=True, lse=known)
-            totals.append(found["row_mass"] + _sink_share(sinks, known, per_head=True))
+            totals.append(found["row_mass"] + _sink_share(stack_sinks, known))
             lse = None if coarse else lse
         elif lse is not None:
             asked = request.only(*dict.fromkeys((*request.kinds, "row_mass")))
-        found = statistics(query, key, asked, per_head=per_head, sinks=sinks, lse=lse)
+        found = statistics(query, key, asked, per_head=per_head, sinks=stack_sinks, lse=lse)
         if lse is not None and "row_mass" in found:
-            totals.append(found["row_mass"] + _sink_share(sinks, lse, per_head=per_head))
-        write_results(results, {kind: found[kind] for kind in request.kinds}, sequence.slots)
+            share = _sink_share(stack_sinks, lse)
+            share = share if per_head else share.unflatten(0, (sequences, heads)).mean(1)
+            totals.append(found["row_mass"] + share)
+        for index, slots in enumerate(stack.slots):
+            own = {kind: found[kind].unflatten(0, (sequences, -1))[index] for kind in request.kinds}
+            write_results(results, own, slots)
     if totals:
         check_total_mass(function, torch.cat([total.flatten() for total in totals]))
 
@@ -167,15 +182,10 @@ def _is_coarse(lse: Float[Tensor, "heads query"]) -> bool:
 
 
 def _sink_share(
-    sinks: Float[Tensor, " heads"] | None,
-    lse: Float[Tensor, "heads query"],
-    *,
-    per_head: bool,
+    sinks: Float[Tensor, " heads"] | None, lse: Float[Tensor, "heads query"]
 ) -> Float[Tensor, "heads query"]:
     """The mass that the sinks take, per row; what is missing from 1 otherwise is an error."""
     if sinks is None:
-        share = torch.zeros_like(lse, dtype=torch.float32)
-    else:
-        wide = accumulator_dtype(lse.device)
-        share = (sinks.to(wide)[:, None] - lse.to(wide)).exp().float()
-    return share if per_head else share.mean(0, keepdim=True)
+        return torch.zeros_like(lse, dtype=torch.float32)
+    wide = accumulator_dtype(lse.device)
+    return (sinks.to(wide)[:, None] - lse.to(wide)).exp().float()

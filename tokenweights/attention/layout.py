@@ -5,7 +5,7 @@ no padding is left. A left-padded, a right-padded and a packed batch therefore g
 and a padded position is never read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,16 @@ class TokenSequence:
     key: Float[Tensor, "kv_heads key dim"]
     lse: Float[Tensor, "heads query"] | None
     slots: Slots
+
+
+@dataclass(frozen=True)
+class SequenceStack:
+    """Sequences of equal lengths, their heads one after another, sequence by sequence."""
+
+    query: Float[Tensor, "heads query dim"]
+    key: Float[Tensor, "kv_heads key dim"]
+    lse: Float[Tensor, "heads query"] | None
+    slots: tuple[Slots, ...]
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,29 @@ def packed_batch(
     )
 
 
+def sequence_stacks(
+    sequences: Sequence[TokenSequence], most: Callable[[TokenSequence], int]
+) -> Iterator[SequenceStack]:
+    """All sequences in stacks of equal lengths, of no more than `most(sequence)` each.
+
+    A call of torch costs more than the work of a short sequence. A stack of one is the sequence
+    itself, without a copy.
+    """
+    alike: dict[tuple[int, int], list[TokenSequence]] = {}
+    for sequence in sequences:
+        alike.setdefault((sequence.query.shape[1], sequence.key.shape[1]), []).append(sequence)
+    for equal in alike.values():
+        step = most(equal[0])
+        for first in range(0, len(equal), step):
+            taken = equal[first : first + step]
+            yield SequenceStack(
+                query=_one_after_another([sequence.query for sequence in taken]),
+                key=_one_after_another([sequence.key for sequence in taken]),
+                lse=None if taken[0].lse is None else _one_after_another([s.lse for s in taken]),
+                slots=tuple(sequence.slots for sequence in taken),
+            )
+
+
 def _real_slots(key_mask: Bool[Tensor, "batch key"]) -> list[Indices]:
     """The slots of the real tokens of each row: a slice where they are contiguous.
 
@@ -130,3 +163,7 @@ def _real_slots(key_mask: Bool[Tensor, "batch key"]) -> list[Indices]:
         else:
             slots.append(key_mask[row].nonzero().squeeze(1))
     return slots
+
+
+def _one_after_another(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
