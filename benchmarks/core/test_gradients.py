@@ -115,7 +115,9 @@ def seconds(function, *arguments):
     [
         ("differences", "sdpa", 1e-4),  # the default: two forward passes are enough
         ("differences", "sdpa", 1e-5),  # two more are needed
+        ("differences", "eager", 1e-5),
         ("forward", "eager", 1e-4),
+        ("auto", "eager", 1e-5),  # takes the forward mode: as cheap as four passes
     ],
 )
 def test_decile_projection_ratios(benchmark, method, attention, tolerance):

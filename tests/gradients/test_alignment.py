@@ -311,6 +311,68 @@ def test_kernels_without_a_forward_mode_are_named():
         tw.token_alignment(loss, model, mask=mask, method="forward")
 
 
+@pytest.mark.parametrize(
+    ("options", "dtype", "passes"),
+    [
+        ({}, torch.float32, 2),
+        ({"tolerance": 1e-5}, torch.float32, 1),
+        ({"compare_steps": True}, torch.float32, 1),
+        ({"compare_steps": True, "step": 0.1}, torch.float32, 2),
+        ({"tolerance": 0.1}, torch.bfloat16, 1),
+    ],
+)
+def test_auto_is_exact_where_that_costs_no_more(options, dtype, passes):
+    batch, model, calls = tiny_policy.Batch(dtype=dtype), tiny_policy.policy(dtype), []
+
+    def loss():
+        calls.append(1)
+        return batch.loss(model)
+
+    found = tw.token_alignment(loss, model, mask=batch.mask, method="auto", **options)
+    method = "forward" if passes == 1 else "differences"
+    assert len(calls) - 1 >= passes and (found.step == 0) == (passes == 1)
+    assert torch.equal(found.inner, aligned(batch, model, method=method, **options).inner)
+
+
+def test_auto_takes_differences_where_forward_mode_fails():
+    class Detached(torch.autograd.Function):
+        """A kernel whose forward mode is wrong without a word."""
+
+        @staticmethod
+        def forward(ctx, values):
+            return values * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 2
+
+        @staticmethod
+        def jvp(ctx, tangent):
+            return tangent
+
+    class Opaque(Detached):
+        jvp = torch.autograd.Function.jvp
+
+    model, mask = nn.Linear(2, 1), torch.ones(3, 4, dtype=torch.bool)
+    inputs = torch.randn(3, 4, 2)
+    for kernel in (Detached, Opaque):
+
+        def loss(kernel=kernel):
+            return kernel.apply(model(inputs)[..., 0])
+
+        found = tw.token_alignment(loss, model, mask=mask, method="auto", compare_steps=True)
+        expected = tw.token_alignment(loss, model, mask=mask, compare_steps=True)
+        assert found.step > 0 and torch.equal(found.inner, expected.inner)
+    with pytest.raises(TokenWeightsError, match="finite"):
+        tw.token_alignment(
+            lambda: Opaque.apply(model(inputs)[..., 0]) * torch.nan,
+            model,
+            mask=mask,
+            method="auto",
+            compare_steps=True,
+        )
+
+
 def test_nonsense_is_refused():
     batch, model = tiny_policy.Batch(), tiny_policy.policy()
     with pytest.raises(TokenWeightsError, match="graph"):

@@ -38,7 +38,7 @@ def local(tensor):
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def alignment_on(rank, size, kind, options):
+def alignment_on(rank, size, kind, options, alignment_options):
     batch, model = tiny_policy.Batch(), wrapped(kind, **options)
     for _ in range(2):  # gradients that have to survive; DDP rebuilds its buckets after the first
         batch.loss(model, rows_of(rank)).mean().backward()
@@ -50,6 +50,7 @@ def alignment_on(rank, size, kind, options):
         model,
         mask=batch.mask[rows],
         group=dist.group.WORLD,
+        **alignment_options,
     )
     tensors = [*model.parameters(), *(p.grad for p in model.parameters())]
     unchanged = all(torch.equal(a, local(b)) for a, b in zip(before, tensors, strict=True))
@@ -64,14 +65,18 @@ def alignment_on(rank, size, kind, options):
 
 
 @pytest.mark.parametrize("kind", ["ddp", "ddp_buckets", "fsdp2"])
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_token_alignment(ranks, kind, checkpointed):
+@pytest.mark.parametrize(
+    ("checkpointed", "alignment_options"),
+    # Forward mode serves neither shards nor checkpoints: differences take over on all ranks.
+    [(False, {}), (True, {}), (False, {"method": "auto", "compare_steps": True})],
+)
+def test_token_alignment(ranks, kind, checkpointed, alignment_options):
     batch, model = tiny_policy.Batch(), tiny_policy.policy()
     expected = tw.token_alignment(lambda: batch.loss(model), model, mask=batch.mask)
     deciles = tw.group_projection_ratios(
         expected.projection_ratio, batch.deciles, batch.mask, count=10
     )
-    answers = ranks(alignment_on, kind, {"checkpointed": checkpointed})
+    answers = ranks(alignment_on, kind, {"checkpointed": checkpointed}, alignment_options)
     inner = torch.cat([answer[0] for answer in answers])
     assert float((inner - expected.inner).norm() / expected.inner.norm()) < 1e-5
     for _, square, ratios, unchanged in answers:

@@ -136,10 +136,11 @@ def sequence_stacks(
         step = most(equal[0])
         for first in range(0, len(equal), step):
             taken = equal[first : first + step]
+            known = [sequence.lse for sequence in taken if sequence.lse is not None]
             yield SequenceStack(
                 query=_one_after_another([sequence.query for sequence in taken]),
                 key=_one_after_another([sequence.key for sequence in taken]),
-                lse=None if taken[0].lse is None else _one_after_another([s.lse for s in taken]),
+                lse=_one_after_another(known) if known else None,
                 slots=tuple(sequence.slots for sequence in taken),
             )
 

@@ -1,7 +1,7 @@
 """How far every single token's gradient goes along the gradient of all tokens."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,10 +10,13 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tokenweights._errors import invalid
+from tokenweights._errors import TokenWeightsError, invalid
 from tokenweights._typing import typed
 from tokenweights.distributed import agreed, agreement, global_sum
-from tokenweights.gradients.differences import central_differences
+from tokenweights.gradients.differences import (
+    central_differences,
+    rounding_asks_for_two_steps,
+)
 from tokenweights.gradients.evaluation import (
     LossEvaluation,
     TokenLoss,
@@ -59,7 +62,7 @@ def token_alignment(
     model: nn.Module,
     *,
     mask: Bool[Tensor, "batch token"],
-    method: Literal["differences", "forward"] = "differences",
+    method: Literal["differences", "forward", "auto"] = "differences",
     step: float | None = None,
     compare_steps: bool = False,
     tolerance: float = 1e-4,
@@ -73,6 +76,9 @@ def token_alignment(
     gives $g$; `"differences"` then takes $(\ell_t(\theta + h g) - \ell_t(\theta - h g)) / 2h$ from
     two forward passes without a graph, which works with any kernel, with checkpointing and with
     DDP and FSDP2; `"forward"` takes one forward-mode pass, exact, where every kernel allows it.
+    `"auto"` takes it where differences would take four passes, which cost as much: where the
+    tolerance, or parameters below float32, leave no room for one step, or with `compare_steps`; it
+    takes differences if a kernel has no forward mode, or if its own sum is off.
 
     The step is chosen so that token losses change by a small share of their size. If the
     projection ratios do not sum to one within `tolerance`, up to three more step sizes are tried,
@@ -96,7 +102,7 @@ def token_alignment(
         model: The module whose parameters the callable uses, with its wrapper if it has one.
         mask: True for valid response tokens.
         method: See above.
-        step: $h$, > 0; chosen if None.
+        step: $h$, > 0; chosen if None. `"auto"` takes differences with a step of your own.
         compare_steps: Always take a second step size, at two more forward passes, for `step_error`.
         tolerance: Largest distance of the sum of the projection ratios from one, before they are
             scaled to it; below 1.
@@ -138,11 +144,25 @@ def token_alignment(
         def ratio_sum(inner: Tensor) -> float:
             return float(global_sum(inner.sum(), group=group)) / (losses.count * full_square)
 
+        def sum_error(inner: Tensor) -> float:
+            return abs(ratio_sum(inner) - 1)
+
+        inner, used, step_error = None, 0.0, None
         if method == "forward":
-            used, step_error = 0.0, None
             with agreement("token_alignment", group):
                 inner = forward_derivative(losses, parameters, gradient)
-        else:
+        elif method == "auto" and step is None:
+            if compare_steps or rounding_asks_for_two_steps(parameters, tolerance):
+                inner = _forward_where_exact(
+                    losses,
+                    parameters,
+                    gradient,
+                    sum_error=sum_error,
+                    tolerance=tolerance,
+                    group=group,
+                )
+        scaled = inner is None
+        if inner is None:
             inner, used, step_error = central_differences(
                 losses,
                 parameters,
@@ -151,7 +171,7 @@ def token_alignment(
                 full_square=full_square,
                 step=step,
                 compare_steps=compare_steps,
-                sum_error=lambda inner: abs(ratio_sum(inner) - 1),
+                sum_error=sum_error,
                 tolerance=tolerance,
                 group=group,
             )
@@ -166,7 +186,7 @@ def token_alignment(
             "Is it a function of the parameters and of torch's random state alone? Low precision "
             "needs a larger `tolerance`; several ranks need `group`.",
         )
-    if method == "differences":
+    if scaled:
         inner = inner / total
     return TokenAlignment(
         inner=inner,
@@ -177,3 +197,25 @@ def token_alignment(
         step_error=step_error,
         step=used,
     )
+
+
+def _forward_where_exact(
+    losses: LossEvaluation,
+    parameters: Sequence[Tensor],
+    gradient: Sequence[Tensor],
+    *,
+    sum_error: Callable[[Tensor], float],
+    tolerance: float,
+    group: dist.ProcessGroup | None,
+) -> Tensor | None:
+    """The derivative in forward mode, or None on all ranks where it fails on one."""
+    try:
+        inner = forward_derivative(losses, parameters, gradient)
+    except (TokenWeightsError, NotImplementedError, RuntimeError):
+        # A loss that fails for another reason fails again, and says so, in the differences.
+        inner = None
+    failed = torch.tensor(float(inner is None), device=parameters[0].device)
+    failures = float(global_sum(failed, group=group))
+    if inner is None or failures or not sum_error(inner) <= tolerance:
+        return None
+    return inner

@@ -92,19 +92,33 @@ def central_differences(
         return best, used * small, error
 
 
+def rounding_asks_for_two_steps(parameters: Sequence[Tensor], tolerance: float) -> bool:
+    """Whether rounding leaves no room for a single step size within `tolerance`."""
+    return _share_at_once(tolerance) <= _rounding_share(parameters) / 2
+
+
 def _share(parameters: Sequence[Tensor], tolerance: float) -> float:
     r"""The share of its size by which a step should change the loss of a token.
 
     Truncation grows as $h^2$ and rounding as $\epsilon / h$; they balance near half the cube root
-    of $\epsilon$. A share of $0.3 \sqrt{tolerance}$ mostly passes at once, if rounding leaves room
-    for it; more than the cube root would only lose precision. If rounding leaves no room, two
-    larger steps are combined.
+    of $\epsilon$. More than the cube root would only lose precision. If rounding leaves no room,
+    two larger steps are combined.
     """
+    rounding = _rounding_share(parameters)
+    if rounding_asks_for_two_steps(parameters, tolerance):
+        return 4 * rounding
+    return min(_share_at_once(tolerance), rounding)
+
+
+def _share_at_once(tolerance: float) -> float:
+    """The share that mostly passes at once, if rounding leaves room for it."""
+    return 0.3 * tolerance**0.5
+
+
+def _rounding_share(parameters: Sequence[Tensor]) -> float:
     # Parts of a float64 model may still compute in float32.
     dtypes = {torch.float32, *(parameter.dtype for parameter in parameters)}
-    rounding = max(torch.finfo(dtype).eps for dtype in dtypes) ** (1 / 3)
-    at_once = 0.3 * tolerance**0.5
-    return min(at_once, rounding) if at_once > rounding / 2 else 4 * rounding
+    return max(torch.finfo(dtype).eps for dtype in dtypes) ** (1 / 3)
 
 
 def _root_sum_square(values: Tensor, group: dist.ProcessGroup | None) -> float:
