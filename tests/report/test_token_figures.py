@@ -10,6 +10,7 @@ import torch
 
 from tokenweights import TokenWeightsError, bottom_fraction, layer_agreement, top_fraction
 from tokenweights.report import (
+    append_token_records,
     attention_map_figure,
     decile_heatmap,
     dispersion_figure,
@@ -17,9 +18,12 @@ from tokenweights.report import (
     entropy_metrics,
     entropy_relation_figure,
     gradient_figure,
+    kinds_figure,
     layer_agreement_figure,
     quadrant_figure,
     response_figure,
+    run_from_directory,
+    run_report_html,
     runs_figure,
     support_figure,
 )
@@ -140,6 +144,27 @@ def test_dynamics_follow_from_token_records(kind, record):
     assert lines["anchors"] == [line["anchor_entropy_mean"] for line in metrics]
     with pytest.raises(TokenWeightsError, match="topk_entropy"):
         entropy_metrics(records, kind="topk")
+
+
+def test_a_run_shows_the_kinds_that_all_its_responses_have(record, tmp_path):
+    early, late = responses(record), responses(record, count=2, length=7)
+    late = [replace(entry, step=9) for entry in late]
+    path = tmp_path / "tokens.jsonl"
+    append_token_records(path, [*early, *late])
+    run = run_from_directory(tmp_path)
+    assert run.entropies == {"raw": entropy_metrics([*early, *late], kind="raw")}
+    assert len(run.records) == len(early) + len(late)
+    assert "Attention entropy of other kinds" in run_report_html(run)
+    assert "Here they are one" not in run_report_html(run)
+    twice = replace(run, entropies=dict.fromkeys(("raw", "topk"), run.entropies["raw"]))
+    assert "Here they are one" in run_report_html(twice)
+    (panel,) = kinds_figure(run.entropies).axes
+    assert named_lines(panel)["anchors"] == [s["anchor_entropy_mean"] for s in run.entropies["raw"]]
+    # A step alone is no course, and a response without the column leaves its step out.
+    append_token_records(path, [replace(late[0], sample_id=77, columns=None)])
+    run = run_from_directory(tmp_path)
+    assert run.entropies == {}
+    assert "Attention entropy of other kinds" not in run_report_html(run)
 
 
 def test_dynamics_of_a_resumed_run_count_each_response_once(record):

@@ -1,11 +1,11 @@
 """Dynamics over training from token records: what the metrics would say of any kind of entropy."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
-from tokenweights.attention import EntropyKind
+from tokenweights.attention import ENTROPY_KINDS, EntropyKind
 from tokenweights.diagnostics import group_dynamics
 from tokenweights.partition import bottom_fraction, top_fraction
 from tokenweights.report.figures.columns import distinct, entropy_of_kind, token_mask
@@ -53,18 +53,54 @@ def entropy_metrics(
     """
     lines: dict[int, dict[str, float]] = {}
     for step, grouped in groupby(records, key=lambda record: record.step):
-        members = distinct([*{record.sample_id: record for record in grouped}.values()])
-        scores = entropy_of_kind(members, kind)
-        if scores is None:
+        line = _step_metrics(step, [*grouped], kind, fraction)
+        if line is None:
             hint = f"Record a column `{kind}_entropy`, or choose the kind of the records."
             raise invalid("entropy_metrics", "records", f"with {kind} entropies", "others", hint)
-        mask = token_mask(members)
-        anchors = bottom_fraction(scores, mask, fraction=fraction)
-        explorers = top_fraction(scores, mask, fraction=fraction)
-        found = group_dynamics(scores, [mask, anchors, explorers])
-        line: dict[str, float] = {"step": step}
-        for place, name in enumerate(("", "anchor_", "explorer_")):
-            line[f"{name}entropy_mean"] = float(found.mean[place])
-            line[f"{name}entropy_std"] = float(found.std[place])
         lines[step] = line
     return [lines[step] for step in sorted(lines)]
+
+
+def with_other_kinds(
+    records: Iterable[TokenRecord], found: dict[EntropyKind, list[dict[str, float]]]
+) -> Iterator[TokenRecord]:
+    """The records, passed through one by one; at their end `found` holds `entropy_metrics`.
+
+    By kind, for every kind beside the records' own that all records of two steps or more have as a
+    column; of the groups of 20 %.
+    """
+    lines: dict[EntropyKind, dict[int, dict[str, float]]] = {kind: {} for kind in ENTROPY_KINDS}
+    for step, grouped in groupby(records, key=lambda record: record.step):
+        members: list[TokenRecord] = []
+        recorded = set(ENTROPY_KINDS)
+        for record in grouped:
+            recorded &= {kind for kind in recorded if f"{kind}_entropy" in (record.columns or {})}
+            if recorded:
+                members.append(record)
+            yield record
+        for kind in ENTROPY_KINDS:
+            if kind in recorded:
+                line = _step_metrics(step, members, kind, 0.2)
+                lines[kind] |= {} if line is None else {step: line}
+    for kind, steps in lines.items():
+        if len(steps) > 1:
+            found[kind] = [steps[step] for step in sorted(steps)]
+
+
+def _step_metrics(
+    step: int, records: Sequence[TokenRecord], kind: EntropyKind, fraction: float
+) -> dict[str, float] | None:
+    """Mean and spread of one step, or None if a record has no such entropy."""
+    members = distinct([*{record.sample_id: record for record in records}.values()])
+    scores = entropy_of_kind(members, kind)
+    if scores is None:
+        return None
+    mask = token_mask(members)
+    anchors = bottom_fraction(scores, mask, fraction=fraction)
+    explorers = top_fraction(scores, mask, fraction=fraction)
+    found = group_dynamics(scores, [mask, anchors, explorers])
+    line: dict[str, float] = {"step": step}
+    for place, name in enumerate(("", "anchor_", "explorer_")):
+        line[f"{name}entropy_mean"] = float(found.mean[place])
+        line[f"{name}entropy_std"] = float(found.std[place])
+    return line

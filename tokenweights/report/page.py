@@ -9,9 +9,8 @@ from tokenweights._typing import typed
 from tokenweights.diagnostics import CollapseMonitor
 from tokenweights.report import figures, trace
 from tokenweights.report.document import document_html, escaped, facts_html, filled
-from tokenweights.report.figures.columns import counted, layers_of
+from tokenweights.report.figures.columns import counted, layers_of, unit_of
 from tokenweights.report.figures.panels import first_recorded, series
-from tokenweights.report.figures.responses import unit_of
 from tokenweights.report.figures.style import figure_svg
 from tokenweights.report.figures.training import LENGTH, REWARD, accuracy_keys
 from tokenweights.report.lines import FilePath
@@ -84,7 +83,7 @@ def _sections(run: Run) -> list[_Section]:
     entropy = "Attention entropy"
     if run.records:
         record = run.records[-1]
-        entropy += f" ({unit_of(record)}), {layers_of([record])}"
+        entropy += f" ({unit_of(record.entropy_kind)}), {layers_of([record])}"
     sections = [
         _Section(
             "learning",
@@ -113,11 +112,33 @@ def _sections(run: Run) -> list[_Section]:
             lambda: figures.weights_figure(run.metrics),
         ),
     ]
+    if run.entropies:
+        sections.append(
+            _Section(
+                "kinds",
+                "Attention entropy of other kinds",
+                f"Of the recorded responses, {layers_of(run.records[-1:])}: the largest weights "
+                "alone leave the long tail out, the first keys alone the growth of the context. "
+                f"Anchors and explorers are those of each kind itself.{_kinds_alike(run)}",
+                "Other kinds of attention entropy of anchors, explorers and all tokens, over "
+                "training steps",
+                lambda: figures.kinds_figure(run.entropies),
+            )
+        )
     gradients = run.gradients or run.metrics
     if any(name.startswith("gradient/") for line in gradients for name in line):
         sections += _gradient_sections(gradients)
     last = [record for record in run.records if record.step == run.records[-1].step]
     return [*sections, *(_token_sections(last) if last else [])]
+
+
+def _kinds_alike(run: Run) -> str:
+    """A sentence where short contexts make several kinds the same number."""
+    courses = [[line["entropy_mean"] for line in lines] for lines in run.entropies.values()]
+    apart = any(abs(a - b) > 1e-4 for c in courses for a, b in zip(courses[0], c, strict=False))
+    if apart or len(courses) < 2:
+        return ""
+    return " Here they are one: no context has more keys than the kinds keep."
 
 
 def _token_sections(last: Sequence[TokenRecord]) -> list[_Section]:

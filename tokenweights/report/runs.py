@@ -28,6 +28,8 @@ from typing import Any
 
 from tokenweights._errors import TokenWeightsError, invalid
 from tokenweights._typing import typed
+from tokenweights.attention import EntropyKind
+from tokenweights.report.dynamics import with_other_kinds
 from tokenweights.report.lines import FilePath, Unreadable
 from tokenweights.report.records import TokenRecord, read_metrics, read_token_records
 
@@ -51,6 +53,7 @@ class Run:
         records: Responses; the report shows one of the first step and one of the last, and draws
             the tokens of the last step.
         gradients: One flat dictionary per gradient probe, with `step` and keys `gradient/<name>`.
+        entropies: `entropy_metrics` by kind, of the kinds that the records have as columns.
         unreadable: What could not be read, one message each.
 
     Example:
@@ -67,6 +70,7 @@ class Run:
     evaluations: Sequence[Mapping[str, float]] = ()
     records: Sequence[TokenRecord] = ()
     gradients: Sequence[Mapping[str, float]] = ()
+    entropies: Mapping[EntropyKind, Sequence[Mapping[str, float]]] = field(default_factory=dict)
     unreadable: Sequence[str] = ()
 
 
@@ -79,8 +83,8 @@ def run_from_directory(
 ) -> Run:
     """The run that a directory holds, with the responses of its first and of its last step.
 
-    Token records are read one at a time and those of two steps are kept, so memory does not grow
-    with the length of the run.
+    Token records are read one at a time and those of two steps are kept (of a third while it is
+    read, where they have columns), so memory does not grow with the length of the run.
 
     Args:
         directory: A run directory as this module describes it, each file being optional.
@@ -135,15 +139,18 @@ def run_from_directory(
     if not metrics and states:
         metrics = _log_history(states, tell)
     records: Sequence[TokenRecord] = ()
+    entropies: dict[EntropyKind, list[dict[str, float]]] = {}
     if (folder / "tokens.jsonl").is_file():
         found = read_token_records(folder / "tokens.jsonl", unreadable=tell)
-        records = outer_steps(found if progress is None else progress(found))
+        shown = found if progress is None else progress(found)
+        records = outer_steps(with_other_kinds(shown, entropies))
     return Run(
         **described,
         metrics=metrics,
         evaluations=lines("evaluations.jsonl"),
         records=records,
         gradients=lines("gradient.jsonl"),
+        entropies=entropies,
         unreadable=tuple(messages),
     )
 

@@ -195,7 +195,7 @@ def _arguments(options: argparse.Namespace, folder: Path) -> TokenWeightsGRPOCon
         recipe=options.recipe.to_dict(),
         metrics_file=str(folder / "metrics.jsonl"),
         token_records=str(folder / "tokens.jsonl") if options.records else None,
-        token_records_steps=max(1, options.steps - 1),
+        token_records_steps=max(1, (options.steps - 1) // 4),
         gradient_probe_steps=max(1, options.steps // 5) if options.records else None,
         gradient_probe_file=str(folder / "gradient.jsonl") if options.records else None,
         loss_type="dapo",

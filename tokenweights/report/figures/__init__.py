@@ -11,5 +11,6 @@ from tokenweights.report.figures.responses import response_figure as response_fi
 from tokenweights.report.figures.support import layer_agreement_figure as layer_agreement_figure
 from tokenweights.report.figures.support import support_figure as support_figure
 from tokenweights.report.figures.training import dynamics_figure as dynamics_figure
+from tokenweights.report.figures.training import kinds_figure as kinds_figure
 from tokenweights.report.figures.training import learning_figure as learning_figure
 from tokenweights.report.figures.training import weights_figure as weights_figure

@@ -35,6 +35,11 @@ def counted(records: Sequence[TokenRecord]) -> str:
     )
 
 
+def unit_of(kind: EntropyKind) -> str:
+    """Kind of an attention entropy, with its unit if it has one."""
+    return kind if kind == "normalized" else f"{kind}, nats"
+
+
 def layers_of(records: Sequence[TokenRecord]) -> str:
     """The layer or layers of records in words."""
     found: dict[int, None] = {}

@@ -10,7 +10,14 @@ from tokenweights._typing import typed
 from tokenweights.diagnostics import pearson_correlation, quadrant_tokens
 from tokenweights.partition import median_quadrants
 from tokenweights.report.figures import style
-from tokenweights.report.figures.columns import counted, distinct, layers_of, padded, token_mask
+from tokenweights.report.figures.columns import (
+    counted,
+    distinct,
+    layers_of,
+    padded,
+    token_mask,
+    unit_of,
+)
 from tokenweights.report.figures.panels import (
     draw_bars,
     figure_of,
@@ -73,7 +80,7 @@ def response_figure(record: TokenRecord) -> "matplotlib.figure.Figure":
         window = 2 * (len(places) // _SMOOTHED // 2) + 1 if len(places) > _DENSE else 1
         smoothed = f", thick: mean over {window} tokens" if window > 1 else ""
         attention.set_title(
-            f"Attention entropy ({unit_of(record)}), {layers_of([record])}{smoothed}"
+            f"Attention entropy ({unit_of(record.entropy_kind)}), {layers_of([record])}{smoothed}"
         )
         _draw_along(attention, places, record.attention_entropy, style.ALL, window)
         said = flat_range(record)
@@ -197,7 +204,7 @@ def entropy_relation_figure(records: Sequence[TokenRecord]) -> "matplotlib.figur
             bar.outline.set_visible(False)
         axes.margins(x=0.03)
         axes.set_xlabel("predictive entropy, nats")
-        axes.set_ylabel(f"attention entropy, {unit_of(records[0])}")
+        axes.set_ylabel(f"attention entropy, {unit_of(records[0].entropy_kind)}")
     return figure
 
 
@@ -250,11 +257,6 @@ def quadrant_figure(
             colors = [color] * len(names)
             draw_bars(axes, names, numbers, colors, shown="{:.0f}".format, slots=limit)
     return figure
-
-
-def unit_of(record: TokenRecord) -> str:
-    """Kind of a record's attention entropy, with its unit if it has one."""
-    return "normalized" if record.entropy_kind == "normalized" else f"{record.entropy_kind}, nats"
 
 
 def _both_entropies(records: Sequence[TokenRecord]) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -6,9 +6,11 @@ last value counts. NaN is drawn as a gap, and a panel without any value says "no
 trainers log reward and response length under different names; each of these is understood.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from tokenweights._typing import typed
+from tokenweights.attention import EntropyKind
 from tokenweights.report.figures import style
 from tokenweights.report.figures.panels import (
     Line,
@@ -32,6 +34,12 @@ LENGTH = ("completions/mean_length", "response_length/mean", "response_length")
 ACCURACY = ("accuracy/", "val-core/")
 
 _SMOOTHING_SHARE = 0.05
+_KIND_TITLES: dict[EntropyKind, str] = {
+    "normalized": "Normalized",
+    "raw": "Raw, nats",
+    "topk": "Largest weights, nats",
+    "fixed": "First keys, nats",
+}
 
 
 @typed
@@ -103,28 +111,55 @@ def dynamics_figure(
         >>> figure.axes[1].texts[0].get_text()
         'not recorded'
     """
-    groups = (
-        ("explorers", style.EXPLORER, f"{prefix}explorer_entropy"),
-        ("all tokens", style.ALL, f"{prefix}entropy"),
-        ("anchors", style.ANCHOR, f"{prefix}anchor_entropy"),
-    )
     with style.figure_style():
         figure = figure_of()
         entropy, length = figure.subplots(1, 2, width_ratios=(3, 2))
         # Beside the other panel a long title needs a second line.
         join = "\n" if len(title) > len("Attention entropy") else ", "
         entropy.set_title(f"{title}{join}mean ± std of tokens")
-        draw_lines(
-            entropy,
-            [
-                line_of(metrics, f"{key}_mean", name, color, spread=f"{key}_std")
-                for name, color, key in groups
-            ],
-        )
+        draw_lines(entropy, _groups(metrics, prefix))
         length.set_title("Mean response length, tokens")
         key = first_recorded(metrics, LENGTH)
         draw_lines(length, [line_of(metrics, key, "", style.ACCENT)], from_zero=True)
     return figure
+
+
+@typed
+def kinds_figure(metrics: Mapping[EntropyKind, Metrics]) -> "matplotlib.figure.Figure":
+    """Other kinds of attention entropy over training, a panel for each (Figures 21 to 23).
+
+    Args:
+        metrics: By the kind of the entropy, what `entropy_metrics` returns for it.
+
+    Returns:
+        A figure with a panel per kind: the means of explorers, all tokens and anchors, each with a
+        band of one standard deviation of the tokens' entropies to either side.
+
+    Example:
+        >>> figure = kinds_figure({"raw": [{"step": 0, "entropy_mean": 2.1}], "topk": []})
+        >>> [axes.get_title(loc="left") for axes in figure.axes]
+        ['Raw, nats', 'Largest weights, nats']
+    """
+    with style.figure_style():
+        figure = figure_of()
+        panels = figure.subplots(1, max(len(metrics), 1), squeeze=False)[0]
+        for axes, (kind, lines) in zip(panels, metrics.items(), strict=False):
+            axes.set_title(_KIND_TITLES[kind])
+            draw_lines(axes, _groups(lines, ""))
+    return figure
+
+
+def _groups(metrics: Metrics, prefix: str) -> list[Line]:
+    """The entropies of explorers, all tokens and anchors, each with its spread."""
+    groups = (
+        ("explorers", style.EXPLORER, f"{prefix}explorer_entropy"),
+        ("all tokens", style.ALL, f"{prefix}entropy"),
+        ("anchors", style.ANCHOR, f"{prefix}anchor_entropy"),
+    )
+    return [
+        line_of(metrics, f"{key}_mean", name, color, spread=f"{key}_std")
+        for name, color, key in groups
+    ]
 
 
 @typed
