@@ -62,7 +62,7 @@ def entropy_metrics(
 
 
 def with_other_kinds(
-    records: Iterable[TokenRecord], found: dict[EntropyKind, list[dict[str, float]]]
+    records: Iterable[TokenRecord], found: dict[str, list[dict[str, float]]]
 ) -> Iterator[TokenRecord]:
     """The records, passed through one by one; at their end `found` holds `entropy_metrics`.
 

@@ -28,7 +28,6 @@ from typing import Any
 
 from tokenweights._errors import TokenWeightsError, invalid
 from tokenweights._typing import typed
-from tokenweights.attention import EntropyKind
 from tokenweights.report.dynamics import with_other_kinds
 from tokenweights.report.lines import FilePath, Unreadable
 from tokenweights.report.records import TokenRecord, read_metrics, read_token_records
@@ -70,7 +69,7 @@ class Run:
     evaluations: Sequence[Mapping[str, float]] = ()
     records: Sequence[TokenRecord] = ()
     gradients: Sequence[Mapping[str, float]] = ()
-    entropies: Mapping[EntropyKind, Sequence[Mapping[str, float]]] = field(default_factory=dict)
+    entropies: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
     unreadable: Sequence[str] = ()
 
 
@@ -139,7 +138,7 @@ def run_from_directory(
     if not metrics and states:
         metrics = _log_history(states, tell)
     records: Sequence[TokenRecord] = ()
-    entropies: dict[EntropyKind, list[dict[str, float]]] = {}
+    entropies: dict[str, list[dict[str, float]]] = {}
     if (folder / "tokens.jsonl").is_file():
         found = read_token_records(folder / "tokens.jsonl", unreadable=tell)
         shown = found if progress is None else progress(found)

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from tokenweights._typing import typed
-from tokenweights.attention import EntropyKind
 from tokenweights.report.figures import style
 from tokenweights.report.figures.panels import (
     Line,
@@ -34,7 +33,7 @@ LENGTH = ("completions/mean_length", "response_length/mean", "response_length")
 ACCURACY = ("accuracy/", "val-core/")
 
 _SMOOTHING_SHARE = 0.05
-_KIND_TITLES: dict[EntropyKind, str] = {
+_KIND_TITLES = {
     "normalized": "Normalized",
     "raw": "Raw, nats",
     "topk": "Largest weights, nats",
@@ -125,7 +124,7 @@ def dynamics_figure(
 
 
 @typed
-def kinds_figure(metrics: Mapping[EntropyKind, Metrics]) -> "matplotlib.figure.Figure":
+def kinds_figure(metrics: Mapping[str, Metrics]) -> "matplotlib.figure.Figure":
     """Other kinds of attention entropy over training, a panel for each (Figures 21 to 23).
 
     Args:
@@ -144,7 +143,7 @@ def kinds_figure(metrics: Mapping[EntropyKind, Metrics]) -> "matplotlib.figure.F
         figure = figure_of()
         panels = figure.subplots(1, max(len(metrics), 1), squeeze=False)[0]
         for axes, (kind, lines) in zip(panels, metrics.items(), strict=False):
-            axes.set_title(_KIND_TITLES[kind])
+            axes.set_title(_KIND_TITLES.get(kind, kind))
             draw_lines(axes, _groups(lines, ""))
     return figure
 
