@@ -9,6 +9,8 @@ import importlib.util
 import os
 import re
 import subprocess
+import sys
+import tarfile
 import venv
 from importlib import metadata
 from pathlib import Path
@@ -44,6 +46,12 @@ def test_all_joins_the_extras_of_users():
     extras = project(ROOT)["optional-dependencies"]
     users = [name for name in extras if name not in ("all", "test", "lint", "docs")]
     assert extras["all"] == [f"tokenweights[{','.join(users)}]"]
+
+
+def test_every_adapter_has_the_report_extra():
+    for folder in FOLDERS:
+        if "-" in (found := project(folder))["name"] and folder.name != "lab":
+            assert found["optional-dependencies"]["report"] == [f"tokenweights[report]=={SERIES}.*"]
 
 
 def test_the_script_is_there():
@@ -184,3 +192,33 @@ def test_the_adapters_of_gpu_trainers_install(environment):
     for name in APART:
         source = f"import importlib.util as u; print(u.find_spec({name!r}).origin)"
         assert str(environment.bin.parent) in environment.python(source)
+
+
+BUILD_SDIST = (
+    "import os, sys; os.chdir(sys.argv[1]); import hatchling.build as b; b.build_sdist(sys.argv[2])"
+)
+
+
+def test_source_distributions_can_run_their_tests(environment, tmp_path):
+    done = environment.pip("install", "hatchling>=1.26")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for folder in FOLDERS:
+        done = environment.run(environment.bin / "python", "-c", BUILD_SDIST, folder, tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for archive in tmp_path.glob("*.tar.gz"):
+        with tarfile.open(archive) as opened:
+            opened.extractall(tmp_path, filter="data")
+    folders = {path.name.rpartition("-")[0]: path for path in tmp_path.iterdir() if path.is_dir()}
+    assert len(folders) == len(FOLDERS)
+    whole = folders["tokenweights"]
+    shipped = {str(p.relative_to(whole)) for p in whole.rglob("*") if p.is_file()} - {"PKG-INFO"}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode == 0:  # these tests may themselves run from a source distribution
+        assert set(tracked.stdout.split()) - shipped == set()
+    for name, tests in (
+        ("tokenweights", "tests/test_schedules.py"),
+        ("tokenweights_lab", "tests/test_task.py"),
+    ):
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests]
+        done = subprocess.run(command, cwd=folders[name], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:]

@@ -15,7 +15,9 @@ from tokenweights_verl.config import token_weights_config
 
 ADAPTER = Path(__file__).parents[1]
 ROOT = ADAPTER.parents[1]
-PAGES = [ADAPTER / "README.md", ROOT / "docs" / "guides" / "verl.md"]
+# The adapter's source distribution is this folder alone, without the site's pages.
+GUIDES = [ROOT / "docs" / "guides" / "verl.md"] if (ROOT / "docs").is_dir() else []
+PAGES = [ADAPTER / "README.md", *GUIDES]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.M | re.S)
 KNOWN = ("pip install", "ray start", "make test-verl", "bash ", "python ")
 
