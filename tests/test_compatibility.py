@@ -56,6 +56,7 @@ def test_both_sets_of_versions_are_in_the_table(adapter):
         ("trl", "<failure/>", None),
         ("trl+gpu", "<error/>", None),
         ("core", "", None),
+        ("trl+megatron", "", None),
     ],
 )
 def test_only_what_passed_gets_a_row(tmp_path, name, trouble, what):

@@ -432,6 +432,47 @@ def gathered_on(
     return None if parts is None else torch.cat(parts, dim)
 
 
+@merge
+def held_by_one(values: Tensor | None, *, group: dist.ProcessGroup | None = None) -> Tensor:
+    """What one rank of a group holds, on all of them.
+
+    For what a single pipeline stage computes: every stage calls, and sends or receives once.
+
+    Args:
+        values: The values, of any shape, on one rank; None on the others, which need not know it.
+        group: The ranks, all of which have to call; None for one rank alone.
+
+    Returns:
+        The values.
+
+    Raises:
+        TokenWeightsError: If not exactly one rank holds values.
+
+    Example:
+        >>> held_by_one(torch.tensor([1.0, 2.0]))
+        tensor([1., 2.])
+    """
+    own = None if values is None else (tuple(values.shape), values.dtype)
+    told: list[tuple[tuple[int, ...], torch.dtype] | None] = [own]
+    if group is not None:
+        _communicating("hold values", group)
+        told = [None] * group.size()
+        dist.all_gather_object(told, own, group=group)
+    holders = [rank for rank, known in enumerate(told) if known is not None]
+    if len(holders) != 1:
+        raise invalid(
+            "held_by_one", "values", "on exactly one rank", f"on {holders}", "Ask the stage of one."
+        )
+    shape, dtype = told[holders[0]] or ((), torch.float32)
+    if values is None:
+        assert group is not None
+        values = torch.empty(shape, dtype=dtype, device=_device(group))
+    values = values.detach().contiguous()
+    if group is not None:
+        dist.broadcast(values, src=dist.get_global_rank(group, holders[0]), group=group)
+    return values
+
+
 def summed_on(owner: int, values: Tensor, *, group: dist.ProcessGroup | None) -> Tensor | None:
     """Elementwise sum over ranks, on the owner alone.
 
