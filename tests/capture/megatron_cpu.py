@@ -30,7 +30,7 @@ class OnCPU(TorchFunctionMode):
 def on_cpu():
     """A context in which megatron-core runs on a CPU; what it replaces it puts back."""
     with warnings.catch_warnings(action="ignore"):  # that there is no Transformer Engine, no Apex
-        import megatron.core.models.gpt.gpt_layer_specs
+        import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
         from megatron.core.fusions import fused_softmax
         from megatron.core.models.common.embeddings import rope_utils, rotary_pos_embedding
         from megatron.core.tensor_parallel import random

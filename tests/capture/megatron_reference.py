@@ -43,7 +43,7 @@ def shapes(groups, experts=False):
 
 
 class Reference:
-    """The model; `parameters` by the names that megatron-core has for them, layers counted over all."""
+    """The model; `parameters` by the names of megatron-core, layers counted over all stages."""
 
     def __init__(self, groups, experts=False):
         self.groups, self.experts = groups, experts

@@ -2,14 +2,12 @@
 
 Megatron-core calls the module `core_attention` of a layer with query and key after normalization
 and rotary embedding, of this rank's heads (tensor parallelism) and tokens (context parallelism, in
-zigzag order), as `token batch heads dim` or, packed, as `token heads dim`. Classes are known by
-their names: nothing here imports megatron.
+zigzag order), as `token batch heads dim` or, packed, as `token heads dim`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,11 +16,10 @@ from torch import nn
 from tokenweights._errors import TokenWeightsError, invalid
 from tokenweights.capture.captured import CapturedAttention
 from tokenweights.capture.counts import counted_calls, recomputing
-from tokenweights.capture.layers import AttentionStack
 from tokenweights.capture.masks import Unreadable
-from tokenweights.capture.megatron_call import ENGINE, LOCAL, captured_call, is_a, runs
+from tokenweights.capture.megatron_call import ENGINE, LOCAL, captured_call
+from tokenweights.capture.megatron_layers import MegatronLayers, runs
 
-_BLOCK = "megatron.core.transformer.transformer_block.TransformerBlock"
 _ATTENTION = "megatron.core.transformer.attention.SelfAttention"
 _NAMES = ("query", "key", "value", "attention_mask", "attn_mask_type", "attention_bias")
 _NAMES = (*_NAMES, "packed_seq_params")
@@ -39,69 +36,6 @@ _OFF = {
     "flash_decode": "it fuses the rotary embedding with attention",
     "use_kitchen_attention": "it rounds query and key in its own way",
 }
-
-
-@dataclass(frozen=True)
-class MegatronLayers:
-    """The attention layers of a megatron-core model that this rank holds.
-
-    Attributes:
-        depth: Number of layers over all pipeline stages.
-        stacks: One for each chunk of this rank's pipeline stage, layers by their global index.
-    """
-
-    depth: int
-    stacks: list[AttentionStack]
-
-
-def megatron_layers(model: nn.Module) -> MegatronLayers | None:
-    """The attention layers of a megatron-core model; None for any other.
-
-    Several chunks of a virtual pipeline come as one `torch.nn.ModuleList`.
-    """
-    blocks = [(name, module) for name, module in model.named_modules() if is_a(module, _BLOCK)]
-    if not blocks:
-        return None
-    stacks, known = [], {}
-    for name, block in blocks:
-        stack = AttentionStack(name, block, {}, {})
-        layers: Any = block.layers
-        for number, layer in enumerate(layers):
-            attention: Any = getattr(layer, "self_attention", None)
-            if not hasattr(attention, "core_attention"):
-                continue
-            index = layer.layer_number - 1
-            if index in known:
-                raise invalid(
-                    "attention_layers",
-                    "model",
-                    "with one stack of attention layers",
-                    sorted({known[index], name}),
-                    f"Pass one of them: `model.get_submodule({name!r})`.",
-                )
-            known[index] = name
-            stack.layers[index] = attention
-            stack.names[index] = f"{name}.layers.{number}.self_attention"
-        stacks.append(stack)
-    owner: Any = stacks[0].owner
-    return MegatronLayers(owner.config.num_layers, stacks)
-
-
-def asked_layers(found: MegatronLayers, layers: Iterable[int]) -> list[int]:
-    """Indices from 0 of the layers asked for, on whichever pipeline stage they are."""
-    chosen = []
-    for layer in layers:
-        index = layer + found.depth if layer < 0 else layer
-        if not 0 <= index < found.depth:
-            raise invalid(
-                "capture_attention",
-                "layers",
-                f"among the {found.depth} layers of all pipeline stages",
-                layer,
-                "Layers count from 0; -1 is the last.",
-            )
-        chosen.append(index)
-    return list(dict.fromkeys(chosen))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tokenweights.capture.captured import CapturedAttention
 from tokenweights.capture.masks import Unreadable
+from tokenweights.capture.megatron_layers import is_a
 from tokenweights.capture.shards import Shards, zigzag_positions
 
 # Whose `forward` takes query and key as they are, and attends by causal order, window and padding.
@@ -145,24 +146,6 @@ def _window(config: Any, layer: int) -> int | None:
     if left < 0 or right != 0:
         raise Unreadable(f"a window of {size}")
     return left + 1
-
-
-def is_a(module: Any, known: str) -> bool:
-    """Whether a module is of a class of that full name, or of a subclass."""
-    return any(_full_name(cls) == known for cls in type(module).__mro__)
-
-
-def runs(module: Any, known: str) -> bool:
-    """Whether the code of a class is what runs in the module's forward, also in a subclass."""
-    owners = (cls for cls in type(module).__mro__ if "forward" in vars(cls))
-    # A base class of megatron may hold the forward of the known one.
-    owner = next(owners)
-    mro = [_full_name(cls) for cls in type(module).__mro__]
-    return known in mro and mro.index(_full_name(owner)) >= mro.index(known)
-
-
-def _full_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _row_of(states: Tensor) -> Tensor:

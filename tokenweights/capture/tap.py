@@ -23,7 +23,8 @@ from tokenweights.capture.checks import AttentionCall, attended
 from tokenweights.capture.counts import counted_calls, recomputing
 from tokenweights.capture.layers import AttentionStack, attention_stack, chosen_layers, registry
 from tokenweights.capture.masks import Unreadable
-from tokenweights.capture.megatron import asked_layers, megatron_layers, tapped_layers
+from tokenweights.capture.megatron import tapped_layers
+from tokenweights.capture.megatron_layers import asked_layers, megatron_layers
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,11 @@ def capture_attention(
     backward pass is not seen twice.
 
     Args:
-        model: A transformers model, also inside DDP, FSDP or PEFT wrappers.
+        model: A transformers model, also inside DDP, FSDP or PEFT wrappers; or one of
+            megatron-core, several chunks of a virtual pipeline as one `torch.nn.ModuleList`.
         layers: Layer indices; negative ones count from the last attention layer. Of a model of
-            several stacks those of the one that generates text; pass another as `model`.
+            several stacks those of the one that generates text; pass another as `model`. Of a
+            pipeline those of all stages; a stage keeps the calls of its own.
         rows: Keep only the last `rows` queries of each call; all if None.
         packed: Whether every call is one row of sequences, one after another, told apart by
             position ids that start again at 0, and without padding; the row may be one rank's slice
