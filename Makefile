@@ -9,7 +9,7 @@ SUITES := core lab trl
 APART  := verl openrlhf
 ADAPTERS := trl $(APART)
 # Suites with tests that need megatron-core.
-SPREAD := core+megatron
+SPREAD := core+megatron verl+megatron
 # How long `make fuzz` runs.
 MINUTES ?= 5
 
@@ -76,7 +76,7 @@ test-versions: $(ADAPTERS:%=build/versions/%/.ready)  ## Run only the adapters' 
 compatibility:  ## Write what the last tests ran with into docs/compatibility.md
 	@$(PYTHON) .ci/compatibility.py table build/tests
 
-test-megatron: $(READY) build/versions/megatron/.ready  ## Run only the tests with megatron-core
+test-megatron: $(READY) .venv-verl/.ready build/versions/megatron/.ready  ## Run only the tests with megatron-core
 	@PATH="$(abspath $(BIN)):$$PATH" sh .ci/suites $(SPREAD)
 
 test-verl:  ## Run only the suite of the VeRL adapter, in its own environment

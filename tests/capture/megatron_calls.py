@@ -73,12 +73,12 @@ class Overriding(TEDotProductAttention):
 
 @contextmanager
 def changed(owner, name, value):
-    before = getattr(owner, name)
+    before = getattr(owner, name, None)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, before)
+        delattr(owner, name) if before is None else setattr(owner, name, before)
 
 
 def refusals_on(rank, size):
@@ -144,6 +144,7 @@ def refusals_on(rank, size):
         for name, ask in {
             "key mask": lambda call: call.entropy(key_mask=torch.ones(2, TOKENS).bool()),
             "method": lambda call: call.packed_entropy(),
+            "anything else": lambda call: call._rounded(),
         }.items():
             try:
                 ask(capture.calls[PROBED][0])
@@ -163,6 +164,7 @@ def refusals_on(rank, size):
         for name, change, packed in (
             ("unpacked", changed(row, "max_seqlen_q", row.max_seqlen_q), False),
             ("dynamic", changed(row, "local_cp_size", 1), True),
+            ("slices", changed(row, "cp_partition_mode", "contiguous"), True),
             ("boundaries", changed(row, "cu_seqlens_q_padded", row.cu_seqlens_q_padded + 8), True),
         ):
             try:
@@ -196,3 +198,39 @@ def stages_on(rank, size):
             list(tw.attention_layers(chunks[0])),
             tw.recipe("low2high").on_model(chunks[0]).layers,
         )
+
+
+def seams_on(rank, size):
+    """What of megatron-core the tap rests on, and is not as it should be."""
+    with on_cpu():
+        import dataclasses
+        import inspect
+
+        from megatron.core.packed_seq_params import PackedSeqParams
+        from megatron.core.transformer.attention import Attention, SelfAttention
+        from megatron.core.transformer.dot_product_attention import DotProductAttention
+        from megatron.core.transformer.transformer_block import TransformerBlock
+        from megatron.core.transformer.transformer_config import TransformerConfig
+
+        from tokenweights.capture import megatron, megatron_layers
+
+        known = {
+            megatron_layers._BLOCK: TransformerBlock,
+            megatron._ATTENTION: SelfAttention,
+            megatron.LOCAL: DotProductAttention,
+        }
+        wrong = [n for n, cls in known.items() if f"{cls.__module__}.{cls.__qualname__}" != n]
+        taken = list(inspect.signature(DotProductAttention.forward).parameters)[1:]
+        if taken[: len(megatron._NAMES)] != list(megatron._NAMES):
+            wrong.append(f"arguments of a core attention: {taken}")
+        fields = {field.name for field in dataclasses.fields(TransformerConfig)}
+        read = {*megatron._OFF, "cuda_graph_impl", "softmax_scale", "kv_channels"}
+        read |= {"window_size", "window_attn_skip_freq", "num_layers"}
+        wrong += sorted(read - fields)
+        given = {field.name for field in dataclasses.fields(PackedSeqParams)}
+        wrong += sorted(
+            {"qkv_format", "cu_seqlens_q", "cu_seqlens_q_padded", "local_cp_size"} - given
+        )
+        if "forward" not in vars(Attention) or "forward" in vars(SelfAttention):
+            wrong.append("the owner of the attention's forward")
+        return wrong

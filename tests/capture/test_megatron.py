@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from capture.megatron_calls import VARIANTS, own_probabilities_on, refusals_on, stages_on
+from capture.megatron_calls import VARIANTS, own_probabilities_on, refusals_on, seams_on, stages_on
 from capture.megatron_ranks import (
     ADVANTAGES,
     LENGTHS,
@@ -150,8 +150,10 @@ REFUSED = {
     "two stacks": "with one stack of attention layers",
     "key mask": "`CapturedAttention.entropy`: expected `key_mask` None for a call over ranks",
     "method": "Call `entropy`",
+    "anything else": "with all tokens and heads, got shards of them",
     "rows": "None for megatron-core",
     "dynamic": "context parallelism of another size in every batch",
+    "slices": "context parallelism in contiguous slices",
     "boundaries": "where the row's boundaries give this rank",
 }
 
@@ -171,3 +173,8 @@ def test_each_stage_has_the_calls_of_its_own_layers(ranks):
         assert placed == (2,)
         assert layers == [2 * stage, 2 * stage + 1]
         assert calls == ({0: [0, 0], 2: [], 3: []}, {0: [], 2: [2, 2], 3: [3, 3]})[stage]
+
+
+def test_megatron_core_has_the_seams_that_the_tap_rests_on(ranks):
+    wrong = ranks(seams_on)[0]
+    assert wrong == [], f"megatron-core has changed {wrong}: tokenweights/capture has to follow"

@@ -148,7 +148,7 @@ class CapturedAttention:
     def _sharded(
         self, shards: Shards, kind: EntropyKind, top_k: int, fixed_k: int
     ) -> Float[Tensor, "batch query"]:
-        query, key = map(token_major, self._rounded())
+        query, key = map(token_major, self._as_attended())
         entropy = sharded_entropy(
             query,
             key,
@@ -168,7 +168,13 @@ class CapturedAttention:
         return entropy.view(self.query.shape[0], -1)
 
     def _rounded(self) -> tuple[Tensor, Tensor]:
-        """Query and key as the products of attention take them."""
+        """Query and key as the products of attention take them, where this rank has all of them."""
+        if self.shards is not None:
+            function, hint = "CapturedAttention", "Over ranks there are only entropies."
+            raise invalid(function, "self", "with all tokens and heads", "shards of them", hint)
+        return self._as_attended()
+
+    def _as_attended(self) -> tuple[Tensor, Tensor]:
         dtype = self.precision or self.query.dtype
         return self.query.to(dtype), self.key.to(dtype)
 

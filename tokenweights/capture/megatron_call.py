@@ -65,11 +65,11 @@ def _packed_layout(
     attention: Any, core: Any, given: dict[str, Any], cp: Any, tp: Any
 ) -> tuple[Tensor, Tensor, Tensor | None, Shards]:
     row = given["packed_seq_params"]
-    if (
-        getattr(row, "cp_group", None) is not None
-        or getattr(row, "local_cp_size", None) is not None
-    ):
-        raise Unreadable("context parallelism of another size in every batch")
+    for name in ("cp_group", "local_cp_size"):
+        if getattr(row, name, None) is not None:
+            raise Unreadable("context parallelism of another size in every batch")
+    if getattr(row, "cp_partition_mode", "zigzag") != "zigzag":  # newer than 0.16
+        raise Unreadable(f"context parallelism in {row.cp_partition_mode} slices")
     query, key = (_row_of(given[name]) for name in ("query", "key"))
     real = row.cu_seqlens_q
     laid = real if row.cu_seqlens_q_padded is None else row.cu_seqlens_q_padded
