@@ -8,6 +8,8 @@ SUITES := core lab trl
 # Adapters whose pins clash with the others': each has an environment of its own, .venv-NAME.
 APART  := verl openrlhf
 ADAPTERS := trl $(APART)
+# Suites with tests that need megatron-core.
+SPREAD := core+megatron verl+megatron
 # How long `make fuzz` runs.
 MINUTES ?= 5
 
@@ -18,7 +20,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-versions compatibility fuzz lint format bench bench-gpu docs policy clean $(APART:%=test-%)
+.PHONY: help setup demo test test-versions test-megatron compatibility fuzz lint format bench bench-gpu docs policy clean $(APART:%=test-%)
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -48,6 +50,13 @@ $(READY): constraints.txt pyproject.toml integrations/lab/pyproject.toml integra
 build/versions/trl/.ready: $(READY)
 build/versions/verl/.ready: .venv-verl/.ready
 build/versions/openrlhf/.ready: .venv-openrlhf/.ready
+# Megatron-core, laid over the library's and VeRL's environments for the tests marked `megatron`.
+build/versions/megatron/.ready: constraints-megatron.txt $(READY)
+	@echo "Setting up build/versions/megatron"
+	@rm -rf $(@D)
+	@$(BIN)/pip install --quiet --no-deps --target $(@D) --requirement $<
+	@touch $@
+
 build/versions/%/.ready: integrations/%/constraints-gpu.txt
 	@echo "Setting up build/versions/$*"
 	@rm -rf $(@D)
@@ -58,14 +67,17 @@ build/versions/%/.ready: integrations/%/constraints-gpu.txt
 demo: $(READY)  ## Train the embedded policy with TRL under Low2High and write runs/demo
 	@$(BIN)/python integrations/trl/examples/demo.py
 
-test: $(READY) $(APART:%=.venv-%/.ready) $(ADAPTERS:%=build/versions/%/.ready)  ## Run every test suite and count what passed, failed and was skipped
-	@PATH="$(abspath $(BIN)):$$PATH" sh .ci/suites $(SUITES) $(APART) $(ADAPTERS:%=%+gpu)
+test: $(READY) $(APART:%=.venv-%/.ready) $(ADAPTERS:%=build/versions/%/.ready) build/versions/megatron/.ready  ## Run every test suite and count what passed, failed and was skipped
+	@PATH="$(abspath $(BIN)):$$PATH" sh .ci/suites $(SUITES) $(APART) $(ADAPTERS:%=%+gpu) $(SPREAD)
 
 test-versions: $(ADAPTERS:%=build/versions/%/.ready)  ## Run only the adapters' tests with their GPU extras' versions
 	@PATH="$(abspath $(BIN)):$$PATH" sh .ci/suites $(ADAPTERS:%=%+gpu)
 
 compatibility:  ## Write what the last tests ran with into docs/compatibility.md
 	@$(PYTHON) .ci/compatibility.py table build/tests
+
+test-megatron: $(READY) .venv-verl/.ready build/versions/megatron/.ready  ## Run only the tests with megatron-core
+	@PATH="$(abspath $(BIN)):$$PATH" sh .ci/suites $(SPREAD)
 
 test-verl:  ## Run only the suite of the VeRL adapter, in its own environment
 test-openrlhf:  ## Run only the suite of the OpenRLHF adapter, in its own environment

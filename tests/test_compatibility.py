@@ -56,6 +56,7 @@ def test_both_sets_of_versions_are_in_the_table(adapter):
         ("trl", "<failure/>", None),
         ("trl+gpu", "<error/>", None),
         ("core", "", None),
+        ("trl+megatron", "", None),
     ],
 )
 def test_only_what_passed_gets_a_row(tmp_path, name, trouble, what):
@@ -77,3 +78,9 @@ def test_rows_are_added_and_replaced_and_the_rest_of_the_page_stays():
     }
     assert made.startswith("before\n\n|") and made.endswith("|\n\nafter\n")
     assert compatibility.page(made, {}) == made
+
+
+def test_the_page_names_the_pinned_megatron_core():
+    (pinned,) = pins(ROOT / "constraints-megatron.txt").values()
+    for page in (compatibility.PAGE, ROOT / "docs" / "engines.md"):
+        assert re.search(rf"[Mm]egatron-core {re.escape(pinned)}\b", page.read_text())

@@ -5,6 +5,7 @@ compared with one process that holds the whole batch right-padded. `test_a_local
 replaces each merge by a local statistic and expects the comparison to fail.
 """
 
+import functools
 from contextlib import nullcontext
 from dataclasses import dataclass
 from unittest import mock
@@ -378,6 +379,68 @@ def test_tensor_parallel_ranks(two_ranks, seed, lengths, dtype, name, exchange):
         assert agree(got, want, dtype)
 
 
+@functools.cache
+def grid():
+    """This rank's groups among four: two that share the heads, two that share the tokens."""
+    rank = dist.get_rank()
+    by_heads, by_tokens = (
+        [dist.new_group(pair) for pair in pairs] for pairs in (([0, 1], [2, 3]), ([0, 2], [1, 3]))
+    )
+    return by_heads[rank // 2], by_tokens[rank % 2]
+
+
+def megatron(rank, size, batch, recipe, dtype, packed, mutation=None):
+    """Tensor and context parallelism: half of the heads, and of each sequence two blocks of four.
+
+    Sequences are padded to what zigzag deals out, or all of them to the same length.
+    """
+    with mutated(mutation):
+        policy = Policy(dtype)
+        heads, tokens = grid()
+        longest = max(len(s.features) for s in batch)
+        laid = [-(-(len(s.features) if packed else longest) // 4) * 4 for s in batch]
+        bounds = torch.tensor([0, *laid]).cumsum(0)
+        features = torch.full((sum(laid), FEATURES), torch.nan, dtype=dtype)
+        own = []
+        for sample, start, length in zip(batch, bounds.tolist(), laid, strict=False):
+            features[start : start + len(sample.features)] = sample.features
+            blocks = torch.arange(start, start + length).chunk(4)
+            own += [blocks[rank // 2], blocks[3 - rank // 2]]
+        own, mask = torch.cat(own), ~features.isnan().any(-1)
+        query, key = (part.chunk(2, 1)[rank % 2] for part in policy.heads(features[own]))
+        entropy = tw.sharded_entropy(
+            query, key, own, bounds, token_group=tokens, head_group=heads, key_mask=mask[own]
+        )
+        whole = tw.gathered(entropy, own, dim=0, group=tokens)
+        row = [
+            whole[start : start + len(sample.features)]
+            for sample, start in zip(batch, bounds.tolist(), strict=False)
+        ]
+        log_probs = policy.log_probs(padded([s.features for s in batch])[0])
+        every = rows(batch, decided(batch, padded(row)[0]), decided(batch, log_probs))
+        holds = torch.zeros(len(features)).index_fill_(0, own, 1.0)
+        held = [
+            holds[s : s + len(b.features)] for b, s in zip(batch, bounds.tolist(), strict=False)
+        ]
+        # Both ranks that share the heads hold the same tokens: one of them takes the loss.
+        mine = (decided(batch, padded(held)[0]) > 0) & (rank % 2 == 0)
+        return outcome(policy, every, recipe, mine=mine)
+
+
+@pytest.fixture(scope="module")
+def four_ranks():
+    with Ranks(4) as pool:
+        yield pool
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=SEEDS, lengths=LENGTHS, dtype=DTYPES, name=NAMES, packed=st.booleans())
+def test_megatron_ranks(four_ranks, seed, lengths, dtype, name, packed):
+    batch, recipe = samples(seed, lengths, dtype), tw.recipe(RECIPES[name])
+    parts = four_ranks(megatron, batch, recipe, dtype, packed)
+    assert agree(merged(parts), expected(batch, recipe, dtype), dtype)
+
+
 def local_sum(values, *, group=None):
     return values.detach().clone()
 
@@ -392,6 +455,11 @@ def local_keys(values, positions, *, dim, group=None):
     shape = list(values.shape)
     shape[dim] = size
     return values.new_zeros(shape).index_copy(dim, positions, values)
+
+
+def own_block(owner, block, *, dim, group):
+    """Other ranks' queries read as this one's."""
+    return torch.cat([block] * group.size(), dim) if group.rank() == owner else None
 
 
 def local_weights(owner, weights, group):
@@ -434,6 +502,18 @@ def test_keys_that_do_not_travel_are_noticed(two_ranks, style):
     mutation = ("attention.parallel", "gathered", local_keys)
     parts = two_ranks(sequence_parallel, batch, recipe, torch.float64, style, mutation)
     assert not agree(merged(parts), expected(batch, recipe, torch.float64), torch.float64)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_keys_and_queries_that_do_not_travel_are_noticed(four_ranks, packed):
+    batch, recipe = samples(0, UNEVEN, torch.float64), tw.recipe(RECIPES["low2high"])
+    want = expected(batch, recipe, torch.float64)
+    arguments = (batch, recipe, torch.float64, packed)
+    assert agree(merged(four_ranks(megatron, *arguments)), want, torch.float64)
+    for name, local in (("gathered", local_keys), ("gathered_on", own_block)):
+        mutation = ("attention.sharded", name, local)
+        parts = four_ranks(megatron, *arguments, mutation)
+        assert not agree(merged(parts), want, torch.float64)
 
 
 def test_weights_that_do_not_travel_are_noticed(two_ranks):

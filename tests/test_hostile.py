@@ -499,6 +499,12 @@ CASES = {
             b.query, b.key, torch.arange(b.mask.shape[1]), key_mask=b.mask
         )
     ),
+    "sharded_entropy": Case(
+        lambda b: tw.sharded_entropy(
+            b.packed_query, b.packed_key, torch.arange(len(b.packed_key)), b.bounds
+        ),
+        "total",
+    ),
     "softmax_partition": Case(lambda b: tw.softmax_partition(b.scores, b.mask, extrema(b)), ""),
     "subset_overlap": Case(lambda b: tw.subset_overlap([b.some, b.mask], b.mask), ""),
     "subset_weights": Case(lambda b: tw.subset_weights(b.mask & b.some)),

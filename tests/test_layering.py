@@ -20,7 +20,7 @@ FLOORS = [
     {"capture"},
     {"recipes"},
     {"report"},
-    {"commands"},
+    {"commands", "adapters"},
     {"__main__"},
 ]
 HEAVY = {

@@ -367,6 +367,9 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
     "sequence_parallel_entropy": lambda i: tw.sequence_parallel_entropy(
         **i.attention(), positions=torch.arange(9), key_mask=i.key_mask
     ),
+    "sharded_entropy": lambda i: tw.sharded_entropy(
+        **i.packed(), positions=torch.arange(9), cu_seqlens=torch.tensor([0, 4, 9])
+    ),
     "softmax_partition": lambda i: tw.softmax_partition(
         i.scores, i.mask, tw.score_extrema(i.scores, i.mask)
     ),

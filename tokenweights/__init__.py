@@ -16,6 +16,8 @@ from tokenweights.attention import attention_weights as attention_weights
 from tokenweights.attention import packed_entropy as packed_entropy
 from tokenweights.attention import sequence_parallel_bytes as sequence_parallel_bytes
 from tokenweights.attention import sequence_parallel_entropy as sequence_parallel_entropy
+from tokenweights.attention import sharded_bytes as sharded_bytes
+from tokenweights.attention import sharded_entropy as sharded_entropy
 from tokenweights.attention import tensor_parallel_bytes as tensor_parallel_bytes
 from tokenweights.attention import tensor_parallel_entropy as tensor_parallel_entropy
 from tokenweights.capture import AttentionCapture as AttentionCapture
@@ -279,6 +281,8 @@ __all__ = [
     "self_certainty",
     "sequence_parallel_bytes",
     "sequence_parallel_entropy",
+    "sharded_bytes",
+    "sharded_entropy",
     "slice_positions",
     "softmax_partition",
     "static_endpoints",

@@ -33,7 +33,8 @@ R = TypeVar("R")
 def agreed(function: Callable[P, R]) -> Callable[P, R]:
     """The function, whose error on one rank of its group is an error on all of them.
 
-    The group is the argument `group`, or else the `group` of an argument that has one. The ranks
+    The group is the argument `group`, or else the `group` of an argument that has one; a function
+    with two groups has the rows and the columns of a grid of ranks, see `agreement`. The ranks
     agree once, before the call communicates, or at its end if it does not: a rank that
     refused raises its own error there, and the others one that names its global rank and quotes
     it. The decorator stands outside of `typed`, so the type check is agreed upon too. Inside of
@@ -84,19 +85,19 @@ def _with_agreement(function: Callable[P, R], *, part: bool) -> Callable[P, R]:
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        group = _group_of(kwargs.get("group"), *args, *kwargs.values())
-        if group is None or (part and _innermost.get() is not None):
+        groups = _groups_of(kwargs.get("group"), *args, *kwargs.values())
+        if not groups or (part and _innermost.get() is not None):
             return function(*args, **kwargs)
-        with agreement(function.__qualname__, group):
+        with agreement(function.__qualname__, *groups):
             return function(*args, **kwargs)
 
     return wrapper
 
 
-def _group_of(*arguments: Any) -> dist.ProcessGroup | None:
+def _groups_of(*arguments: Any) -> list[dist.ProcessGroup]:
+    given = [each for each in arguments if isinstance(each, dist.ProcessGroup)]
     owned = (getattr(argument, "group", None) for argument in arguments)
-    groups = (each for each in (*arguments, *owned) if isinstance(each, dist.ProcessGroup))
-    return next(groups, None)
+    return given or [each for each in owned if isinstance(each, dist.ProcessGroup)][:1]
 
 
 @dataclass(eq=False)
@@ -104,7 +105,7 @@ class _Call:
     """A call in which an error is an error of all ranks as long as it is `open`."""
 
     function: str
-    group: dist.ProcessGroup
+    groups: list[dist.ProcessGroup]
     outer: "_Call | None"
     open: bool = True
 
@@ -113,14 +114,16 @@ _innermost: ContextVar[_Call | None] = ContextVar("_innermost", default=None)
 
 
 @contextmanager
-def agreement(function: str, group: dist.ProcessGroup | None) -> Iterator[None]:
+def agreement(function: str, *groups: dist.ProcessGroup | None) -> Iterator[None]:
     """A context that all ranks of a group leave, or none: `agreed` for a part of a function.
 
-    For what a rank may refuse after its call has communicated.
+    For what a rank may refuse after its call has communicated. Two groups are those along the axes
+    of a grid of ranks: what one rank refuses its row learns, and from each rank of that its column.
 
     Args:
         function: Name of the public function, for errors.
-        group: The ranks, all of which have to enter; None for one rank alone.
+        groups: The ranks, all of which have to enter; None for one rank alone. Of a grid the
+            groups along the same axes in the same order on every rank.
 
     Yields:
         Nothing.
@@ -128,10 +131,11 @@ def agreement(function: str, group: dist.ProcessGroup | None) -> Iterator[None]:
     Raises:
         TokenWeightsError: If another rank raised, or is about to communicate something else.
     """
-    if group is None or group.size() == 1 or torch.compiler.is_compiling():
+    several = [group for group in dict.fromkeys(groups) if group is not None and group.size() > 1]
+    if not several or torch.compiler.is_compiling():
         yield
         return
-    call = _Call(function, group, _innermost.get())
+    call = _Call(function, several, _innermost.get())
     token = _innermost.set(call)
     try:
         yield
@@ -156,6 +160,12 @@ def _open_calls() -> list[_Call]:
 
 
 def _communicating(what: str, group: dist.ProcessGroup | None) -> None:
+    """Agrees, if nobody has yet, that all ranks of the open calls are about to do the same.
+
+    Args:
+        what: What this rank does next, in words that are the same on every rank.
+        group: The ranks that it does it with; None for this one alone, which says nothing.
+    """
     if group is not None and not torch.compiler.is_compiling():
         _agree(what)
 
@@ -167,19 +177,28 @@ def _agree(step: str, refusal: Exception | None = None) -> None:
         step: What this rank does next, in words that are the same on every rank.
         refusal: Why it does not.
     """
-    groups: dict[dist.ProcessGroup, str] = {}
+    functions: dict[dist.ProcessGroup, str] = {}
     for call in _open_calls():
         call.open = False
-        groups.setdefault(call.group, call.function)
-    for group, function in groups.items():
+        for group in call.groups:
+            functions.setdefault(group, call.function)
+    learned: TokenWeightsError | None = None
+    for group, function in functions.items():
         own = f"`{function}`: {step}"
         mark = zlib.crc32(own.encode())
-        own_flags = [int(refusal is not None), mark, -mark]
+        # What one group refuses is refused in the next ones, where others wait.
+        fault = refusal or learned
+        own_flags = [int(fault is not None), mark, -mark]
         flags = torch.tensor(own_flags, dtype=torch.int64, device=_device(group))
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
         refused, highest, negated_lowest = flags.tolist()
         if refused or highest != -negated_lowest:
-            _raise_together(function, group, own, refusal)
+            try:
+                _raise_together(function, group, own, fault)
+            except TokenWeightsError as error:
+                learned = error
+    if learned is not None and refusal is None:
+        raise learned
 
 
 def _raise_together(
@@ -411,6 +430,47 @@ def gathered_on(
     parts = parts if group.rank() == owner else None
     dist.gather(block, parts, dst=dist.get_global_rank(group, owner), group=group)
     return None if parts is None else torch.cat(parts, dim)
+
+
+@merge
+def held_by_one(values: Tensor | None, *, group: dist.ProcessGroup | None = None) -> Tensor:
+    """What one rank of a group holds, on all of them.
+
+    For what a single pipeline stage computes: every stage calls, and sends or receives once.
+
+    Args:
+        values: The values, of any shape, on one rank; None on the others, which need not know it.
+        group: The ranks, all of which have to call; None for one rank alone.
+
+    Returns:
+        The values.
+
+    Raises:
+        TokenWeightsError: If not exactly one rank holds values.
+
+    Example:
+        >>> held_by_one(torch.tensor([1.0, 2.0]))
+        tensor([1., 2.])
+    """
+    own = None if values is None else (tuple(values.shape), values.dtype)
+    told: list[tuple[tuple[int, ...], torch.dtype] | None] = [own]
+    if group is not None:
+        _communicating("hold values", group)
+        told = [None] * group.size()
+        dist.all_gather_object(told, own, group=group)
+    holders = [rank for rank, known in enumerate(told) if known is not None]
+    if len(holders) != 1:
+        raise invalid(
+            "held_by_one", "values", "on exactly one rank", f"on {holders}", "Ask the stage of one."
+        )
+    shape, dtype = told[holders[0]] or ((), torch.float32)
+    if values is None:
+        assert group is not None
+        values = torch.empty(shape, dtype=dtype, device=_device(group))
+    values = values.detach().contiguous()
+    if group is not None:
+        dist.broadcast(values, src=dist.get_global_rank(group, holders[0]), group=group)
+    return values
 
 
 def summed_on(owner: int, values: Tensor, *, group: dist.ProcessGroup | None) -> Tensor | None:

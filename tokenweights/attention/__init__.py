@@ -15,6 +15,7 @@ from tokenweights.attention.parallel import (
     tensor_parallel_bytes,
     tensor_parallel_entropy,
 )
+from tokenweights.attention.sharded import sharded_bytes, sharded_entropy
 from tokenweights.attention.statistics import (
     ENTROPY_KINDS,
     STATISTIC_KINDS,
@@ -40,6 +41,8 @@ __all__ = [
     "packed_entropy",
     "sequence_parallel_bytes",
     "sequence_parallel_entropy",
+    "sharded_bytes",
+    "sharded_entropy",
     "tensor_parallel_bytes",
     "tensor_parallel_entropy",
 ]

@@ -188,7 +188,7 @@ def tensor_parallel_entropy(
     all_keys = _all_heads(key, 1, group) if whole_heads else key
     all_sinks = _all_heads(sinks, 0, group) if whole_heads and sinks is not None else sinks
     parts: list[tuple[slice, Tensor]] = []
-    for owner, rows in _dealt_blocks(query.shape[2], ranks):
+    for owner, rows in dealt_blocks(query.shape[2], ranks):
         block = query[:, :, rows]
         if whole_heads:
             part = gathered_on(owner, block, dim=1, group=group)
@@ -295,7 +295,7 @@ def tensor_parallel_bytes(
     query_numbers = batch * queries * heads * dim // ranks
     weights = sum(
         (rows.stop - rows.start) * (keys - queries + rows.stop)
-        for _, rows in _dealt_blocks(queries, ranks)
+        for _, rows in dealt_blocks(queries, ranks)
     )
     return ExchangeBytes(
         rows=others * (key_numbers + query_numbers) * element_bytes // ranks,
@@ -358,7 +358,7 @@ def _runs(positions: Int[Tensor, " token"]) -> Iterator[tuple[int, int]]:
     yield from ((start, stop) for start, stop in itertools.pairwise(bounds) if stop)
 
 
-def _dealt_blocks(queries: int, ranks: int) -> Iterator[tuple[int, slice]]:
+def dealt_blocks(queries: int, ranks: int) -> Iterator[tuple[int, slice]]:
     """Blocks of rows and their owners: rank r owns the r-th block and the r-th from the end."""
     for block in range(2 * ranks):
         owner = min(block, 2 * ranks - 1 - block)

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
-from tokenweights.attention import EntropyKind, attention_entropy, packed_entropy
+from tokenweights.attention import (
+    EntropyKind,
+    attention_entropy,
+    packed_entropy,
+    sharded_entropy,
+)
+from tokenweights.capture.shards import Shards, token_major
 from tokenweights.distributed import agreed
 
 
@@ -31,6 +37,9 @@ class CapturedAttention:
             it; None if all are.
         precision: What attention itself rounds query and key to under autocast, in which entropies
             are then computed as well; None where it takes them as they are.
+        shards: Where this rank's tokens and heads lie in the whole call, of a model that is spread
+            over ranks by megatron-core; None otherwise. Entropies are those of the whole: all ranks
+            of both groups have to ask for them, and each gets those of its own tokens.
     """
 
     layer: int
@@ -43,6 +52,7 @@ class CapturedAttention:
     position_ids: Tensor | None = None
     key_mask: Tensor | None = None
     precision: torch.dtype | None = None
+    shards: Shards | None = None
 
     @typed
     def entropy(
@@ -69,6 +79,9 @@ class CapturedAttention:
                 `key_mask` has keys that the layer did not attend to, or lacks some.
         """
         self._require_packed("entropy", False)
+        if self.shards is not None:
+            self._require_own("entropy", "key_mask", key_mask, "Mask the entropies of padding.")
+            return self._sharded(self.shards, kind, top_k, fixed_k)
         if key_mask is None:
             key_mask = self.key_mask
         else:
@@ -114,6 +127,9 @@ class CapturedAttention:
         """
         self._require_packed("packed_entropy", True)
         assert self.position_ids is not None
+        if self.shards is not None:
+            self._require_own("packed_entropy", "group", group, "The call knows its groups.")
+            return self._sharded(self.shards, kind, top_k, fixed_k)
         query, key = (states[0].transpose(0, 1) for states in self._rounded())
         return packed_entropy(
             query,
@@ -129,8 +145,36 @@ class CapturedAttention:
             sinks=self.sinks,
         )[None]
 
+    def _sharded(
+        self, shards: Shards, kind: EntropyKind, top_k: int, fixed_k: int
+    ) -> Float[Tensor, "batch query"]:
+        query, key = map(token_major, self._as_attended())
+        entropy = sharded_entropy(
+            query,
+            key,
+            shards.positions,
+            shards.cu_seqlens,
+            token_group=shards.token_group,
+            head_group=shards.head_group,
+            key_mask=None if self.key_mask is None else self.key_mask.flatten(),
+            kind=kind,
+            top_k=top_k,
+            fixed_k=fixed_k,
+            scale=self.scale,
+            window=self.window,
+            softcap=self.softcap,
+            sinks=self.sinks,
+        )
+        return entropy.view(self.query.shape[0], -1)
+
     def _rounded(self) -> tuple[Tensor, Tensor]:
-        """Query and key as the products of attention take them."""
+        """Query and key as the products of attention take them, where this rank has all of them."""
+        if self.shards is not None:
+            function, hint = "CapturedAttention", "Over ranks there are only entropies."
+            raise invalid(function, "self", "with all tokens and heads", "shards of them", hint)
+        return self._as_attended()
+
+    def _as_attended(self) -> tuple[Tensor, Tensor]:
         dtype = self.precision or self.query.dtype
         return self.query.to(dtype), self.key.to(dtype)
 
@@ -154,6 +198,11 @@ class CapturedAttention:
                 "other keys",
                 "Pass the model and `entropy` the same mask, or leave it out here.",
             )
+
+    def _require_own(self, method: str, name: str, given: object, hint: str) -> None:
+        if given is not None:
+            function = f"CapturedAttention.{method}"
+            raise invalid(function, name, "None for a call over ranks", type(given).__name__, hint)
 
     def _require_packed(self, method: str, packed: bool) -> None:
         if packed != (self.position_ids is not None):

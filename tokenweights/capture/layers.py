@@ -2,30 +2,14 @@
 
 import inspect
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
-
-
-@dataclass(frozen=True)
-class AttentionStack:
-    """The attention modules of one stack of layers, by layer index.
-
-    Attributes:
-        name: Dotted name of the module that runs the layers, within the model.
-        owner: That module.
-        layers: Layer index to attention module, in ascending order.
-        names: Layer index to the attention module's dotted name.
-    """
-
-    name: str
-    owner: nn.Module
-    layers: dict[int, nn.Module]
-    names: dict[int, str]
+from tokenweights.capture.megatron_layers import megatron_layers
+from tokenweights.capture.stack import AttentionStack as AttentionStack
 
 
 @typed
@@ -36,7 +20,8 @@ def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
     model beside a vision tower, the decoder beside an encoder.
 
     Args:
-        model: A transformers model, also inside DDP, FSDP or PEFT wrappers.
+        model: A transformers model, also inside DDP, FSDP or PEFT wrappers; or one of
+            megatron-core, of which this pipeline stage has some of the layers.
 
     Returns:
         Layer index to module, in ascending order; empty if the model has no such module.
@@ -44,6 +29,9 @@ def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
     Raises:
         TokenWeightsError: If several stacks could be meant. Pass the submodule that is.
     """
+    spread = megatron_layers(model)
+    if spread is not None:
+        return {layer: module for stack in spread.stacks for layer, module in stack.layers.items()}
     stack = attention_stack(model)
     return {} if stack is None else stack.layers
 

@@ -23,6 +23,8 @@ from tokenweights.capture.checks import AttentionCall, attended
 from tokenweights.capture.counts import counted_calls, recomputing
 from tokenweights.capture.layers import AttentionStack, attention_stack, chosen_layers, registry
 from tokenweights.capture.masks import Unreadable
+from tokenweights.capture.megatron import tapped_layers
+from tokenweights.capture.megatron_layers import asked_layers, megatron_layers
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,11 @@ def capture_attention(
     backward pass is not seen twice.
 
     Args:
-        model: A transformers model, also inside DDP, FSDP or PEFT wrappers.
+        model: A transformers model, also inside DDP, FSDP or PEFT wrappers; or one of
+            megatron-core, several chunks of a virtual pipeline as one `torch.nn.ModuleList`.
         layers: Layer indices; negative ones count from the last attention layer. Of a model of
-            several stacks those of the one that generates text; pass another as `model`.
+            several stacks those of the one that generates text; pass another as `model`. Of a
+            pipeline those of all stages; a stage keeps the calls of its own.
         rows: Keep only the last `rows` queries of each call; all if None.
         packed: Whether every call is one row of sequences, one after another, told apart by
             position ids that start again at 0, and without padding; the row may be one rank's slice
@@ -92,13 +96,27 @@ def capture_attention(
         >>> capture.calls[1][0].entropy().shape
         torch.Size([1, 3])
     """
-    stack = _tappable_stack(model)
-    modules = chosen_layers(stack, layers)
     if rows is not None and rows < 1:
         raise invalid("capture_attention", "rows", ">= 1", rows, "Pass None for all queries.")
     if rows is not None and packed:
         hint = "The last queries of a packed row are no response."
         raise invalid("capture_attention", "rows", "None with `packed`", rows, hint)
+    spread = megatron_layers(model)
+    if spread is not None:
+        if rows is not None:
+            hint = "Its ranks hold tokens of their own."
+            raise invalid("capture_attention", "rows", "None for megatron-core", rows, hint)
+        asked = asked_layers(spread, layers)
+        capture = AttentionCapture({layer: [] for layer in asked})
+
+        def keep(captured: CapturedAttention) -> None:
+            capture.calls[captured.layer].append(captured if reduce is None else reduce(captured))
+
+        with tapped_layers(spread, asked, packed=packed, record=keep):
+            yield capture
+        return
+    stack = _tappable_stack(model)
+    modules = chosen_layers(stack, layers)
     capture = AttentionCapture({layer: [] for layer in modules})
     probes = {id(module): layer for layer, module in modules.items()}
 

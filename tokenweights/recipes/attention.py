@@ -19,6 +19,7 @@ from tokenweights.capture import (
     capture_attention,
     middle_layer,
 )
+from tokenweights.capture.megatron_layers import megatron_layers
 from tokenweights.distributed import agreed
 from tokenweights.masked import masked_ranks, sum_dtype
 from tokenweights.recipes.batch import RolloutBatch
@@ -212,7 +213,7 @@ class AttentionEntropy(Part):
 
 
 def model_layers(model: nn.Module) -> tuple[int, tuple[int, ...]]:
-    """Depth of a transformers model, and the layers that have attention which can be read.
+    """Depth of a model, and the layers that have attention which can be read.
 
     Args:
         model: The model.
@@ -223,6 +224,9 @@ def model_layers(model: nn.Module) -> tuple[int, tuple[int, ...]]:
     Raises:
         TokenWeightsError: If the model has no layer that can be tapped.
     """
+    spread = megatron_layers(model)
+    if spread is not None:
+        return spread.depth, tuple(range(spread.depth))
     with capture_attention(model, ()):  # refuses a model without a layer it can tap
         available = tuple(attention_layers(model))
     config: Any = model.config

@@ -85,7 +85,23 @@ REFUSED = {
         ],
         "`trainer.v1.separate_async.parameter_sync_step` one of 1, got 4",
     ),
-    "Megatron": (["model_engine=megatron"], "strategy"),
+    "VeOmni": (["model_engine=veomni"], "strategy"),
+    "a probe of Megatron": (
+        ["model_engine=megatron", "token_weights.gradient_probe_steps=5"],
+        "`actor_rollout_ref.actor.strategy` one of fsdp, fsdp2, got 'megatron'",
+    ),
+    "fused kernels of Megatron": (
+        ["model_engine=megatron", "actor_rollout_ref.model.use_fused_kernels=true"],
+        "use_fused_kernels",
+    ),
+    "later tokens of Megatron": (
+        ["model_engine=megatron", "actor_rollout_ref.model.mtp.enable=true"],
+        "mtp.enable",
+    ),
+    "context parallelism of any size": (
+        ["model_engine=megatron", f"{ACTOR}.megatron.dynamic_context_parallel=true"],
+        "dynamic_context_parallel",
+    ),
 }
 
 
@@ -94,6 +110,10 @@ def test_refused_by_name(case):
     overrides, named = REFUSED[case]
     with pytest.raises(TokenWeightsError, match=named):
         token_weights_config(composed(*overrides))
+
+
+def test_megatron_is_taken():
+    assert token_weights_config(composed("model_engine=megatron")).token_recipe.attention
 
 
 @pytest.mark.parametrize(

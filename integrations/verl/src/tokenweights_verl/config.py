@@ -4,8 +4,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from tokenweights import TokenWeightsConfig
-from tokenweights._errors import invalid
-from tokenweights.recipes import corrects_sampler, require_columns, require_version
+from tokenweights.adapters import corrects_sampler, invalid, require_columns, require_version
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 
 from tokenweights_verl.scores import COLUMNS
@@ -49,14 +48,14 @@ def _check(config: DictConfig, token_weights: TokenWeightsConfig) -> None:
     (distilled, implementation) = selected("distillation.enabled", _ATTENTION)
     mode, strategy, offloaded = selected(_MODE, f"{_ACTOR}.strategy", _OFFLOADED)
     kept = offloaded and strategy == "fsdp2" and "separate" in mode
-    flat = probed and strategy == "fsdp"
+    flat, spread = probed and strategy == "fsdp", read and strategy == "megatron"
     sliced = any((size or 1) > 1 for size in selected(*_ULYSSES))
     elsewhere = sliced and "flash" not in (implementation or "flash_attention_2")
     divisor = f"The recipe divides by {made.denominator}; change this, or the recipe."
     for asked, key, fit, hint in (
         (True, "trainer.use_v1", (True,), _PLAIN),
         (True, _MODE, _own_trainers(), _PLAIN),
-        (True, f"{_ACTOR}.strategy", ("fsdp", "fsdp2"), _OTHER_LAYOUT),
+        (True, f"{_ACTOR}.strategy", ("fsdp", "fsdp2", "megatron")[: 3 - probed], _OTHER_LAYOUT),
         (True, f"{_ACTOR}.policy_loss.loss_mode", LOSS_MODES, _NOT_LINEAR),
         (True, f"{_CORRECTION}.bypass_mode", (False, None), _NO_PASS),
         (corrects_sampler(made), f"{_CORRECTION}.rollout_is", (None,), _TWICE),
@@ -68,6 +67,7 @@ def _check(config: DictConfig, token_weights: TokenWeightsConfig) -> None:
         (probed, "actor_rollout_ref.model.enable_activation_offload", (False, None), _ONCE),
         (flat, f"{_ACTOR}.fsdp_config.fsdp_size", (-1,), _FLAT),
         *((flat, size, (None, 1), _FLAT) for size in _ULYSSES),
+        *((spread, f"actor_rollout_ref.{off}", (False, None), _OTHER_LAYOUT) for off in _DARK),
         (read and elsewhere, _ATTENTION, ("flash_attention_2", "flash_attention_3"), _SLICED),
     ):
         (value,) = selected(key)
@@ -88,6 +88,7 @@ _REFERENCE = (f"{_ACTOR}.use_kl_loss", "algorithm.use_kl_in_reward")
 _ATTENTION = "actor_rollout_ref.model.override_config.attn_implementation"
 _ULYSSES = [f"{_ACTOR}{of}.ulysses_sequence_parallel_size" for of in ("", ".fsdp_config")]
 _OFFLOADED = f"{_ACTOR}.fsdp_config.param_offload"
+_DARK = ("model.use_fused_kernels", "model.mtp.enable", "actor.megatron.dynamic_context_parallel")
 _KEPT = "VeRL overwrites the older weights that it keeps of offloaded parameters."
 _PLAIN = "Any other trainer of VeRL would ignore the recipe."
 _OTHER_LAYOUT = "Other engines lay attention out in their own way."

@@ -1,11 +1,11 @@
 """The training engine: VeRL's own FSDP engine, and attention entropy as one more of its outputs."""
 
-import os
 from typing import Any
 
 import torch
 from tensordict import TensorDict
 from tokenweights import GradientSeries
+from tokenweights.adapters import environment
 from tokenweights.capture import AttentionCapture, CapturedAttention, capture_attention
 from verl.experimental.separation.engine_workers import DetachActorWorker
 from verl.single_controller.base.decorator import make_nd_compute_dataproto_dispatch_fn, register
@@ -81,13 +81,9 @@ class TokenWeightsTrainingWorker(TrainingWorker):
     """VeRL's training worker on the engine above, which also probes gradients."""
 
     def __init__(self, config: TrainingWorkerConfig) -> None:
-        name, before = "VERL_ENGINE_VENDOR", os.environ.get("VERL_ENGINE_VENDOR")
-        os.environ[name] = VENDOR  # how VeRL lets one choose among engines of a kind
-        try:
+        # How VeRL lets one choose among engines of a kind.
+        with environment("VERL_ENGINE_VENDOR", VENDOR):
             super().__init__(config)
-        finally:
-            os.environ.pop(name)
-            os.environ |= {} if before is None else {name: before}
         self._series = GradientSeries()
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"))

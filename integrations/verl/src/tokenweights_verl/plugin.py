@@ -7,6 +7,7 @@ import logging
 import os
 from importlib import import_module
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 
 from tokenweights._errors import TokenWeightsError
 
@@ -30,6 +31,8 @@ def require_plugin() -> None:
 
 try:
     import_module("tokenweights_verl.trainer")  # registers itself and the engine
+    if find_spec("megatron"):
+        import_module("tokenweights_verl.megatron")
 except Exception:
     logging.getLogger(__name__).exception("The plug-in tokenweights does not load")
     raise

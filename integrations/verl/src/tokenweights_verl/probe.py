@@ -11,12 +11,8 @@ import tokenweights as tw
 import torch
 import transfer_queue as tq
 from tensordict import TensorDict
-from tokenweights._errors import invalid
-from tokenweights.gradients.preserved import preserved
-from tokenweights.recipes import RolloutBatch
-from tokenweights.recipes.identity import text_numbers
-from tokenweights.report.records import append_log
-from torch import Tensor, nn
+from tokenweights.adapters import append_log, invalid, preserved, taken_gradients, text_numbers
+from torch import Tensor
 from torch.nn.functional import pad
 from transfer_queue import KVBatchMeta
 from verl.utils import tensordict_utils as tu
@@ -136,9 +132,10 @@ def gradient_metrics(engine: Any, data: TensorDict, series: tw.GradientSeries) -
         rows = (column.split(sizes) for column in (old, advantages, mask))
         for part, *own in zip(parts, *rows, strict=True):
             losses += tw.unclipped_losses(partial(present, part), *own, micro_batch_size=len(part))
-        scores = attention(RolloutBatch(mask=mask, attention=attention_columns(attention, whole)))
+        columns = attention_columns(attention, whole)
+        scores = attention(tw.RolloutBatch(mask=mask, attention=columns))
         return series.metrics(
-            tw.GradientProbe(module, group=group, gradients=partial(_taken_gradients, module)),
+            tw.GradientProbe(module, group=group, gradients=partial(taken_gradients, module)),
             losses,
             scores=scores,
             mask=mask,
@@ -158,10 +155,3 @@ def _outputs(engine: Any, part: TensorDict, *, forward_only: bool) -> dict[str, 
 
     engine.forward_step(part, loss_function=keep, forward_only=forward_only)
     return kept
-
-
-def _taken_gradients(module: nn.Module) -> list[Tensor]:
-    """This rank's shards of the gradients, DTensors or flat ones, taken away from the module."""
-    shards = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    module.zero_grad(set_to_none=True)
-    return shards

@@ -1,13 +1,9 @@
 """From tensors as VeRL holds them, rows of their own lengths, to the columns of a batch."""
 
-from typing import Any
-
-import torch
 from omegaconf import DictConfig
 from tensordict import TensorDict
-from tokenweights.recipes import Recipe, RolloutBatch
-from tokenweights.recipes.identity import label_numbers, text_numbers
-from tokenweights.recipes.signals import AttentionEntropy
+from tokenweights import Recipe, RolloutBatch, adapters
+from tokenweights.adapters import AttentionEntropy, label_numbers, response_scores, text_numbers
 from torch import Tensor
 from verl.utils.config import omega_conf_to_dataclass
 
@@ -15,7 +11,6 @@ from verl.utils.config import omega_conf_to_dataclass
 PROBE = "attention_probe"
 # The key of the output that answers it, by the number of the layer.
 ENTROPY = "attention_entropy_{}"
-ATTENTION = ("full_attention", "sliding_attention")
 # VeRL's names for the columns of a rollout batch.
 COLUMNS = {
     "token_ids": "responses",
@@ -28,8 +23,6 @@ COLUMNS = {
 }
 # What every batch holds: its rows, and what a token record shows.
 FIELDS = ("response_mask", "prompts", *list(COLUMNS.values())[:4])
-
-Nested = Any  # a jagged tensor; torch's own type does not know of its offsets
 
 
 def placed(recipe: Recipe, config: DictConfig) -> Recipe:
@@ -47,35 +40,8 @@ def placed(recipe: Recipe, config: DictConfig) -> Recipe:
     """
     if recipe.attention is None:
         return recipe
-    text = omega_conf_to_dataclass(config.actor_rollout_ref.model).hf_config.get_text_config()
-    depth = text.num_hidden_layers
-    kinds = getattr(text, "layer_types", None) or [ATTENTION[0]] * depth
-    available = [layer for layer, kind in enumerate(kinds) if kind in ATTENTION]
-    return recipe.placed(depth, available=available)
-
-
-def response_scores(scores: Nested, response_mask: Nested, *, alignment: str) -> Tensor:
-    """Scores of response tokens, `batch token`, out of nested scores of prompts and responses.
-
-    Args:
-        scores: Nested scores, each row a prompt and its response.
-        response_mask: Nested mask, each row a response.
-        alignment: Whose row stands for a token: the one `deciding` it, to its left, or its `own`.
-
-    Returns:
-        Scores, 0 beyond the end of a response.
-
-    Example:
-        >>> rows = torch.nested.as_nested_tensor([torch.arange(5.0)], layout=torch.jagged)
-        >>> mask = torch.nested.as_nested_tensor([torch.ones(2)], layout=torch.jagged)
-        >>> response_scores(rows, mask, alignment="deciding")
-        tensor([[2., 3.]])
-    """
-    shift = 1 if alignment == "deciding" else 0
-    lengths, ends = response_mask.offsets().diff().tolist(), scores.offsets()[1:].tolist()
-    parts = zip((end - shift for end in ends), lengths, strict=True)
-    rows = [scores.values()[end - length : end].float() for end, length in parts]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    model = omega_conf_to_dataclass(config.actor_rollout_ref.model)
+    return adapters.placed_on_config(recipe, model.hf_config)
 
 
 def attention_columns(attention: AttentionEntropy, data: TensorDict) -> dict[int, Tensor]:
@@ -105,16 +71,11 @@ def rollout_batch(recipe: Recipe, step: int, keys: list[str], data: TensorDict) 
     Returns:
         The batch, padded on the right.
     """
-    read = {field: name for name, field in COLUMNS.items() if field in data.keys()}
-    padded = data.select("response_mask", *read).to_padded_tensor()
-    columns = {name: padded[field] for field, name in read.items()}
-    columns |= {name: columns[name].float() for name in columns if name != "token_ids"}
-    if "rewards" in columns:
-        columns["rewards"] = columns["rewards"].sum(-1)
+    columns = adapters.padded_columns(data, {**COLUMNS, "mask": "response_mask"})
     if recipe.attention is not None:
         columns["attention"] = attention_columns(recipe.attention, data)
     return RolloutBatch(
-        mask=padded["response_mask"].bool(),
+        mask=columns.pop("mask").bool(),
         sample_ids=text_numbers(step, data["prompts"].unbind(), data["responses"].unbind()),
         prompt_ids=label_numbers(key.split("_")[0] for key in keys),
         **columns,

@@ -4,9 +4,7 @@ import sys
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
-from tokenweights._errors import TokenWeightsError
-from tokenweights.recipes.config import FILES
-from tokenweights.report import write_run_json
+from tokenweights.adapters import FILES, TokenWeightsError, write_run_json
 from verl.trainer import main_ppo
 
 from tokenweights_verl.config import token_weights_config

@@ -5,8 +5,7 @@ from typing import Any
 import ray
 import transfer_queue as tq
 from omegaconf import DictConfig
-from tokenweights.report.records import append_log
-from tokenweights.report.rollouts import RolloutRecords
+from tokenweights.adapters import RolloutRecords, append_log
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo import v1
 from verl.workers.utils.padding import response_to_nested
