@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import venv
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -148,6 +149,16 @@ def looked_at(environment: Environment) -> None:
         assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_an_index_shows_no_link_into_the_repository(environment):
+    for wheel in environment.wheels.glob("tokenweights*.whl"):
+        with zipfile.ZipFile(wheel) as opened:
+            (name,) = (n for n in opened.namelist() if n.endswith(".dist-info/METADATA"))
+            _, _, page = opened.read(name).decode().partition("\n\n")
+        assert page.startswith("# ")
+        targets = re.findall(r"\]\(([^)]*)\)", page)
+        assert all(target.startswith("http") for target in targets), (wheel.name, targets)
+
+
 def test_the_library_alone_runs_outside_the_repository(environment):
     environment.install("tokenweights", *lowest(ROOT))
     found = environment.pip("list", "--format", "freeze").stdout
@@ -200,7 +211,9 @@ BUILD_SDIST = (
 
 
 def test_source_distributions_can_run_their_tests(environment, tmp_path):
-    done = environment.pip("install", "hatchling>=1.26")
+    done = environment.pip(
+        "install", *tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     for folder in FOLDERS:
         done = environment.run(environment.bin / "python", "-c", BUILD_SDIST, folder, tmp_path)
