@@ -8,11 +8,17 @@ tensors out: trainers are wired in by the adapters, which are distributions of t
 from tokenweights._errors import TokenWeightsError as TokenWeightsError
 from tokenweights.attention import AttentionStatistics as AttentionStatistics
 from tokenweights.attention import ExchangeBytes as ExchangeBytes
+from tokenweights.attention import HeadClasses as HeadClasses
+from tokenweights.attention import Received as Received
+from tokenweights.attention import attention_distance as attention_distance
 from tokenweights.attention import attention_entropy as attention_entropy
 from tokenweights.attention import attention_entropy_from_weights as attention_entropy_from_weights
 from tokenweights.attention import attention_entropy_varlen as attention_entropy_varlen
+from tokenweights.attention import attention_received as attention_received
+from tokenweights.attention import attention_received_varlen as attention_received_varlen
 from tokenweights.attention import attention_statistics as attention_statistics
 from tokenweights.attention import attention_weights as attention_weights
+from tokenweights.attention import head_classes as head_classes
 from tokenweights.attention import packed_entropy as packed_entropy
 from tokenweights.attention import sequence_parallel_bytes as sequence_parallel_bytes
 from tokenweights.attention import sequence_parallel_entropy as sequence_parallel_entropy
@@ -170,11 +176,13 @@ __all__ = [
     "GradientSeries",
     "GroupDynamics",
     "GroupGradients",
+    "HeadClasses",
     "Interval",
     "LayerAgreement",
     "OnlineDispersion",
     "ProbeGeometry",
     "QuadrantTokens",
+    "Received",
     "Recipe",
     "RolloutBatch",
     "RolloutStatistics",
@@ -192,10 +200,13 @@ __all__ = [
     "aggregate_loss",
     "align_to_decision",
     "align_to_own",
+    "attention_distance",
     "attention_entropy",
     "attention_entropy_from_weights",
     "attention_entropy_varlen",
     "attention_layers",
+    "attention_received",
+    "attention_received_varlen",
     "attention_statistics",
     "attention_weights",
     "back_fraction",
@@ -226,6 +237,7 @@ __all__ = [
     "group_dynamics",
     "group_gradients",
     "group_projection_ratios",
+    "head_classes",
     "high_to_low",
     "importance_ratio",
     "layer_agreement",

@@ -5,8 +5,11 @@ from tokenweights.attention.api import (
     attention_entropy_varlen,
     attention_statistics,
 )
+from tokenweights.attention.columns import attention_received, attention_received_varlen
+from tokenweights.attention.distance import attention_distance
 from tokenweights.attention.distribution import attention_weights
 from tokenweights.attention.given_weights import attention_entropy_from_weights
+from tokenweights.attention.head_classes import HeadClasses, head_classes
 from tokenweights.attention.packed import packed_entropy
 from tokenweights.attention.parallel import (
     ExchangeBytes,
@@ -15,6 +18,7 @@ from tokenweights.attention.parallel import (
     tensor_parallel_bytes,
     tensor_parallel_entropy,
 )
+from tokenweights.attention.received import Horizon, Received, Reduction
 from tokenweights.attention.statistics import (
     ENTROPY_KINDS,
     STATISTIC_KINDS,
@@ -30,13 +34,21 @@ __all__ = [
     "AttentionStatistics",
     "EntropyKind",
     "ExchangeBytes",
+    "HeadClasses",
     "Heads",
+    "Horizon",
+    "Received",
+    "Reduction",
     "StatisticKind",
+    "attention_distance",
     "attention_entropy",
     "attention_entropy_from_weights",
     "attention_entropy_varlen",
+    "attention_received",
+    "attention_received_varlen",
     "attention_statistics",
     "attention_weights",
+    "head_classes",
     "packed_entropy",
     "sequence_parallel_bytes",
     "sequence_parallel_entropy",

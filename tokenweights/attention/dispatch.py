@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenweights._errors import invalid
-from tokenweights.attention.checks import check_batch_scores, check_total_mass
+from tokenweights.attention.checks import check_batch_scores, check_results, check_total_mass
 from tokenweights.attention.chunked import (
     WORKSPACE_BYTES,
     Workspace,
@@ -16,6 +16,9 @@ from tokenweights.attention.chunked import (
     sequence_statistics,
 )
 from tokenweights.attention.layout import TokenBatch
+from tokenweights.attention.received import asked_queries, check_columns
+from tokenweights.attention.received_chunked import column_sums
+from tokenweights.attention.received_reference import reference_received
 from tokenweights.attention.reference import reference_statistics
 from tokenweights.attention.results import write_results
 from tokenweights.attention.scores import ACCELERATOR_FLOAT32_SCORE, score_range
@@ -61,7 +64,8 @@ def sweep(
         batch: Queries, keys and sequences without padding.
         request: What to compute.
         logits: How scores become logits.
-        results: `batch heads query` per kind, with a single head unless `per_head`.
+        results: `batch heads query` per kind, with a single head unless `per_head`; the totals of
+            what keys receive, `batch heads key`, where that is asked.
         per_head: Keep heads apart instead of averaging their distributions.
         sinks: Extra logits in the denominator.
         workspace_bytes: Bound on the weights that are held at a time.
@@ -69,7 +73,7 @@ def sweep(
     if not batch.sequences:
         return
     run = chunked_sweep
-    if backend == "triton" and _in_float32(batch, logits.scale):
+    if backend == "triton" and _in_kernels(request) and _in_float32(batch, logits.scale):
         # Imported when needed: triton is large, and not everywhere.
         from tokenweights.attention.triton_backend import triton_sweep as run
     run(
@@ -118,7 +122,24 @@ def chunked_sweep(
             lse = None if coarse else lse
         elif lse is not None:
             asked = request.only(*dict.fromkeys((*request.kinds, "row_mass")))
-        found = statistics(query, key, asked, per_head=per_head, sinks=sinks, lse=lse)
+        columns = None
+        if request.received is not None:
+            columns = column_sums(
+                request.received,
+                sequence.asked,
+                heads=query.shape[0] if per_head else 1,
+                queries=query.shape[1],
+                keys=key.shape[1],
+                device=query.device,
+            )
+        found = statistics(
+            query, key, asked, per_head=per_head, sinks=sinks, lse=lse, columns=columns
+        )
+        if columns is not None:
+            check_results(function, {"row_mass": columns.rows})
+            mass = float(columns.sums.sum()), float(columns.rows.sum())
+            check_columns(function, *mass, asked_queries(sequence) * len(columns.rows))
+            results["received"][sequence.slots.row][:, sequence.slots.key] = columns.totals
         if lse is not None and "row_mass" in found:
             totals.append(found["row_mass"] + _sink_share(sinks, lse, per_head=per_head))
         write_results(results, {kind: found[kind] for kind in request.kinds}, sequence.slots)
@@ -150,6 +171,23 @@ def packed_reference(
             function=function,
         )
         write_results(results, {kind: value[0] for kind, value in found.items()}, sequence.slots)
+        if request.received is not None:
+            totals, *mass = reference_received(
+                sequence.query[None],
+                sequence.key[None],
+                request.received,
+                logits,
+                key_mask=None,
+                sinks=sinks,
+                per_head=per_head,
+                rows=None if sequence.asked is None else sequence.asked[None],
+            )
+            check_columns(function, *map(float, mass), asked_queries(sequence) * totals.shape[1])
+            results["received"][sequence.slots.row][:, sequence.slots.key] = totals[0]
+
+
+def _in_kernels(request: Request) -> bool:
+    return request.received is None and request.distance_bound is None
 
 
 def _in_float32(batch: TokenBatch, scale: float) -> bool:

@@ -32,6 +32,8 @@ class TokenSequence:
     key: Float[Tensor, "kv_heads key dim"]
     lse: Float[Tensor, "heads query"] | None
     slots: Slots
+    # True at the queries that count towards what keys receive; None if all do.
+    asked: Bool[Tensor, " query"] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ def padded_batch(
     key: Float[Tensor, "batch kv_heads key dim"],
     key_mask: Bool[Tensor, "batch key"] | None,
     lse: Float[Tensor, "batch heads query"] | None,
+    rows: Bool[Tensor, "batch query"] | None = None,
 ) -> TokenBatch:
     """A padded batch, cut to the real tokens of its rows."""
     sequences = (
@@ -77,6 +80,7 @@ def padded_batch(
             key=key[slots.row][:, slots.key],
             lse=None if lse is None else lse[slots.row][:, slots.query],
             slots=slots,
+            asked=None if rows is None else rows[slots.row][slots.query],
         )
         for slots in token_slots(query.shape[0], query.shape[2], key.shape[2], key_mask)
     )
@@ -89,6 +93,7 @@ def packed_batch(
     query_bounds: list[int],
     key_bounds: list[int],
     lse: Float[Tensor, "heads total_q"] | None,
+    rows: Bool[Tensor, " total_q"] | None = None,
 ) -> TokenBatch:
     """A packed batch, cut at its bounds."""
     sequences = []
@@ -101,6 +106,7 @@ def packed_batch(
                 key=key[real].transpose(0, 1),
                 lse=None if lse is None else lse[:, asked],
                 slots=Slots(row=0, query=asked, key=real),
+                asked=None if rows is None else rows[asked],
             )
             sequences.append(sequence)
     return TokenBatch(

@@ -275,9 +275,11 @@ def _distances(
     weights: Tensor, mass: Tensor, block: RowBlock, request: Request
 ) -> dict[str, Tensor]:
     distance = block.distance
+    bound = request.distance_bound
     results: dict[str, Tensor] = {}
     if "mean_distance" in request.kinds:
-        results["mean_distance"] = (weights * distance).sum(-1) / mass
+        far = distance if bound is None else distance.clamp_max(bound)
+        results["mean_distance"] = (weights * far).sum(-1) / mass
     if {"local_mass", "nonlocal_mass"} & set(request.kinds):
         near = (weights * (distance < request.local_window)).sum(-1) / mass
         results["local_mass"] = near.clamp_max(1.0)
