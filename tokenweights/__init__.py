@@ -19,11 +19,18 @@ from tokenweights.attention import attention_received_varlen as attention_receiv
 from tokenweights.attention import attention_statistics as attention_statistics
 from tokenweights.attention import attention_weights as attention_weights
 from tokenweights.attention import head_classes as head_classes
+from tokenweights.attention import packed_distance as packed_distance
 from tokenweights.attention import packed_entropy as packed_entropy
+from tokenweights.attention import packed_received as packed_received
+from tokenweights.attention import received_bytes as received_bytes
 from tokenweights.attention import sequence_parallel_bytes as sequence_parallel_bytes
+from tokenweights.attention import sequence_parallel_distance as sequence_parallel_distance
 from tokenweights.attention import sequence_parallel_entropy as sequence_parallel_entropy
+from tokenweights.attention import sequence_parallel_received as sequence_parallel_received
 from tokenweights.attention import tensor_parallel_bytes as tensor_parallel_bytes
+from tokenweights.attention import tensor_parallel_distance as tensor_parallel_distance
 from tokenweights.attention import tensor_parallel_entropy as tensor_parallel_entropy
+from tokenweights.attention import tensor_parallel_received as tensor_parallel_received
 from tokenweights.capture import AttentionCapture as AttentionCapture
 from tokenweights.capture import CapturedAttention as CapturedAttention
 from tokenweights.capture import attention_layers as attention_layers
@@ -260,7 +267,9 @@ __all__ = [
     "middle_layer",
     "min_max",
     "overlong_penalty",
+    "packed_distance",
     "packed_entropy",
+    "packed_received",
     "partition_jaccard",
     "pass_at_k",
     "pearson_correlation",
@@ -270,6 +279,7 @@ __all__ = [
     "quantile_bins",
     "random_fraction",
     "rank_correlation",
+    "received_bytes",
     "recipe",
     "recipe_names",
     "reference_answer",
@@ -290,7 +300,9 @@ __all__ = [
     "selection_bytes",
     "self_certainty",
     "sequence_parallel_bytes",
+    "sequence_parallel_distance",
     "sequence_parallel_entropy",
+    "sequence_parallel_received",
     "slice_positions",
     "softmax_partition",
     "static_endpoints",
@@ -300,7 +312,9 @@ __all__ = [
     "support_concentration",
     "surprisal",
     "tensor_parallel_bytes",
+    "tensor_parallel_distance",
     "tensor_parallel_entropy",
+    "tensor_parallel_received",
     "token_alignment",
     "token_weight_metrics",
     "top_fraction",

@@ -221,6 +221,7 @@ def test_one_sweep_gives_rows_and_columns():
     for kind, value in vars(alone).items():
         assert kind == "received" or torch.equal(getattr(found, kind), value)
     options = {"horizon": (1, 20), "reduction": "max", "rows": rows, "key_mask": mask}
+    assert found.received is not None and found.mean_distance is not None
     assert torch.equal(found.received, attention_received(query, key, **options))
     bounded = attention_distance(query, key, bound=7, key_mask=mask)
     assert torch.equal(found.mean_distance, bounded)
@@ -234,6 +235,7 @@ def test_sums_over_all_keys_are_the_mass_of_the_rows(inputs, heads):
     options = arguments | {"heads": heads}
     columns = attention_received(query, key, reduction="sum", **options)
     mass = attention_statistics(query, key, kinds=("row_mass",), **options).row_mass
+    assert mass is not None
     torch.testing.assert_close(
         columns.sum(-1, dtype=torch.float64),
         mass.sum(-1, dtype=torch.float64),

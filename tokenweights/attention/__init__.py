@@ -7,6 +7,11 @@ from tokenweights.attention.api import (
 )
 from tokenweights.attention.columns import attention_received, attention_received_varlen
 from tokenweights.attention.distance import attention_distance
+from tokenweights.attention.distance_parallel import (
+    packed_distance,
+    sequence_parallel_distance,
+    tensor_parallel_distance,
+)
 from tokenweights.attention.distribution import attention_weights
 from tokenweights.attention.given_weights import attention_entropy_from_weights
 from tokenweights.attention.head_classes import HeadClasses, head_classes
@@ -19,6 +24,12 @@ from tokenweights.attention.parallel import (
     tensor_parallel_entropy,
 )
 from tokenweights.attention.received import Horizon, Received, Reduction
+from tokenweights.attention.received_parallel import (
+    packed_received,
+    received_bytes,
+    sequence_parallel_received,
+    tensor_parallel_received,
+)
 from tokenweights.attention.statistics import (
     ENTROPY_KINDS,
     STATISTIC_KINDS,
@@ -49,9 +60,16 @@ __all__ = [
     "attention_statistics",
     "attention_weights",
     "head_classes",
+    "packed_distance",
     "packed_entropy",
+    "packed_received",
+    "received_bytes",
     "sequence_parallel_bytes",
+    "sequence_parallel_distance",
     "sequence_parallel_entropy",
+    "sequence_parallel_received",
     "tensor_parallel_bytes",
+    "tensor_parallel_distance",
     "tensor_parallel_entropy",
+    "tensor_parallel_received",
 ]

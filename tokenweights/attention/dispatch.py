@@ -182,7 +182,8 @@ def packed_reference(
                 per_head=per_head,
                 rows=None if sequence.asked is None else sequence.asked[None],
             )
-            check_columns(function, *map(float, mass), asked_queries(sequence) * totals.shape[1])
+            columns, rows = map(float, mass)
+            check_columns(function, columns, rows, asked_queries(sequence) * totals.shape[1])
             results["received"][sequence.slots.row][:, sequence.slots.key] = totals[0]
 
 

@@ -40,11 +40,12 @@ class Received:
         first, last = (None if end is None else min(end, max(keys, 1)) for end in self.horizon)
         return replace(self, horizon=(first, last))
 
-    def finished(
-        self, total: Float[Tensor, "*batch key"], count: Float[Tensor, "*batch key"]
-    ) -> Float[Tensor, "*batch key"]:
-        """What all queries together give: a key that no query counts for receives 0."""
-        return total / count.clamp_min(1.0) if self.reduction == "mean" else total
+
+def finished(
+    received: Received, total: Float[Tensor, "*batch key"], count: Float[Tensor, "*batch key"]
+) -> Float[Tensor, "*batch key"]:
+    """What all queries together give: a key that no query counts for receives 0."""
+    return total / count.clamp_min(1.0) if received.reduction == "mean" else total
 
 
 def check_received(function: str, received: Received) -> None:

@@ -22,7 +22,7 @@ from tokenweights.attention.checks import (
 )
 from tokenweights.attention.dispatch import Backend, backend_used, packed_reference, sweep
 from tokenweights.attention.layout import TokenBatch, packed_batch, padded_batch
-from tokenweights.attention.received import batch_counts
+from tokenweights.attention.received import batch_counts, finished
 from tokenweights.attention.reference import reference_statistics
 from tokenweights.attention.results import empty_results, over_heads
 from tokenweights.attention.statistics import Heads, Logits, Request
@@ -183,14 +183,19 @@ def chosen_heads(
         The three, with as many key heads as query heads.
     """
     every = query.shape[1]
-    fits = all(0 <= head < every for head in heads)
-    if not heads or not fits or len(set(heads)) < len(heads):
-        condition = f"to be numbers from 0 to {every - 1}, each once and at least one"
-        raise invalid(function, "heads", condition, list(heads), "Name heads of this layer.")
+    check_chosen(function, heads, every)
     chosen = torch.tensor(list(heads), device=query.device)
     shared = chosen // (every // key.shape[1])
     taken = None if sinks is None else sinks[chosen.to(sinks.device)]
     return query.index_select(1, chosen), key.index_select(1, shared), taken
+
+
+def check_chosen(function: str, heads: Sequence[int], every: int) -> None:
+    """Refuse numbers of heads that there are not, and none."""
+    fits = all(0 <= head < every for head in heads)
+    if not len(heads) or not fits or len(set(heads)) < len(heads):
+        condition = f"to be numbers from 0 to {every - 1}, each once and at least one"
+        raise invalid(function, "heads", condition, list(heads), "Name heads of this layer.")
 
 
 def _swept(
@@ -232,6 +237,6 @@ def _swept(
     check_results(function, results)
     if received is not None:
         assert counts is not None
-        finished = received.finished(results["received"], counts)
-        results["received"] = finished if used == "reference" else finished.float()
+        whole = finished(received, results["received"], counts)
+        results["received"] = whole if used == "reference" else whole.float()
     return over_heads(results, heads)
