@@ -598,7 +598,10 @@ OF_THE_WHOLE_BATCH = {
 }
 # Functions of a model and of what it computes, whose suites have layouts of their own.
 OF_A_MODEL = {
+    "probe_head_classes",
+    "CapturedAttention.distance",
     "CapturedAttention.entropy",
+    "CapturedAttention.received",
     "CaughtGradients.backward",
     "GradientProbe.geometry",
     "GradientSeries.metrics",

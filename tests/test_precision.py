@@ -348,6 +348,9 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
     "predictive_entropy": lambda i: [
         tw.predictive_entropy(i.logits, chunk_tokens=size) for size in (3, 2048)
     ],
+    "probe_head_classes": lambda i: tw.probe_head_classes(
+        captured_model(), torch.arange(8)[None], torch.ones(1, 8, dtype=torch.bool), layers=(1,)
+    ),
     "quadrant_tokens": lambda i: tw.quadrant_tokens(
         i.groups, i.bins.where(i.mask, -1), vocab_size=3
     ),

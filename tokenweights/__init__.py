@@ -115,11 +115,13 @@ from tokenweights.recipes import Recipe as Recipe
 from tokenweights.recipes import RolloutBatch as RolloutBatch
 from tokenweights.recipes import TokenWeightsConfig as TokenWeightsConfig
 from tokenweights.recipes import WeightedRollout as WeightedRollout
+from tokenweights.recipes import probe_head_classes as probe_head_classes
 from tokenweights.recipes import recipe as recipe
 from tokenweights.recipes import recipe_names as recipe_names
 from tokenweights.recipes import require_columns as require_columns
 from tokenweights.recipes import rollout_recipe as rollout_recipe
 from tokenweights.recipes import weighted_rollout as weighted_rollout
+from tokenweights.recipes import with_head_classes as with_head_classes
 from tokenweights.rewards import Interval as Interval
 from tokenweights.rewards import bootstrap_interval as bootstrap_interval
 from tokenweights.rewards import boxed_answer as boxed_answer
@@ -275,6 +277,7 @@ __all__ = [
     "pearson_correlation",
     "piecewise_schedule",
     "predictive_entropy",
+    "probe_head_classes",
     "quadrant_tokens",
     "quantile_bins",
     "random_fraction",
@@ -322,5 +325,6 @@ __all__ = [
     "weight_statistics",
     "weighted_rollout",
     "weighted_token_mean",
+    "with_head_classes",
     "z_scores",
 ]

@@ -7,13 +7,12 @@ from omegaconf import DictConfig
 from tensordict import TensorDict
 from tokenweights.recipes import Recipe, RolloutBatch
 from tokenweights.recipes.identity import label_numbers, text_numbers
-from tokenweights.recipes.signals import AttentionEntropy
 from torch import Tensor
 from verl.utils.config import omega_conf_to_dataclass
 
 # The key of the signal that goes along with a batch whose attention is wanted.
 PROBE = "attention_probe"
-# The key of the output that answers it, by the number of the layer.
+# The key of the output that answers it, by the name of what was read.
 ENTROPY = "attention_entropy_{}"
 ATTENTION = ("full_attention", "sliding_attention")
 # VeRL's names for the columns of a rollout batch.
@@ -78,19 +77,18 @@ def response_scores(scores: Nested, response_mask: Nested, *, alignment: str) ->
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def attention_columns(attention: AttentionEntropy, data: TensorDict) -> dict[int, Tensor]:
-    """Entropies of response tokens, `batch token` for each layer, out of a pass's outputs.
+def attention_columns(attention: Any, data: TensorDict) -> dict[int | str, Tensor]:
+    """What was read of attention for response tokens, `batch token`, out of a pass's outputs.
 
     Args:
-        attention: What was read, with its layers numbered.
-        data: The outputs, one for each layer, and `response_mask`.
+        attention: What was read: `Recipe.attention` with its layers numbered.
+        data: The outputs, one for each name, and `response_mask`.
 
     Returns:
-        Entropies by the number of the layer.
+        Columns by name, entropies by the number of the layer.
     """
     row = {"response_mask": data["response_mask"], "alignment": attention.alignment}
-    layers = attention.layers or ()
-    return {layer: response_scores(data[ENTROPY.format(layer)], **row) for layer in layers}
+    return {n: response_scores(data[ENTROPY.format(n)], **row) for n in attention.names}
 
 
 def rollout_batch(recipe: Recipe, step: int, keys: list[str], data: TensorDict) -> RolloutBatch:
