@@ -35,7 +35,7 @@ def check_request(function: str, request: Request, heads: Heads) -> None:
     if request.received is not None and heads == "mean_entropy":
         hint = 'Pass heads="none" or "mean_distribution" for what keys receive.'
         raise invalid(function, "heads", "for a distribution", repr(heads), hint)
-    if not request.kinds:
+    if not request.kinds and request.received is None:
         raise invalid(function, "kinds", "to name a statistic", "none", "Ask for at least one.")
     if "support_size" in request.kinds and not request.support_mass:
         hint = "Pass shares of the mass, or leave support_size out of `kinds`."

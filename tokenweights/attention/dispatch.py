@@ -188,7 +188,7 @@ def packed_reference(
 
 
 def _in_kernels(request: Request) -> bool:
-    return request.received is None and request.distance_bound is None
+    return request.distance_bound is None
 
 
 def _in_float32(batch: TokenBatch, scale: float) -> bool:
