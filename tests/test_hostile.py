@@ -327,6 +327,12 @@ CASES = {
         lambda b: tw.align_to_own(b.rows, response_length=4, prompt_length=b.prompts),
         "batch response",
     ),
+    "attention_distance": Case(
+        lambda b: [
+            tw.attention_distance(b.query, b.key, bound=2, key_mask=b.mask, backend=backend)
+            for backend in ("chunked", "reference")
+        ]
+    ),
     "attention_entropy": Case(
         lambda b: [
             tw.attention_entropy(b.query, b.key, key_mask=b.mask, sinks=b.sinks, backend=backend)
@@ -342,6 +348,24 @@ CASES = {
             b.packed_key,
             cu_seqlens_q=b.bounds,
             cu_seqlens_k=b.bounds,
+        ),
+        "total",
+    ),
+    "attention_received": Case(
+        lambda b: [
+            tw.attention_received(
+                b.query, b.key, key_mask=b.mask, rows=b.some, sinks=b.sinks, **asked
+            )
+            for asked in (
+                {"horizon": (1, 3)},
+                {"reduction": "max", "backend": "reference"},
+                {"reduction": "sum", "heads": [0, 3]},
+            )
+        ]
+    ),
+    "attention_received_varlen": Case(
+        lambda b: tw.attention_received_varlen(
+            b.packed_query, b.packed_key, cu_seqlens_q=b.bounds, cu_seqlens_k=b.bounds
         ),
         "total",
     ),
@@ -410,6 +434,7 @@ CASES = {
         ],
         "",
     ),
+    "head_classes": Case(lambda b: tw.head_classes(b.heads, b.mask) if b.mask.any() else (), ""),
     "importance_ratio": Case(lambda b: tw.importance_ratio(b.log_probs, b.old_log_probs, b.mask)),
     "layer_agreement": Case(lambda b: tw.layer_agreement(b.layers, b.mask), ""),
     "log_perplexity": Case(lambda b: tw.log_perplexity(b.log_probs, b.mask)),
@@ -441,8 +466,14 @@ CASES = {
     "overlong_penalty": Case(
         lambda b: tw.overlong_penalty(b.lengths, max_length=10, buffer_length=4), "batch"
     ),
+    "packed_distance": Case(
+        lambda b: tw.packed_distance(b.packed_query, b.packed_key, b.packed_positions), "total"
+    ),
     "packed_entropy": Case(
         lambda b: tw.packed_entropy(b.packed_query, b.packed_key, b.packed_positions), "total"
+    ),
+    "packed_received": Case(
+        lambda b: tw.packed_received(b.packed_query, b.packed_key, b.packed_positions), "total"
     ),
     "partition_jaccard": Case(lambda b: tw.partition_jaccard(b.some, b.mask, b.mask), ""),
     "pass_at_k": Case(lambda b: tw.pass_at_k(b.correct, k=2), ""),
@@ -494,6 +525,11 @@ CASES = {
             for options in scopes(b)
         ]
     ),
+    "sequence_parallel_distance": Case(
+        lambda b: tw.sequence_parallel_distance(
+            b.query, b.key, torch.arange(b.mask.shape[1]), key_mask=b.mask
+        )
+    ),
     "sequence_parallel_entropy": Case(
         lambda b: tw.sequence_parallel_entropy(
             b.query, b.key, torch.arange(b.mask.shape[1]), key_mask=b.mask
@@ -505,6 +541,11 @@ CASES = {
         ),
         "total",
     ),
+    "sequence_parallel_received": Case(
+        lambda b: tw.sequence_parallel_received(
+            b.query, b.key, torch.arange(b.mask.shape[1]), key_mask=b.mask, rows=b.some
+        )
+    ),
     "softmax_partition": Case(lambda b: tw.softmax_partition(b.scores, b.mask, extrema(b)), ""),
     "subset_overlap": Case(lambda b: tw.subset_overlap([b.some, b.mask], b.mask), ""),
     "subset_weights": Case(lambda b: tw.subset_weights(b.mask & b.some)),
@@ -513,8 +554,14 @@ CASES = {
         lambda b: tw.support_concentration(statistics(b), [b.mask, b.mask & b.some]), ""
     ),
     "surprisal": Case(lambda b: of_valid(tw.surprisal(b.log_probs), b)),
+    "tensor_parallel_distance": Case(
+        lambda b: tw.tensor_parallel_distance(b.query, b.key, key_mask=b.mask, sinks=b.sinks)
+    ),
     "tensor_parallel_entropy": Case(
         lambda b: tw.tensor_parallel_entropy(b.query, b.key, key_mask=b.mask, sinks=b.sinks)
+    ),
+    "tensor_parallel_received": Case(
+        lambda b: tw.tensor_parallel_received(b.query, b.key, key_mask=b.mask, sinks=b.sinks)
     ),
     "token_weight_metrics": Case(
         lambda b: tw.token_weight_metrics(b.scores, b.weights, b.mask), ""
@@ -557,7 +604,10 @@ OF_THE_WHOLE_BATCH = {
 }
 # Functions of a model and of what it computes, whose suites have layouts of their own.
 OF_A_MODEL = {
+    "probe_head_classes",
+    "CapturedAttention.distance",
     "CapturedAttention.entropy",
+    "CapturedAttention.received",
     "CaughtGradients.backward",
     "GradientProbe.geometry",
     "GradientSeries.metrics",

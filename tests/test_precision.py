@@ -210,6 +210,11 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
         tw.align_to_own(i.sequence, response_length=7, prompt_length=prompt_length)
         for prompt_length in (None, i.prompt_length)
     ],
+    "attention_distance": lambda i: [
+        tw.attention_distance(**i.attention(), bound=bound, backend=backend)
+        for bound in (None, 3)
+        for backend in BACKENDS
+    ],
     "attention_entropy": lambda i: [
         tw.attention_entropy(
             **i.attention(), kind=kind, top_k=3, fixed_k=3, backend=backend, **options
@@ -234,6 +239,16 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
         for backend in BACKENDS
     ],
     "attention_layers": lambda i: list(tw.attention_layers(captured_model())),
+    "attention_received": lambda i: [
+        tw.attention_received(
+            **i.attention(), horizon=(1, 5), reduction=reduction, sinks=i.sinks, backend=backend
+        )
+        for reduction in ("mean", "sum", "max")
+        for backend in BACKENDS
+    ],
+    "attention_received_varlen": lambda i: tw.attention_received_varlen(
+        **i.packed(), cu_seqlens_q=i.boundaries, cu_seqlens_k=i.boundaries
+    ),
     "attention_statistics": lambda i: [
         tw.attention_statistics(**i.attention(), top_k=3, fixed_k=3, backend=backend)
         for backend in BACKENDS
@@ -292,6 +307,9 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
     "group_projection_ratios": lambda i: tw.group_projection_ratios(
         i.ratios, i.groups[2:], i.mask[2:], count=3, tolerance=0.5
     ),
+    "head_classes": lambda i: tw.head_classes(
+        tw.attention_distance(**i.attention(), heads="none"), i.key_mask
+    ),
     "importance_ratio": lambda i: [
         tw.importance_ratio(i.log_probs, i.old_log_probs, mask) for mask in (None, i.mask)
     ],
@@ -321,13 +339,18 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
     "overlong_penalty": lambda i: tw.overlong_penalty(
         i.lengths, max_length=100, buffer_length=30, factor=0.7
     ),
+    "packed_distance": lambda i: tw.packed_distance(**i.packed(), position_ids=i.position_ids),
     "packed_entropy": lambda i: tw.packed_entropy(**i.packed(), position_ids=i.position_ids),
+    "packed_received": lambda i: tw.packed_received(**i.packed(), position_ids=i.position_ids),
     "partition_jaccard": lambda i: tw.partition_jaccard(i.subset, i.mask, i.mask),
     "pass_at_k": lambda i: tw.pass_at_k(i.correct, k=2),
     "pearson_correlation": lambda i: tw.pearson_correlation(i.scores, i.other_scores, i.mask),
     "predictive_entropy": lambda i: [
         tw.predictive_entropy(i.logits, chunk_tokens=size) for size in (3, 2048)
     ],
+    "probe_head_classes": lambda i: tw.probe_head_classes(
+        captured_model(), torch.arange(8)[None], torch.ones(1, 8, dtype=torch.bool), layers=(1,)
+    ),
     "quadrant_tokens": lambda i: tw.quadrant_tokens(
         i.groups, i.bins.where(i.mask, -1), vocab_size=3
     ),
@@ -364,11 +387,17 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
     "self_certainty": lambda i: [
         tw.self_certainty(i.logits, chunk_tokens=size) for size in (3, 2048)
     ],
+    "sequence_parallel_distance": lambda i: tw.sequence_parallel_distance(
+        **i.attention(), positions=torch.arange(9), key_mask=i.key_mask
+    ),
     "sequence_parallel_entropy": lambda i: tw.sequence_parallel_entropy(
         **i.attention(), positions=torch.arange(9), key_mask=i.key_mask
     ),
     "sharded_entropy": lambda i: tw.sharded_entropy(
         **i.packed(), positions=torch.arange(9), cu_seqlens=torch.tensor([0, 4, 9])
+    ),
+    "sequence_parallel_received": lambda i: tw.sequence_parallel_received(
+        **i.attention(), positions=torch.arange(9), key_mask=i.key_mask
     ),
     "softmax_partition": lambda i: tw.softmax_partition(
         i.scores, i.mask, tw.score_extrema(i.scores, i.mask)
@@ -378,7 +407,9 @@ CALLS: dict[str, Callable[[Inputs], Any]] = {
     "support_by_entropy": lambda i: tw.support_by_entropy(i.statistics(), i.key_mask, fraction=0.3),
     "support_concentration": lambda i: tw.support_concentration(i.statistics(), [i.key_mask]),
     "surprisal": lambda i: tw.surprisal(i.log_probs),
+    "tensor_parallel_distance": lambda i: tw.tensor_parallel_distance(**i.attention(), bound=3),
     "tensor_parallel_entropy": lambda i: tw.tensor_parallel_entropy(**i.attention()),
+    "tensor_parallel_received": lambda i: tw.tensor_parallel_received(**i.attention()),
     "token_alignment": lambda i: [aligned(i, method) for method in ("differences", "forward")],
     "token_weight_metrics": lambda i: tw.token_weight_metrics(i.scores, i.weights, i.mask),
     "top_fraction": lambda i: tw.top_fraction(i.scores, i.mask),

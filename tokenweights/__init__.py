@@ -8,18 +8,31 @@ tensors out: trainers are wired in by the adapters, which are distributions of t
 from tokenweights._errors import TokenWeightsError as TokenWeightsError
 from tokenweights.attention import AttentionStatistics as AttentionStatistics
 from tokenweights.attention import ExchangeBytes as ExchangeBytes
+from tokenweights.attention import HeadClasses as HeadClasses
+from tokenweights.attention import Received as Received
+from tokenweights.attention import attention_distance as attention_distance
 from tokenweights.attention import attention_entropy as attention_entropy
 from tokenweights.attention import attention_entropy_from_weights as attention_entropy_from_weights
 from tokenweights.attention import attention_entropy_varlen as attention_entropy_varlen
+from tokenweights.attention import attention_received as attention_received
+from tokenweights.attention import attention_received_varlen as attention_received_varlen
 from tokenweights.attention import attention_statistics as attention_statistics
 from tokenweights.attention import attention_weights as attention_weights
+from tokenweights.attention import head_classes as head_classes
+from tokenweights.attention import packed_distance as packed_distance
 from tokenweights.attention import packed_entropy as packed_entropy
+from tokenweights.attention import packed_received as packed_received
+from tokenweights.attention import received_bytes as received_bytes
 from tokenweights.attention import sequence_parallel_bytes as sequence_parallel_bytes
+from tokenweights.attention import sequence_parallel_distance as sequence_parallel_distance
 from tokenweights.attention import sequence_parallel_entropy as sequence_parallel_entropy
+from tokenweights.attention import sequence_parallel_received as sequence_parallel_received
 from tokenweights.attention import sharded_bytes as sharded_bytes
 from tokenweights.attention import sharded_entropy as sharded_entropy
 from tokenweights.attention import tensor_parallel_bytes as tensor_parallel_bytes
+from tokenweights.attention import tensor_parallel_distance as tensor_parallel_distance
 from tokenweights.attention import tensor_parallel_entropy as tensor_parallel_entropy
+from tokenweights.attention import tensor_parallel_received as tensor_parallel_received
 from tokenweights.capture import AttentionCapture as AttentionCapture
 from tokenweights.capture import CapturedAttention as CapturedAttention
 from tokenweights.capture import attention_layers as attention_layers
@@ -104,11 +117,13 @@ from tokenweights.recipes import Recipe as Recipe
 from tokenweights.recipes import RolloutBatch as RolloutBatch
 from tokenweights.recipes import TokenWeightsConfig as TokenWeightsConfig
 from tokenweights.recipes import WeightedRollout as WeightedRollout
+from tokenweights.recipes import probe_head_classes as probe_head_classes
 from tokenweights.recipes import recipe as recipe
 from tokenweights.recipes import recipe_names as recipe_names
 from tokenweights.recipes import require_columns as require_columns
 from tokenweights.recipes import rollout_recipe as rollout_recipe
 from tokenweights.recipes import weighted_rollout as weighted_rollout
+from tokenweights.recipes import with_head_classes as with_head_classes
 from tokenweights.rewards import Interval as Interval
 from tokenweights.rewards import bootstrap_interval as bootstrap_interval
 from tokenweights.rewards import boxed_answer as boxed_answer
@@ -172,11 +187,13 @@ __all__ = [
     "GradientSeries",
     "GroupDynamics",
     "GroupGradients",
+    "HeadClasses",
     "Interval",
     "LayerAgreement",
     "OnlineDispersion",
     "ProbeGeometry",
     "QuadrantTokens",
+    "Received",
     "Recipe",
     "RolloutBatch",
     "RolloutStatistics",
@@ -194,10 +211,13 @@ __all__ = [
     "aggregate_loss",
     "align_to_decision",
     "align_to_own",
+    "attention_distance",
     "attention_entropy",
     "attention_entropy_from_weights",
     "attention_entropy_varlen",
     "attention_layers",
+    "attention_received",
+    "attention_received_varlen",
     "attention_statistics",
     "attention_weights",
     "back_fraction",
@@ -228,6 +248,7 @@ __all__ = [
     "group_dynamics",
     "group_gradients",
     "group_projection_ratios",
+    "head_classes",
     "high_to_low",
     "importance_ratio",
     "layer_agreement",
@@ -250,16 +271,20 @@ __all__ = [
     "middle_layer",
     "min_max",
     "overlong_penalty",
+    "packed_distance",
     "packed_entropy",
+    "packed_received",
     "partition_jaccard",
     "pass_at_k",
     "pearson_correlation",
     "piecewise_schedule",
     "predictive_entropy",
+    "probe_head_classes",
     "quadrant_tokens",
     "quantile_bins",
     "random_fraction",
     "rank_correlation",
+    "received_bytes",
     "recipe",
     "recipe_names",
     "reference_answer",
@@ -280,7 +305,9 @@ __all__ = [
     "selection_bytes",
     "self_certainty",
     "sequence_parallel_bytes",
+    "sequence_parallel_distance",
     "sequence_parallel_entropy",
+    "sequence_parallel_received",
     "sharded_bytes",
     "sharded_entropy",
     "slice_positions",
@@ -292,7 +319,9 @@ __all__ = [
     "support_concentration",
     "surprisal",
     "tensor_parallel_bytes",
+    "tensor_parallel_distance",
     "tensor_parallel_entropy",
+    "tensor_parallel_received",
     "token_alignment",
     "token_weight_metrics",
     "top_fraction",
@@ -300,5 +329,6 @@ __all__ = [
     "weight_statistics",
     "weighted_rollout",
     "weighted_token_mean",
+    "with_head_classes",
     "z_scores",
 ]

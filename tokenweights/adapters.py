@@ -13,6 +13,8 @@ from tokenweights.gradients.preserved import preserved as preserved
 from tokenweights.recipes import corrects_sampler as corrects_sampler
 from tokenweights.recipes import require_columns as require_columns
 from tokenweights.recipes import require_version as require_version
+from tokenweights.recipes.backward import AttentionReading as AttentionReading
+from tokenweights.recipes.backward import joined_readings as joined_readings
 from tokenweights.recipes.config import FILES as FILES
 from tokenweights.recipes.identity import label_numbers as label_numbers
 from tokenweights.recipes.identity import text_numbers as text_numbers
@@ -23,6 +25,9 @@ from tokenweights.recipes.signals import AttentionEntropy as AttentionEntropy
 from tokenweights.report import write_run_json as write_run_json
 from tokenweights.report.records import append_log as append_log
 from tokenweights.report.rollouts import RolloutRecords as RolloutRecords
+
+# What a recipe reads of attention.
+Attention = AttentionEntropy | AttentionReading
 
 
 @contextmanager

@@ -489,3 +489,16 @@ def summed_on(owner: int, values: Tensor, *, group: dist.ProcessGroup | None) ->
     _communicating(f"sum {values.dtype} of {list(values.shape)}", group)
     dist.reduce(values, dst=dist.get_global_rank(group, owner), group=group)
     return values if group.rank() == owner else None
+
+
+def largest_of(values: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
+    """Elementwise maximum over ranks, the same on every rank.
+
+    Args:
+        values: This rank's contribution, of the same shape on every rank.
+        group: The ranks, all of which have to call; None if these are all.
+
+    Returns:
+        The maximum.
+    """
+    return _reduced(values, dist.ReduceOp.MAX, group)

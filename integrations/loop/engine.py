@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenweights import Recipe, capture_attention, predictive_entropy, self_certainty
+from tokenweights.recipes.backward import joined_readings
 
 
 @dataclass(frozen=True)
@@ -112,12 +113,12 @@ def columns(
     """
     signal, count = recipe.attention, responses.tokens.shape[1]
 
-    def entropy(captured: Any) -> Tensor:
+    def read(captured: Any) -> dict[int | str, Tensor]:
         assert signal is not None
-        return signal.captured(captured, key_mask=responses.real)
+        return signal.readings(captured, key_mask=responses.real)
 
     # The row that decides the first response token is the last one of the prompt.
-    with capture_attention(model, recipe.layers, rows=count + 1, reduce=entropy) as capture:
+    with capture_attention(model, recipe.layers, rows=count + 1, reduce=read) as capture:
         log_probs, logits = log_probs_of(model, responses, temperature=temperature)
     found = {
         "log_probs": log_probs,
@@ -126,8 +127,8 @@ def columns(
         "self_certainty": self_certainty(logits),
     }
     if signal is not None:
-        scores = {layer: calls[0] for layer, calls in capture.calls.items()}
         found["attention"] = {
-            n: signal.aligned(s, response_length=count) for n, s in scores.items()
+            name: signal.aligned(values, response_length=count)
+            for name, values in joined_readings(capture.calls).items()
         }
     return found

@@ -9,6 +9,7 @@ from tokenweights.attention import (
     attention_entropy_varlen,
     attention_statistics,
 )
+from tokenweights.attention.received import Received
 
 QUERY, KEY = torch.ones(2, 4, 3, 8), torch.ones(2, 2, 5, 8)
 
@@ -98,6 +99,7 @@ def test_its_own_lse_is_taken_and_a_row_without_a_visible_key_is_zero(backend):
     lse = bad_input.denominators(**valid)
     lse[1] = torch.nan  # nothing there is real
     options = {"key_mask": mask, "lse": lse, "local_window": 5, "backend": backend}
+    options["received"] = Received()
     found = attention_statistics(**valid, **options)
     for value in vars(found).values():
         assert value[0].any() and not value[1].any()

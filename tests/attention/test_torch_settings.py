@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tokenweights.attention import (
+    Received,
     attention_entropy_from_weights,
     attention_entropy_varlen,
     attention_statistics,
@@ -63,6 +64,7 @@ def results(query, key, sinks):
     for heads in ("mean_distribution", "none"):
         for backend in ("chunked", "reference"):
             options = arguments | {"heads": heads, "backend": backend, "softcap": 200.0}
+            options["received"], options["distance_bound"] = Received((1, 30)), 9
             yield from vars(attention_statistics(query, key, **options)).values()
     weights = attention_weights(query, key, sinks=sinks)
     yield weights

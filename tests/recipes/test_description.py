@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 import tokenweights as tw
-from tokenweights.recipes import combine, field, kinds, rules, signals
+from tokenweights.recipes import combine, field, kinds, preplan, rules, signals
 from tokenweights.recipes.rules import EndpointWeights, Top
 from tokenweights.recipes.signals import AttentionEntropy
 
@@ -65,6 +65,27 @@ CASES = [
     (field.RandomDrop(low=1.0, high=5.0), {"low": 1.1, "high": 5.1, "fraction": 3e-4, "seed": 1}),
     (field.RarePositives(), {"probability": 0.003, "quantile": 0.7500001, "among": "all"}),
     (field.SecondMoment(), {"bound": 0.0400001}),
+    (
+        signals.BackwardDistance(layers=(3,), heads=((0, 1),)),
+        {"bound": 11, "layers": (4,), "heads": ((0, 2),)},
+    ),
+    (
+        signals.FutureInfluence(layers=(3,), heads=((0, 1),)),
+        {"first": 11, "last": 51, "layers": (4,), "heads": ((0, 2),)},
+    ),
+    (preplan.PreplanAnchor(), {"chosen": "preplan", "fraction": 0.4000001, "boost": 1.5000001}),
+    (
+        preplan.PreplanAnchor(chosen="coupled"),
+        {"passed": 0.5000001, "reach": 4, "near": 0.5000001},
+    ),
+    (
+        preplan.PreplanAnchor(),
+        {
+            "distance": signals.BackwardDistance(bound=9),
+            "influence": signals.FutureInfluence(last=None),
+        },
+    ),
+    (preplan.RandomCredit(), {"fraction": 0.4000001, "boost": 1.5000001, "seed": 1}),
     (field.Damped(), {"floor": 0.8000001, "least": 0.0200001}),
     (combine.Ranked(signal=LAYERS), {"signal": signals.Surprisal()}),
     (combine.MeanOf(signals=(LAYERS,)), {"signals": (LAYERS, signals.Surprisal())}),

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
+from recipes import test_preplan
 
 import tokenweights as tw
 from tokenweights import Recipe, RolloutBatch, TokenWeightsError
@@ -280,7 +281,8 @@ READINGS = {
 
 
 def test_every_rule_of_the_field_has_a_reading():
-    assert set(READINGS) | {"covariance_drop"} == set(tw.recipe_names(source="field"))
+    elsewhere = {"covariance_drop", *test_preplan.SETS, *test_preplan.CONTROLS}
+    assert set(READINGS) | elsewhere == set(tw.recipe_names(source="field"))
 
 
 @pytest.mark.parametrize("name", READINGS)

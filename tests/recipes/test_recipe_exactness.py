@@ -32,6 +32,8 @@ STEP, DEPTH, WIDTH = 30, 36, 44
 NAMES = tw.recipe_names()
 NAMED = {name: tw.recipe(name).placed(DEPTH) for name in NAMES}
 ENTROPY = signals.PredictiveEntropy()
+# What the named recipes read of attention, the columns of one layer alike in all.
+READ = tuple(dict.fromkeys(name for made in NAMED.values() for name in made.readings))
 # What no name has: rules over all responses to a prompt, a draw of more than one token, and a gate
 # that the whole opens and one of two ranks alone would not.
 OTHERS = {
@@ -69,7 +71,8 @@ ALONE = {
     "loss_low20", "loss_high20", "type_matched20", "position_matched20", "probability_weighted",
     "entropy_bonus", "position_bonus", "relative_surprisal_band", "sampler_ratio_truncated",
     "sampler_ratio_band", "positive_high_entropy50", "positive_low_entropy50",
-    "negative_high_entropy50", "negative_low_entropy50",
+    "negative_high_entropy50", "negative_low_entropy50", "preplan_anchor40", "preplan40",
+    "future_anchor40", "preplan_anchor40_coupled", "random_credit40", "entropy_credit40",
 }  # fmt: skip
 
 # Valid tokens of each response, and the prompts, of unordered numbers, that they answer.
@@ -116,7 +119,7 @@ def drawn(kind: str) -> RolloutBatch:
         predictive_entropy=uniform(0, 0.5 if kind == "open" else 3.0, 100),
         self_certainty=uniform(0, 8.0, 512),
         token_loss=torch.randn(shape, generator=generator),
-        attention={layer: reach * uniform(0, 1, 64) for layer in (8, 20, 31)},
+        attention={name: reach * uniform(0, 1, 64) for name in READ},
     )
 
 
@@ -220,15 +223,16 @@ def differences(kind: str, results: dict[str, Outcome | None]) -> dict[str, str]
 
 
 def filled(batch: RolloutBatch) -> dict[str, Tensor]:
-    """The columns of a batch by name, those of attention by their layer."""
+    """The columns of a batch by name, those of attention by their own."""
     named = {name: getattr(batch, name) for name in batch.filled if name != "attention"}
-    return named | {f"layer {layer}": column for layer, column in (batch.attention or {}).items()}
+    return named | {f"read {name}": column for name, column in (batch.attention or {}).items()}
 
 
 def batch_of(columns: dict[str, Tensor]) -> RolloutBatch:
-    layers = {int(n.split()[1]): column for n, column in columns.items() if n.startswith("layer")}
-    named = {name: column for name, column in columns.items() if not name.startswith("layer")}
-    return RolloutBatch(**named, attention=layers or None)
+    read = {f"read {name}": name for name in READ}
+    attention = {read[name]: column for name, column in columns.items() if name in read}
+    named = {name: column for name, column in columns.items() if name not in read}
+    return RolloutBatch(**named, attention=attention or None)
 
 
 def padded(batch: RolloutBatch, layout: Layout, poison: str) -> RolloutBatch:
@@ -485,7 +489,7 @@ def rollouts(draw):
         predictive_entropy=column(0.0, draw(st.sampled_from([0.4, 3.0]))),
         self_certainty=column(0.0, 9.0),
         token_loss=column(-2.0, 2.0),
-        attention={layer: column(0.0, 1.0) for layer in (8, 20, 31)},
+        attention={name: column(0.0, 1.0) for name in READ},
     )
 
 

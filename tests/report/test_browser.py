@@ -134,6 +134,28 @@ def test_clicking_a_token_shows_its_attention_over_the_context(opened, record):
     assert not strip.is_displayed() and not all_of(driver, ".attended, .chosen")
 
 
+def test_a_click_turns_to_who_looks_back_and_it_stays_turned(opened, record):
+    driver = opened(trace_page_html([record(**ATTENDED)]))
+    tokens, text = all_of(driver, ".token"), one(driver, ".trace-strip p")
+    tokens[1].click()
+    one(driver, ".trace-turn").click()
+    # Of the three later tokens the last but one has it among its keys, with a quarter.
+    assert text.text == (
+        "\u201c\u00b7answer\u201d, position 2: 1 of 3 later tokens look back at it among "
+        "their recorded weights, and give it 0.25 in sum."
+    )
+    assert one(driver, ".trace-turn").get_attribute("aria-pressed") == "true"
+    assert [button.text for button in all_of(driver, ".trace-largest button")] == ["2 25 %"]
+    assert [token.text for token in all_of(driver, ".attended")] == [tokens[3].text]
+    assert one(driver, ".trace-end").text == "last token"
+    tokens[0].click()
+    assert "1 of 4 later tokens" in text.text
+    tokens[4].click()
+    assert "0 of 0 later tokens" in text.text and not all_of(driver, ".attended")
+    one(driver, ".trace-turn").click()
+    assert "looks at 9 tokens" in text.text and one(driver, ".trace-end").text == "chosen token"
+
+
 def test_the_keyboard_reaches_everything(opened, record):
     driver = opened(trace_page_html([record(**ATTENDED)]))
     tokens = all_of(driver, ".token")
@@ -259,6 +281,11 @@ def test_a_trace_of_8192_tokens_opens(opened):
     Actions(driver).move_to_element(tokens[-2]).perform()
     assert tooltip(driver)["position"] == "8191 of 8192"
     assert "32 recorded" in one(driver, ".trace-strip p").text
+    driver.execute_script("arguments[0].scrollIntoView()", tokens[4000])
+    tokens[4000].click()
+    one(driver, ".trace-turn").click()
+    assert "32 of 4191 later tokens look back" in one(driver, ".trace-strip p").text
+    one(driver, ".trace-turn").click()
 
 
 def long_page(count):

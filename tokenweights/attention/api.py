@@ -7,39 +7,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokenweights._typing import typed
-from tokenweights.attention.checks import (
-    check_batch_scores,
-    check_bounds,
-    check_finite,
-    check_heads,
-    check_logits,
-    check_padded,
-    check_positions,
-    check_request,
-    check_results,
-    check_shape,
-    check_workspace,
-)
-from tokenweights.attention.dispatch import (
-    WORKSPACE_BYTES,
-    Backend,
-    backend_used,
-    packed_reference,
-    sweep,
-)
-from tokenweights.attention.layout import packed_batch, padded_batch
-from tokenweights.attention.reference import reference_statistics
-from tokenweights.attention.results import empty_results, over_heads
+from tokenweights.attention.dispatch import WORKSPACE_BYTES, Backend
+from tokenweights.attention.received import Received, check_received
 from tokenweights.attention.statistics import (
     STATISTIC_KINDS,
     AttentionStatistics,
     EntropyKind,
     Heads,
-    Logits,
     Request,
     StatisticKind,
     layer_logits,
 )
+from tokenweights.attention.sweeps import packed_statistics, padded_statistics
 
 
 @typed
@@ -124,7 +103,7 @@ def attention_entropy(
         >>> attention_entropy(query, key, kind="raw")
         tensor([[0.0000, 0.6931, 1.0986]])
     """
-    results = _padded(
+    results = padded_statistics(
         "attention_entropy",
         query,
         key,
@@ -206,51 +185,21 @@ def attention_entropy_varlen(
         ... )
         tensor([0.0000, 0.6931, 0.6931, 1.0986])
     """
-    function = "attention_entropy_varlen"
-    check_heads(
-        function,
-        heads=query.shape[1],
-        kv_heads=key.shape[1],
-        dim=query.shape[2],
-        key_dim=key.shape[2],
+    results = packed_statistics(
+        "attention_entropy_varlen",
+        query,
+        key,
+        Request((kind,), top_k, fixed_k),
+        layer_logits(query.shape[-1], scale, softcap, causal, window),
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
         sinks=sinks,
+        lse=lse,
+        heads=heads,
+        backend=backend,
+        workspace_bytes=workspace_bytes,
     )
-    check_shape(function, "lse", lse, (query.shape[1], query.shape[0]))
-    check_shape(function, "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape))
-    query_bounds, key_bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    check_bounds(function, "cu_seqlens_q", query_bounds, query.shape[0])
-    check_bounds(function, "cu_seqlens_k", key_bounds, key.shape[0])
-    batch = packed_batch(query, key, query_bounds, key_bounds, lse)
-    for sequence in batch.sequences:
-        check_positions(function, sequence.query.shape[1], sequence.key.shape[1])
-    request = Request((kind,), top_k, fixed_k)
-    logits = layer_logits(query.shape[-1], scale, softcap, causal, window)
-    check_request(function, request, heads)
-    check_logits(function, logits)
-    check_workspace(function, workspace_bytes)
-    check_finite(function, batch, sinks)
-    request, logits = request.bounded(key.shape[0]), logits.bounded(key.shape[0])
-    per_head = heads != "mean_distribution"
-    shape = (1, query.shape[1] if per_head else 1, query.shape[0])
-    used = backend_used(function, backend, query, key)
-    if used == "reference":
-        results = empty_results(request, shape, query, torch.float64)
-        packed_reference(function, batch, request, logits, results, per_head=per_head, sinks=sinks)
-    else:
-        results = empty_results(request, shape, query)
-        sweep(
-            function,
-            used,
-            batch,
-            request,
-            logits,
-            results,
-            per_head=per_head,
-            sinks=sinks,
-            workspace_bytes=workspace_bytes,
-        )
-    check_results(function, results)
-    return over_heads(results, heads)[kind][0]
+    return results[kind]
 
 
 @typed
@@ -264,6 +213,9 @@ def attention_statistics(
     fixed_k: int = 256,
     support_mass: Sequence[float] = (0.5, 0.8, 0.9, 0.95),
     local_window: int = 128,
+    distance_bound: int | None = None,
+    received: Received | None = None,
+    rows: Bool[Tensor, "batch query"] | None = None,
     scale: float | None = None,
     causal: bool = True,
     key_mask: Bool[Tensor, "batch key"] | None = None,
@@ -279,12 +231,13 @@ def attention_statistics(
 
     Next to the entropies of `attention_entropy` (Eq. 12-15, nats): `support_size`, the least number
     of keys whose weights sum to a share of the visible mass (`batch query mass`);
-    `mean_distance` $\sum_j a_{t,j} |t - j|$ in real tokens; `local_mass`, the share of mass at
-    distances below `local_window`, and `nonlocal_mass`, the rest; `max_weight`; and `row_mass`, the
-    sum of the weights before renormalization. Ranges: support sizes in $[1, N_t]$, shares in
-    $[0, 1]$. A support size may be off by one where the cumulative mass meets the threshold within
-    float32 rounding; all of the mass is held by all visible keys. Only what is asked for is
-    computed; `support_size` and `topk` cost most, as they order the weights. No gradient. Memory as
+    `mean_distance` $\sum_j a_{t,j} \min(|t - j|, W)$ in real tokens; `local_mass`, the share of
+    mass at distances below `local_window`, and `nonlocal_mass`, the rest; `max_weight`; and
+    `row_mass`, the sum of the weights before renormalization. Ranges: support sizes in $[1, N_t]$,
+    shares in $[0, 1]$. A support size may be off by one where the cumulative mass meets the
+    threshold within float32 rounding; all of the mass is held by all visible keys. Only what is
+    asked for is computed; `support_size` and `topk` cost most, as they order the weights. What each
+    key receives (`batch key`) costs next to nothing beside any of them. No gradient. Memory as
     in `attention_entropy`.
 
     Args:
@@ -295,6 +248,9 @@ def attention_statistics(
         fixed_k: As in `attention_entropy`.
         support_mass: Shares of the visible mass, in (0, 1], one column of `support_size` each.
         local_window: Keys at a smaller distance than this count as local.
+        distance_bound: The largest distance $W$ that a pair counts with; None for no bound.
+        received: What each key receives, in the same sweep; see `attention_received`.
+        rows: As in `attention_received`; of the queries' own statistics all are computed.
         scale: As in `attention_entropy`.
         causal: As in `attention_entropy`.
         key_mask: As in `attention_entropy`.
@@ -326,11 +282,21 @@ def attention_statistics(
         >>> statistics.raw is None
         True
     """
-    results = _padded(
+    if received is not None:
+        check_received("attention_statistics", received)
+    results = padded_statistics(
         "attention_statistics",
         query,
         key,
-        Request(tuple(kinds), top_k, fixed_k, tuple(support_mass), local_window),
+        Request(
+            tuple(kinds),
+            top_k,
+            fixed_k,
+            tuple(support_mass),
+            local_window,
+            distance_bound,
+            received,
+        ),
         layer_logits(query.shape[-1], scale, softcap, causal, window),
         key_mask=key_mask,
         sinks=sinks,
@@ -338,62 +304,6 @@ def attention_statistics(
         heads=heads,
         backend=backend,
         workspace_bytes=workspace_bytes,
+        rows=rows,
     )
     return AttentionStatistics(**results)
-
-
-def _padded(
-    function: str,
-    query: Tensor,
-    key: Tensor,
-    request: Request,
-    logits: Logits,
-    *,
-    key_mask: Tensor | None,
-    sinks: Tensor | None,
-    lse: Tensor | None,
-    heads: Heads,
-    backend: Backend,
-    workspace_bytes: int,
-) -> dict[str, Tensor]:
-    check_padded(function, query, key, key_mask, lse, sinks)
-    check_request(function, request, heads)
-    check_logits(function, logits)
-    check_workspace(function, workspace_bytes)
-    batch = padded_batch(query, key, key_mask, lse)
-    check_finite(function, batch, sinks)
-    request, logits = request.bounded(key.shape[2]), logits.bounded(key.shape[2])
-    per_head = heads != "mean_distribution"
-    used = backend_used(function, backend, query, key)
-    rows, all_heads, queries, _ = query.shape
-    shape = (rows, all_heads if per_head else 1, queries)
-    if used != "reference":
-        results = empty_results(request, shape, query)
-        sweep(
-            function,
-            used,
-            batch,
-            request,
-            logits,
-            results,
-            per_head=per_head,
-            sinks=sinks,
-            workspace_bytes=workspace_bytes,
-        )
-    elif not batch.sequences:
-        results = empty_results(request, shape, query, torch.float64)
-    else:
-        check_batch_scores(function, batch, logits.scale)
-        results = reference_statistics(
-            query,
-            key,
-            request,
-            logits,
-            key_mask=key_mask,
-            sinks=sinks,
-            per_head=per_head,
-            lse=lse,
-            function=function,
-        )
-    check_results(function, results)
-    return over_heads(results, heads)

@@ -24,12 +24,18 @@ def check_request(function: str, request: Request, heads: Heads) -> None:
         value = getattr(request, name)
         if value < 1:
             raise invalid(function, name, "to be >= 1", value, "Pass a number of keys.")
+    bound = request.distance_bound
+    if bound is not None and bound < 1:
+        raise invalid(function, "distance_bound", "to be >= 1", bound, "Pass a number of tokens.")
     for kind in request.kinds:
         if heads == "mean_entropy" and kind not in ENTROPY_KINDS:
             condition = 'to hold entropies only with heads="mean_entropy"'
             hint = 'Pass heads="none" or "mean_distribution" for the other statistics.'
             raise invalid(function, "kinds", condition, repr(kind), hint)
-    if not request.kinds:
+    if request.received is not None and heads == "mean_entropy":
+        hint = 'Pass heads="none" or "mean_distribution" for what keys receive.'
+        raise invalid(function, "heads", "for a distribution", repr(heads), hint)
+    if not request.kinds and request.received is None:
         raise invalid(function, "kinds", "to name a statistic", "none", "Ask for at least one.")
     if "support_size" in request.kinds and not request.support_mass:
         hint = "Pass shares of the mass, or leave support_size out of `kinds`."

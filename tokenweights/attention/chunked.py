@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tokenweights.attention.received_chunked import ColumnSums
 from tokenweights.attention.results import joined
 from tokenweights.attention.rows import (
     RowBlock,
@@ -215,6 +216,7 @@ def sequence_statistics(
     workspace: Workspace | None = None,
     rows: int | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
+    columns: ColumnSums | None = None,
     function: str = "attention_statistics",
 ) -> dict[str, Tensor]:
     """The requested statistics of an unpadded sequence, queries being its last positions.
@@ -232,6 +234,7 @@ def sequence_statistics(
         workspace: Buffers to reuse from sequence to sequence.
         rows: Query rows per block; fewer are taken where `workspace_bytes` demands it.
         workspace_bytes: Bound on the memory of one block.
+        columns: Where to add what each key receives.
         function: Public name for error messages.
 
     Returns:
@@ -269,7 +272,8 @@ def sequence_statistics(
             logits=logits,
             workspace=workspace,
         )
-        results.append(_block_statistics(block_scores, request, per_head=per_head))
+        found = _block_statistics(block_scores, request, per_head=per_head, columns=columns)
+        results.append(found)
     return joined(results, 1)
 
 
@@ -284,10 +288,12 @@ def reads_first_keys(request: Request, lse: Tensor | None) -> bool:
 
     With the denominators known, nothing else enters the fixed-position entropy.
     """
-    return lse is not None and request.kinds == ("fixed",)
+    return lse is not None and request.kinds == ("fixed",) and request.received is None
 
 
-def _block_statistics(scores: _Scores, request: Request, *, per_head: bool) -> dict[str, Tensor]:
+def _block_statistics(
+    scores: _Scores, request: Request, *, per_head: bool, columns: ColumnSums | None
+) -> dict[str, Tensor]:
     if per_head:
         tiles = (tile if factor is None else tile.mul_(factor) for tile, factor in scores.weights())
     else:
@@ -295,14 +301,18 @@ def _block_statistics(scores: _Scores, request: Request, *, per_head: bool) -> d
     asked = request
     if scores.sinks is not None:
         asked = request.only(*dict.fromkeys((*request.kinds, "row_mass")))
-    parts = []
+    parts: list[dict[str, Tensor]] = []
+    head = 0
     for weights in tiles:
-        for columns, hidden in scores.block.hidden:
-            weights[..., columns].masked_fill_(hidden, 0.0)
+        for corner, hidden in scores.block.hidden:
+            weights[..., corner].masked_fill_(hidden, 0.0)
         scratch = scores.workspace.buffer("scratch", *weights.shape)
         parts.append(
             row_statistics(weights, scores.block, asked, least_mass=FAINT_MASS, scratch=scratch)
         )
+        if columns is not None:
+            columns.add(weights, scores.block, slice(head, head + len(weights)))
+        head += len(weights)
     results = joined(parts, 0)
     faint = _faint_rows(results, scores)
     if faint is not None and bool(faint.any()):

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenweights._errors import invalid
-from tokenweights.attention.checks import check_batch_scores, check_total_mass
+from tokenweights.attention.checks import check_batch_scores, check_results, check_total_mass
 from tokenweights.attention.chunked import (
     WORKSPACE_BYTES,
     Workspace,
@@ -17,6 +17,9 @@ from tokenweights.attention.chunked import (
     sequences_per_tile,
 )
 from tokenweights.attention.layout import TokenBatch, TokenSequence, sequence_stacks
+from tokenweights.attention.received import asked_queries, check_columns
+from tokenweights.attention.received_chunked import column_sums
+from tokenweights.attention.received_reference import reference_received
 from tokenweights.attention.reference import reference_statistics
 from tokenweights.attention.results import write_results
 from tokenweights.attention.scores import ACCELERATOR_FLOAT32_SCORE, score_range
@@ -62,7 +65,8 @@ def sweep(
         batch: Queries, keys and sequences without padding.
         request: What to compute.
         logits: How scores become logits.
-        results: `batch heads query` per kind, with a single head unless `per_head`.
+        results: `batch heads query` per kind, with a single head unless `per_head`; the totals of
+            what keys receive, `batch heads key`, where that is asked.
         per_head: Keep heads apart instead of averaging their distributions.
         sinks: Extra logits in the denominator.
         workspace_bytes: Bound on the weights that are held at a time.
@@ -70,7 +74,7 @@ def sweep(
     if not batch.sequences:
         return
     run = chunked_sweep
-    if backend == "triton" and _in_float32(batch, logits.scale):
+    if backend == "triton" and _in_kernels(request) and _in_float32(batch, logits.scale):
         # Imported when needed: triton is large, and not everywhere.
         from tokenweights.attention.triton_backend import triton_sweep as run
     run(
@@ -101,6 +105,8 @@ def chunked_sweep(
     heads = batch.query.shape[1]
 
     def most(sequence: TokenSequence) -> int:
+        if request.received is not None:  # columns are summed sequence by sequence
+            return 1
         queries, keys = sequence.query.shape[1], sequence.key.shape[1]
         return sequences_per_tile(
             heads=heads, queries=queries, keys=keys, device=batch.query.device
@@ -108,7 +114,7 @@ def chunked_sweep(
 
     totals: list[Tensor] = []
     for stack in sequence_stacks(batch.sequences, most):
-        query, key, lse, sequences = stack.query, stack.key, stack.lse, len(stack.slots)
+        query, key, lse, sequences = stack.query, stack.key, stack.lse, len(stack.sequences)
         stack_sinks = None if sinks is None else sinks.repeat(sequences)
         statistics = partial(
             sequence_statistics,
@@ -118,7 +124,7 @@ def chunked_sweep(
             workspace_bytes=workspace_bytes,
             function=function,
         )
-        asked = request
+        asked, first = request, stack.sequences[0]
         coarse = lse is not None and _is_coarse(lse)
         if lse is not None and (coarse or reads_first_keys(request, lse)):
             # The sweep will not sum whole rows with this lse: some are summed for the check.
@@ -129,14 +135,31 @@ def chunked_sweep(
             lse = None if coarse else lse
         elif lse is not None:
             asked = request.only(*dict.fromkeys((*request.kinds, "row_mass")))
-        found = statistics(query, key, asked, per_head=per_head, sinks=stack_sinks, lse=lse)
+        columns = None
+        if request.received is not None:
+            columns = column_sums(
+                request.received,
+                first.asked,
+                heads=heads if per_head else 1,
+                queries=query.shape[1],
+                keys=key.shape[1],
+                device=query.device,
+            )
+        found = statistics(
+            query, key, asked, per_head=per_head, sinks=stack_sinks, lse=lse, columns=columns
+        )
+        if columns is not None:
+            check_results(function, {"row_mass": columns.rows})
+            mass = float(columns.sums.sum()), float(columns.rows.sum())
+            check_columns(function, *mass, asked_queries(first) * len(columns.rows))
+            results["received"][first.slots.row][:, first.slots.key] = columns.totals
         if lse is not None and "row_mass" in found:
             share = _sink_share(stack_sinks, lse)
             share = share if per_head else share.unflatten(0, (sequences, heads)).mean(1)
             totals.append(found["row_mass"] + share)
-        for index, slots in enumerate(stack.slots):
+        for index, sequence in enumerate(stack.sequences):
             own = {kind: found[kind].unflatten(0, (sequences, -1))[index] for kind in request.kinds}
-            write_results(results, own, slots)
+            write_results(results, own, sequence.slots)
     if totals:
         check_total_mass(function, torch.cat([total.flatten() for total in totals]))
 
@@ -165,6 +188,24 @@ def packed_reference(
             function=function,
         )
         write_results(results, {kind: value[0] for kind, value in found.items()}, sequence.slots)
+        if request.received is not None:
+            totals, *mass = reference_received(
+                sequence.query[None],
+                sequence.key[None],
+                request.received,
+                logits,
+                key_mask=None,
+                sinks=sinks,
+                per_head=per_head,
+                rows=None if sequence.asked is None else sequence.asked[None],
+            )
+            columns, rows = map(float, mass)
+            check_columns(function, columns, rows, asked_queries(sequence) * totals.shape[1])
+            results["received"][sequence.slots.row][:, sequence.slots.key] = totals[0]
+
+
+def _in_kernels(request: Request) -> bool:
+    return request.distance_bound is None
 
 
 def _in_float32(batch: TokenBatch, scale: float) -> bool:

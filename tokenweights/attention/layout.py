@@ -32,6 +32,8 @@ class TokenSequence:
     key: Float[Tensor, "kv_heads key dim"]
     lse: Float[Tensor, "heads query"] | None
     slots: Slots
+    # True at the queries that count towards what keys receive; None if all do.
+    asked: Bool[Tensor, " query"] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class SequenceStack:
     query: Float[Tensor, "heads query dim"]
     key: Float[Tensor, "kv_heads key dim"]
     lse: Float[Tensor, "heads query"] | None
-    slots: tuple[Slots, ...]
+    sequences: tuple[TokenSequence, ...]
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def padded_batch(
     key: Float[Tensor, "batch kv_heads key dim"],
     key_mask: Bool[Tensor, "batch key"] | None,
     lse: Float[Tensor, "batch heads query"] | None,
+    rows: Bool[Tensor, "batch query"] | None = None,
 ) -> TokenBatch:
     """A padded batch, cut to the real tokens of its rows."""
     sequences = (
@@ -87,6 +90,7 @@ def padded_batch(
             key=key[slots.row][:, slots.key],
             lse=None if lse is None else lse[slots.row][:, slots.query],
             slots=slots,
+            asked=None if rows is None else rows[slots.row][slots.query],
         )
         for slots in token_slots(query.shape[0], query.shape[2], key.shape[2], key_mask)
     )
@@ -99,6 +103,7 @@ def packed_batch(
     query_bounds: list[int],
     key_bounds: list[int],
     lse: Float[Tensor, "heads total_q"] | None,
+    rows: Bool[Tensor, " total_q"] | None = None,
 ) -> TokenBatch:
     """A packed batch, cut at its bounds."""
     sequences = []
@@ -111,6 +116,7 @@ def packed_batch(
                 key=key[real].transpose(0, 1),
                 lse=None if lse is None else lse[:, asked],
                 slots=Slots(row=0, query=asked, key=real),
+                asked=None if rows is None else rows[asked],
             )
             sequences.append(sequence)
     return TokenBatch(
@@ -141,7 +147,7 @@ def sequence_stacks(
                 query=_one_after_another([sequence.query for sequence in taken]),
                 key=_one_after_another([sequence.key for sequence in taken]),
                 lse=_one_after_another(known) if known else None,
-                slots=tuple(sequence.slots for sequence in taken),
+                sequences=tuple(taken),
             )
 
 

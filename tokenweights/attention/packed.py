@@ -1,5 +1,7 @@
 """Attention entropy of packed rows that may be sliced over ranks, exact on any layout."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
@@ -66,21 +68,15 @@ def packed_entropy(
     function, request = "packed_entropy", Request((kind,), top_k, fixed_k)
     rows = query.transpose(0, 1)[None], key.transpose(0, 1)[None]
     check_own(function, rows[0], rows[1], request, None, scale, window, softcap, sinks)
-    own = slice_positions(len(position_ids), device=key.device, group=group)
-    whole_key = gathered(key, own, dim=0, group=group)
-    positions = gathered(position_ids, own, dim=0, group=group)
-    starts = _sequence_starts(positions)
+    held = packed_slice(key, position_ids, group)
     with agreement(function, group):
-        if not len(own):
+        bounds = held.bounds(function)
+        if not len(query):
             return query.new_zeros(0, dtype=torch.float32)
-        first, last = int(own[0]), int(own[-1]) + 1
-        # From the start of the sequence this slice begins in, up to the slice's end.
-        bounds = torch.cat([starts[starts < last], starts.new_tensor([last])])
-        bounds = bounds[int((bounds[:-1] <= first).sum()) - 1 :]
         return attention_entropy_varlen(
             query,
-            whole_key[int(bounds[0]) : last],
-            cu_seqlens_q=bounds.clamp(min=first) - first,
+            held.key[int(bounds[0]) : int(bounds[-1])],
+            cu_seqlens_q=bounds.clamp(min=held.first) - held.first,
             cu_seqlens_k=bounds - bounds[0],
             kind=kind,
             top_k=top_k,
@@ -92,7 +88,45 @@ def packed_entropy(
         )
 
 
-def _sequence_starts(positions: Int[Tensor, " token"]) -> Int[Tensor, " sequence"]:
+@dataclass(frozen=True)
+class PackedSlice:
+    """One rank's slice of a packed row, with the keys of all of it.
+
+    Attributes:
+        key: Keys of the whole row, `token kv_heads dim`.
+        positions: Position of each token of the whole row in its own sequence.
+        first: Where the slice begins.
+        last: Where it ends.
+    """
+
+    key: Tensor
+    positions: Tensor
+    first: int
+    last: int
+
+    def bounds(self, function: str) -> Int[Tensor, " boundary"]:
+        """From the start of the sequence that the slice begins in, up to the slice's end."""
+        starts = _sequence_starts(function, self.positions)
+        if self.first == self.last:
+            return starts[:0]
+        bounds = torch.cat([starts[starts < self.last], starts.new_tensor([self.last])])
+        return bounds[int((bounds[:-1] <= self.first).sum()) - 1 :]
+
+
+def packed_slice(
+    key: Float[Tensor, "token kv_heads dim"],
+    position_ids: Int[Tensor, " token"],
+    group: dist.ProcessGroup | None,
+) -> PackedSlice:
+    """The slices of all ranks' keys and positions put together; every rank has to call."""
+    own = slice_positions(len(position_ids), device=key.device, group=group)
+    whole_key = gathered(key, own, dim=0, group=group)
+    positions = gathered(position_ids, own, dim=0, group=group)
+    first, last = (int(own[0]), int(own[-1]) + 1) if len(own) else (0, 0)
+    return PackedSlice(whole_key, positions, first, last)
+
+
+def _sequence_starts(function: str, positions: Int[Tensor, " token"]) -> Int[Tensor, " sequence"]:
     is_start = positions == 0
     counts_on = torch.ones_like(is_start)
     if len(positions):
@@ -101,7 +135,7 @@ def _sequence_starts(positions: Int[Tensor, " token"]) -> Int[Tensor, " sequence
     if not bool(counts_on.all()):
         place = int((~counts_on).nonzero()[0])
         raise invalid(
-            "packed_entropy",
+            function,
             "position_ids",
             "counting up from 0 in every sequence",
             f"{positions[max(place - 1, 0) : place + 1].tolist()} at token {place}",

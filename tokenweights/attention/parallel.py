@@ -89,18 +89,12 @@ def sequence_parallel_entropy(
     request = Request((kind,), top_k, fixed_k)
     function = "sequence_parallel_entropy"
     check_own(function, query, key, request, key_mask, scale, window, softcap, sinks)
-    keys = gathered(key, positions, dim=2, group=group)
-    mask = None
-    if key_mask is not None:
-        mask = gathered(key_mask.to(torch.uint8), positions, dim=1, group=group).bool()
+    keys, mask = whole_keys(key, positions, key_mask, group)
     shape = query.shape[0], query.shape[2]
     entropy = torch.zeros(shape, dtype=torch.float32, device=query.device)
     # Scores may still overflow, on the rank that has them.
     with agreement(function, group):
-        order = positions.argsort()
-        for start, stop in _runs(positions[order]):
-            rows = order[start:stop]
-            seen = int(positions[rows[-1]]) + 1
+        for rows, seen in row_runs(positions):
             entropy[:, rows] = attention_entropy(
                 query[:, :, rows],
                 keys[:, :, :seen],
@@ -185,15 +179,15 @@ def tensor_parallel_entropy(
         )
         exchange = "rows" if moved.rows <= moved.distribution else "distribution"
     whole_heads = exchange == "rows"
-    all_keys = _all_heads(key, 1, group) if whole_heads else key
-    all_sinks = _all_heads(sinks, 0, group) if whole_heads and sinks is not None else sinks
+    all_keys = all_heads(key, 1, group) if whole_heads else key
+    all_sinks = all_heads(sinks, 0, group) if whole_heads and sinks is not None else sinks
     parts: list[tuple[slice, Tensor]] = []
     for owner, rows in dealt_blocks(query.shape[2], ranks):
         block = query[:, :, rows]
         if whole_heads:
             part = gathered_on(owner, block, dim=1, group=group)
         else:
-            seen = _seen(query, key, rows)
+            seen = seen_keys(query, key, rows)
             mask = None if key_mask is None else key_mask[:, :seen]
             part = _mean_weights(block, key[:, :, :seen], mask, logits, sinks)
             part = _summed_on(owner, part, group)
@@ -206,7 +200,7 @@ def tensor_parallel_entropy(
     # Only now that all exchanges are done may a rank refuse: the others wait in each of them.
     with agreement(function, group):
         for rows, part in parts:
-            seen = _seen(query, key, rows)
+            seen = seen_keys(query, key, rows)
             mask = None if key_mask is None else key_mask[:, :seen]
             if whole_heads:
                 entropy = attention_entropy(
@@ -351,6 +345,27 @@ def check_own(
     check_batch_scores(function, batch, query.shape[3] ** -0.5 if scale is None else scale)
 
 
+def whole_keys(
+    key: Float[Tensor, "batch kv_heads token dim"],
+    positions: Int[Tensor, " token"],
+    key_mask: Bool[Tensor, "batch token"] | None,
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Keys and mask of the whole sequence; every rank has to call."""
+    keys = gathered(key, positions, dim=2, group=group)
+    if key_mask is None:
+        return keys, None
+    return keys, gathered(key_mask.to(torch.uint8), positions, dim=1, group=group).bool()
+
+
+def row_runs(positions: Int[Tensor, " token"]) -> Iterator[tuple[Int[Tensor, " row"], int]]:
+    """This rank's rows in runs of consecutive positions, and how many keys each run sees."""
+    order = positions.argsort()
+    for start, stop in _runs(positions[order]):
+        rows = order[start:stop]
+        yield rows, int(positions[rows[-1]]) + 1
+
+
 def _runs(positions: Int[Tensor, " token"]) -> Iterator[tuple[int, int]]:
     """Bounds of the stretches in which ascending positions are consecutive."""
     breaks = (positions.diff() != 1).nonzero().flatten() + 1
@@ -367,12 +382,13 @@ def dealt_blocks(queries: int, ranks: int) -> Iterator[tuple[int, slice]]:
             yield owner, rows
 
 
-def _seen(query: Tensor, key: Tensor, rows: slice) -> int:
+def seen_keys(query: Tensor, key: Tensor, rows: slice) -> int:
     """Number of keys up to the last query of a block of rows."""
     return key.shape[2] - query.shape[2] + rows.stop
 
 
-def _all_heads(values: Tensor, dim: int, group: dist.ProcessGroup | None) -> Tensor:
+def all_heads(values: Tensor, dim: int, group: dist.ProcessGroup | None) -> Tensor:
+    """What ranks hold of their own heads, of all heads; every rank has to call."""
     own = values.shape[dim]
     first = 0 if group is None else group.rank() * own
     places = torch.arange(first, first + own, device=values.device)

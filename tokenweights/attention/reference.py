@@ -104,12 +104,14 @@ def reference_statistics(
     asked = slice(key_mask.shape[1] - queries, None)
     distance = (position[:, asked, None] - position[:, None, :]).abs()[:, None]
     local = (share * (distance < request.local_window)).sum(-1)
+    bound = request.distance_bound
+    far = distance if bound is None else distance.clamp_max(bound)
     results = {
         "raw": raw,
         "normalized": torch.where(count > 1, raw / log_count.where(count > 1, 1.0), 0.0),
         "topk": entropy(largest[..., : request.top_k]),
         "fixed": entropy(log_weights.masked_fill(~first, -torch.inf)),
-        "mean_distance": (share * distance).sum(-1),
+        "mean_distance": (share * far).sum(-1),
         "local_mass": local,
         "nonlocal_mass": torch.where(real, 1.0 - local, 0.0),
         "max_weight": share.amax(-1),

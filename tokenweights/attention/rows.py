@@ -274,12 +274,22 @@ def _ascending(weights: Tensor) -> Tensor:
 def _distances(
     weights: Tensor, mass: Tensor, block: RowBlock, request: Request
 ) -> dict[str, Tensor]:
-    distance = block.distance
     results: dict[str, Tensor] = {}
     if "mean_distance" in request.kinds:
-        results["mean_distance"] = (weights * distance).sum(-1) / mass
+        results["mean_distance"] = _mean_distance(weights, block, request.distance_bound) / mass
     if {"local_mass", "nonlocal_mass"} & set(request.kinds):
-        near = (weights * (distance < request.local_window)).sum(-1) / mass
+        near = (weights * (block.distance < request.local_window)).sum(-1) / mass
         results["local_mass"] = near.clamp_max(1.0)
         results["nonlocal_mass"] = 1.0 - results["local_mass"]
     return results
+
+
+def _mean_distance(weights: Tensor, block: RowBlock, bound: int | None) -> Tensor:
+    if bound is None:
+        return (weights * block.distance).sum(-1)
+    # Columns that lie at least the bound before every row need no distance.
+    far = block.first_query - block.first_key - bound + 1 if block.causal else 0
+    far = min(max(far, 0), block.keys)
+    total = weights[..., :far].sum(-1) * bound
+    distance = block.distance[:, far:].clamp_max(bound)
+    return total + (weights[..., far:] * distance).sum(-1)

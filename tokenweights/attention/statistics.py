@@ -7,6 +7,8 @@ from typing import Literal, get_args
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tokenweights.attention.received import Received
+
 EntropyKind = Literal["raw", "normalized", "topk", "fixed"]
 Heads = Literal["mean_distribution", "mean_entropy", "none"]
 StatisticKind = Literal[
@@ -46,6 +48,7 @@ class AttentionStatistics:
         nonlocal_mass: The remaining share.
         max_weight: Largest weight.
         row_mass: Sum of the weights before renormalization: 1 up to rounding, less with sinks.
+        received: What each key receives, see `attention_received`; with a `batch key` shape.
     """
 
     raw: Float[Tensor, "batch *heads query"] | None = None
@@ -58,6 +61,7 @@ class AttentionStatistics:
     nonlocal_mass: Float[Tensor, "batch *heads query"] | None = None
     max_weight: Float[Tensor, "batch *heads query"] | None = None
     row_mass: Float[Tensor, "batch *heads query"] | None = None
+    received: Float[Tensor, "batch *heads key"] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class Request:
     fixed_k: int = 256
     support_mass: tuple[float, ...] = ()
     local_window: int = 128
+    distance_bound: int | None = None
+    received: Received | None = None
 
     def only(self, *kinds: StatisticKind) -> "Request":
         """The same parameters with other statistics."""
@@ -80,7 +86,13 @@ class Request:
             name: min(getattr(self, name), max(keys, 1))
             for name in ("top_k", "fixed_k", "local_window")
         }
-        return dataclasses.replace(self, **counts)
+        bound, received = self.distance_bound, self.received
+        return dataclasses.replace(
+            self,
+            **counts,
+            distance_bound=None if bound is None else min(bound, max(keys, 1)),
+            received=None if received is None else received.bounded(keys),
+        )
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from tokenweights.attention.triton_configuration import (
     block_dim,
     shipped_configuration,
 )
+from tokenweights.attention.triton_received import triton_received
 from tokenweights.attention.triton_work import (
     MOST_PARTS,
     affordable_rows,
@@ -81,7 +82,7 @@ def triton_sweep(
     dense = batch if contiguous else _gathered(batch)
     # A launch goes to the current device, which need not be that of the tensors.
     with torch.cuda.device(dense.query.device) if dense.query.is_cuda else nullcontext():
-        found, mass, asked = _Sweep(
+        swept = _Sweep(
             dense,
             request,
             logits,
@@ -89,7 +90,15 @@ def triton_sweep(
             None if sinks is None else sinks.float().contiguous(),
             workspace_bytes,
             configuration or shipped_configuration(dense.query, dense.key),
-        ).statistics(function)
+        )
+        # A given lse is verified by the mass of the rows, whatever is asked.
+        rows_asked = bool(request.kinds) or swept.lse_given
+        found, mass, asked = swept.statistics(function) if rows_asked else ({}, None, None)
+        if request.received is not None:
+            totals = triton_received(function, swept, dense, request.received)
+            for packed, sequence in zip(dense.sequences, batch.sequences, strict=True):
+                own = totals[packed.slots.row][:, packed.slots.key].to(results["received"])
+                results["received"][sequence.slots.row][:, sequence.slots.key] = own
     if not contiguous:
         for packed, sequence in zip(dense.sequences, batch.sequences, strict=True):
             one = {kind: value[0][:, packed.slots.query] for kind, value in found.items()}
@@ -97,8 +106,9 @@ def triton_sweep(
     else:
         for kind, value in found.items():
             results[kind].copy_(value)
-    if sinks is None and "fixed" not in request.kinds:
+    if not request.kinds or (sinks is None and "fixed" not in request.kinds):
         return
+    assert mass is not None and asked is not None
     faint = asked & ~(mass > FAINT_MASS)
     if bool(faint.any()):
         _repair(faint, dense, batch, request, logits, results, per_head=per_head, sinks=sinks)

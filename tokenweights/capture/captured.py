@@ -1,6 +1,8 @@
 """One attention call: query, key and all that shapes its distribution."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,8 +13,13 @@ from tokenweights._errors import invalid
 from tokenweights._typing import typed
 from tokenweights.attention import (
     EntropyKind,
+    Received,
+    attention_distance,
     attention_entropy,
+    attention_received,
+    packed_distance,
     packed_entropy,
+    packed_received,
     sharded_entropy,
 )
 from tokenweights.capture.shards import Shards, token_major
@@ -82,22 +89,13 @@ class CapturedAttention:
         if self.shards is not None:
             self._require_own("entropy", "key_mask", key_mask, "Mask the entropies of padding.")
             return self._sharded(self.shards, kind, top_k, fixed_k)
-        if key_mask is None:
-            key_mask = self.key_mask
-        else:
-            self._require_same_keys(key_mask)
-        query, key = self._rounded()
         return attention_entropy(
-            query,
-            key,
+            *self._rounded(),
             kind=kind,
             top_k=top_k,
             fixed_k=fixed_k,
-            scale=self.scale,
-            key_mask=key_mask,
-            window=self.window,
-            softcap=self.softcap,
-            sinks=self.sinks,
+            key_mask=self._keys(key_mask),
+            **self._options(),
         )
 
     @agreed
@@ -130,19 +128,14 @@ class CapturedAttention:
         if self.shards is not None:
             self._require_own("packed_entropy", "group", group, "The call knows its groups.")
             return self._sharded(self.shards, kind, top_k, fixed_k)
-        query, key = (states[0].transpose(0, 1) for states in self._rounded())
         return packed_entropy(
-            query,
-            key,
+            *self._packed_row(),
             self.position_ids[0],
             group=group,
             kind=kind,
             top_k=top_k,
             fixed_k=fixed_k,
-            scale=self.scale,
-            window=self.window,
-            softcap=self.softcap,
-            sinks=self.sinks,
+            **self._options(),
         )[None]
 
     def _sharded(
@@ -160,12 +153,89 @@ class CapturedAttention:
             kind=kind,
             top_k=top_k,
             fixed_k=fixed_k,
-            scale=self.scale,
-            window=self.window,
-            softcap=self.softcap,
-            sinks=self.sinks,
+            **self._options(),
         )
         return entropy.view(self.query.shape[0], -1)
+
+    @agreed
+    @typed
+    def distance(
+        self,
+        *,
+        key_mask: Bool[Tensor, "batch key"] | None = None,
+        group: dist.ProcessGroup | None = None,
+        bound: int | None = None,
+        heads: Sequence[int] | None = None,
+    ) -> Float[Tensor, "batch query"]:
+        """Mean distance from each captured query to the keys it looks at, in real tokens.
+
+        Args:
+            key_mask: As in `entropy`, of rows that are not packed.
+            group: As in `packed_entropy`, of rows that are.
+            bound: As in `tokenweights.attention_distance`.
+            heads: Numbers of the query heads that are averaged; None for all.
+
+        Returns:
+            Distances, 0 for padded queries.
+
+        Raises:
+            TokenWeightsError: As `attention_distance`, and as `entropy` for `key_mask`.
+        """
+        options = {"bound": bound, **self._options()}
+        if self.position_ids is not None:
+            row = (*self._packed_row(), self.position_ids[0])
+            return packed_distance(*row, group=group, heads=heads, **options)[None]
+        options["heads"] = "mean_distribution" if heads is None else heads
+        return attention_distance(*self._rounded(), key_mask=self._keys(key_mask), **options)
+
+    @agreed
+    @typed
+    def received(
+        self,
+        asked: Received,
+        *,
+        key_mask: Bool[Tensor, "batch key"] | None = None,
+        group: dist.ProcessGroup | None = None,
+        heads: Sequence[int] | None = None,
+    ) -> Float[Tensor, "batch query"]:
+        """Attention that the key of each captured query gets from the captured queries.
+
+        Of a call that was captured with `rows`, these are the last ones, as of a response.
+
+        Args:
+            asked: Which queries count, and how.
+            key_mask: As in `entropy`, of rows that are not packed.
+            group: As in `packed_entropy`, of rows that are.
+            heads: Numbers of the query heads that are averaged; None for all.
+
+        Returns:
+            What the last `query` keys receive, 0 for padded ones.
+
+        Raises:
+            TokenWeightsError: As `attention_received`, and as `entropy` for `key_mask`.
+        """
+        options = {"horizon": asked.horizon, "reduction": asked.reduction, **self._options()}
+        if self.position_ids is not None:
+            row = (*self._packed_row(), self.position_ids[0])
+            return packed_received(*row, group=group, heads=heads, **options)[None]
+        options["heads"] = "mean_distribution" if heads is None else heads
+        columns = attention_received(*self._rounded(), key_mask=self._keys(key_mask), **options)
+        return columns[:, columns.shape[1] - self.query.shape[2] :]
+
+    def _options(self) -> dict[str, Any]:
+        """What shapes the distribution beside query and key."""
+        names = ("scale", "window", "softcap", "sinks")
+        return {name: getattr(self, name) for name in names}
+
+    def _packed_row(self) -> tuple[Tensor, Tensor]:
+        query, key = (states[0].transpose(0, 1) for states in self._rounded())
+        return query, key
+
+    def _keys(self, key_mask: Tensor | None) -> Tensor | None:
+        if key_mask is None:
+            return self.key_mask
+        self._require_same_keys(key_mask)
+        return key_mask
 
     def _rounded(self) -> tuple[Tensor, Tensor]:
         """Query and key as the products of attention take them, where this rank has all of them."""

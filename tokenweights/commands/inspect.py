@@ -120,10 +120,10 @@ def run(options: argparse.Namespace) -> int:
     ids = torch.tensor(prompt_ids + response_ids, device=model.device)
     if made is not None:
         made = made.on_model(model)
-        if made.attention is not None:
+        if made.entropy is not None:
             options.layers = list(made.layers)
-            options.kind = made.attention.entropy_kind
-            options.alignment = made.attention.alignment
+            options.kind = made.entropy.entropy_kind
+            options.alignment = made.entropy.alignment
     options.kind = options.kind or "normalized"
     options.alignment = options.alignment or "deciding"
     available = list(attention_layers(model))

@@ -7,10 +7,13 @@ callables of your own.
 
 from tokenweights.recipes import combine as combine
 from tokenweights.recipes import field as field
+from tokenweights.recipes import preplan as preplan
 from tokenweights.recipes import rules as rules
 from tokenweights.recipes import signals as signals
 from tokenweights.recipes.batch import RolloutBatch as RolloutBatch
 from tokenweights.recipes.config import TokenWeightsConfig as TokenWeightsConfig
+from tokenweights.recipes.heads import probe_head_classes as probe_head_classes
+from tokenweights.recipes.heads import with_head_classes as with_head_classes
 from tokenweights.recipes.named import recipe as recipe
 from tokenweights.recipes.named import recipe_names as recipe_names
 from tokenweights.recipes.parts import Rule as Rule

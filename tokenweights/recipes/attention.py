@@ -70,8 +70,10 @@ class AttentionEntropy(Part):
 
     def __call__(self, batch: RolloutBatch) -> Float[Tensor, "batch token"]:
         """The batch's columns of the layers as one score for each token."""
-        read: Mapping[int, Tensor] = batch.attention or {}
-        layers = tuple(read) if self.layers is None else self.layers
+        read: Mapping[int | str, Tensor] = batch.attention or {}
+        layers = self.layers
+        if layers is None:  # columns of other signals have names
+            layers = tuple(name for name in read if isinstance(name, int))
         if self.layers is None and len(layers) != 1:
             hint = "Name the layers in the recipe, or let `Recipe.on_model` do it."
             raise invalid(self.kind, "attention", "of one layer", list(layers), hint)
@@ -106,6 +108,11 @@ class AttentionEntropy(Part):
         size = {"topk": self.top_k, "fixed": self.fixed_k}.get(self.entropy_kind, 0)
         return self.entropy_kind, size, self.alignment
 
+    @property
+    def names(self) -> tuple[int | str, ...]:
+        """The columns of `RolloutBatch.attention` that it reads: the numbers of its layers."""
+        return self.layers or ()
+
     @typed
     def placed(self, depth: int, *, available: Sequence[int] | None = None) -> "AttentionEntropy":
         """The signal with its layers numbered for a model of `depth` layers.
@@ -127,18 +134,7 @@ class AttentionEntropy(Part):
             middle = middle_layer(depth)
             ordered = sorted(available, key=lambda layer: abs(layer - middle))
             return dataclasses.replace(self, layers=tuple(ordered[:1]))
-        chosen = []
-        for layer in self.layers:
-            index = available[layer] if -len(available) <= layer < 0 else layer
-            if index not in available:
-                raise invalid(
-                    "attention_entropy",
-                    "layers",
-                    f"among the attention layers {list(available)}",
-                    layer,
-                    "Layers count from 0; -1 is the last one with attention.",
-                )
-            chosen.append(index)
+        chosen = numbered(self.kind, self.layers, available)
         # -1 may name a layer that has been named.
         return dataclasses.replace(self, layers=tuple(dict.fromkeys(chosen)))
 
@@ -165,6 +161,16 @@ class AttentionEntropy(Part):
         if captured.position_ids is not None:
             return captured.packed_entropy(group=group, kind=kind, top_k=top_k, fixed_k=fixed_k)
         return captured.entropy(key_mask=key_mask, kind=kind, top_k=top_k, fixed_k=fixed_k)
+
+    def readings(
+        self,
+        captured: CapturedAttention,
+        *,
+        key_mask: Tensor | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> dict[int | str, Tensor]:
+        """What is read of a captured call, by the names of the columns; see `captured`."""
+        return {captured.layer: self.captured(captured, key_mask=key_mask, group=group)}
 
     @typed
     def aligned(
@@ -210,6 +216,23 @@ class AttentionEntropy(Part):
             return scores[0].to(sum_dtype(scores[0].dtype))
         layers = torch.stack(list(scores))
         return layers.mean(0, dtype=sum_dtype(layers.dtype))
+
+
+def numbered(kind: str, layers: Sequence[int], available: Sequence[int]) -> list[int]:
+    """Layers by their number from 0; negative ones count from the last one with attention."""
+    chosen = []
+    for layer in layers:
+        index = available[layer] if -len(available) <= layer < 0 else layer
+        if index not in available:
+            raise invalid(
+                kind,
+                "layers",
+                f"among the attention layers {list(available)}",
+                layer,
+                "Layers count from 0; -1 is the last one with attention.",
+            )
+        chosen.append(index)
+    return chosen
 
 
 def model_layers(model: nn.Module) -> tuple[int, tuple[int, ...]]:

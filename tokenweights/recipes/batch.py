@@ -22,7 +22,7 @@ ON_DEMAND = {
     "predictive_entropy": "entropy of each next-token distribution",
     "self_certainty": "divergence of each next-token distribution from the uniform one",
     "token_loss": "unreduced loss of each token",
-    "attention": "attention entropy of each token for each probed layer",
+    "attention": "attention entropy, or what else is read of it, of each token for each layer",
 }
 COLUMNS = ("mask", "sample_ids", "prompt_ids", *ON_DEMAND)
 
@@ -53,7 +53,8 @@ class RolloutBatch:
             `self_certainty`.
         token_loss: Unreduced loss of each token.
         attention: Attention entropy of each token for each probed layer, by the number of the
-            layer; nats or normalized, as the recipe's signal asks.
+            layer; nats or normalized, as the recipe's signal asks. Other statistics of attention by
+            the name that their signal gives them, see `Recipe.readings`.
         group: The ranks that share the rollout batch; None if these rows are all of it.
 
     Raises:
@@ -79,7 +80,7 @@ class RolloutBatch:
     predictive_entropy: Float[Tensor, "batch token"] | None = None
     self_certainty: Float[Tensor, "batch token"] | None = None
     token_loss: Float[Tensor, "batch token"] | None = None
-    attention: Mapping[int, Float[Tensor, "batch token"]] | None = None
+    attention: Mapping[int | str, Float[Tensor, "batch token"]] | None = None
     group: dist.ProcessGroup | None = None
 
     def __post_init__(self) -> None:

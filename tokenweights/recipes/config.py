@@ -73,7 +73,7 @@ class TokenWeightsConfig:
     def __post_init__(self) -> None:
         probed = self.gradient_probe_steps is not None
         self._require(
-            self.token_recipe.attention is not None or self.token_records is None,
+            self.token_recipe.entropy is not None or self.token_records is None,
             "token_records",
             "None",
             "A record holds attention entropies; the recipe has none.",

@@ -15,7 +15,8 @@ from tokenweights.recipes.field import (
     SecondMoment,
     Within,
 )
-from tokenweights.recipes.parts import Rule
+from tokenweights.recipes.parts import Rule, Signal
+from tokenweights.recipes.preplan import PreplanAnchor, RandomCredit
 from tokenweights.recipes.recipe import Recipe
 from tokenweights.recipes.rules import Bottom, Top, Uniform
 from tokenweights.recipes.signals import (
@@ -42,6 +43,10 @@ def _boosted(inside: float, side: str) -> Top:
 
 def _quadrant(name: str, rule: Rule) -> Recipe:
     return Recipe(name=name, signal=_ENTROPY, rule=rule, denominator="selected_tokens")
+
+
+def _credit(name: str, rule: Rule, signal: Signal | None = None) -> Recipe:
+    return Recipe(name=name, signal=signal, rule=BySign(positive=rule, negative=Uniform()))
 
 
 _MASK = Top(scope="batch")
@@ -172,4 +177,10 @@ RECIPES: tuple[Recipe, ...] = (
     ),
     Recipe(name="second_moment_drop", rule=SecondMoment()),
     Recipe(name="entropy_change_damped", signal=EntropySensitivity(), rule=Damped()),
+    _credit("preplan_anchor40", PreplanAnchor()),
+    _credit("preplan40", PreplanAnchor(chosen="preplan")),
+    _credit("future_anchor40", PreplanAnchor(chosen="anchors")),
+    _credit("preplan_anchor40_coupled", PreplanAnchor(chosen="coupled")),
+    _credit("random_credit40", RandomCredit()),
+    _credit("entropy_credit40", Top(fraction=0.4, inside=1.5, outside=1.0), _ENTROPY),
 )

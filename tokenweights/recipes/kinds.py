@@ -11,12 +11,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from tokenweights._errors import TokenWeightsError, invalid, nearest
-from tokenweights.recipes import combine, field, rules, signals
+from tokenweights.recipes import combine, field, preplan, rules, signals
 from tokenweights.recipes.attention import AttentionEntropy
+from tokenweights.recipes.backward import BackwardDistance, FutureInfluence
 from tokenweights.recipes.parts import Part, Rule, Signal, is_part, unknown
 
-SIGNALS: tuple[type[Part], ...] = (AttentionEntropy, *signals.ALL, *combine.SIGNALS)
-RULES: tuple[type[Part], ...] = (*rules.ALL, *field.ALL, *combine.RULES)
+SIGNALS: tuple[type[Part], ...] = (
+    AttentionEntropy,
+    BackwardDistance,
+    FutureInfluence,
+    *signals.ALL,
+    *combine.SIGNALS,
+)
+RULES: tuple[type[Part], ...] = (*rules.ALL, *field.ALL, *preplan.ALL, *combine.RULES)
 CONDITIONS: tuple[type[Part], ...] = combine.CONDITIONS
 
 _BY_ROLE = {

@@ -66,6 +66,12 @@ _QUADRANT = Published(
     scope="response",
     notes=("One of the four quadrants of its ablation, split at each response's median.",),
 )
+_PREPLAN = (
+    "Without named heads all heads count. The paper has the 30% that look back least, and most:",
+    "`probe_head_classes` and `with_head_classes`. Layers are five of the middle third.",
+    "The paper reads the maps of an auxiliary model; here they are the policy's.",
+)
+_CONTROL = "A control of its ablation."
 
 PUBLISHED: dict[str, Published] = {
     "predictive_high20_batch": _ENTROPY_MASK,
@@ -148,5 +154,30 @@ PUBLISHED: dict[str, Published] = {
         source="arXiv 2510.10150",
         scope="mini-batch",
         notes=("As released; the largest change is that of the rollout batch.",),
+    ),
+    **{
+        name: Published(
+            source=f"arXiv 2510.13554, {what}", scope="response", when="rollout", notes=_PREPLAN
+        )
+        for name, what in (
+            ("preplan_anchor40", "both sets"),
+            ("preplan40", "the local set"),
+            ("future_anchor40", "the global set"),
+        )
+    },
+    "preplan_anchor40_coupled": Published(
+        source="arXiv 2510.13554, the coupled variant",
+        scope="response",
+        when="rollout",
+        notes=(
+            *_PREPLAN,
+            "What is near, the lower half by distance, and a share of 0.5 are not the paper's.",
+        ),
+    ),
+    "random_credit40": Published(
+        source="arXiv 2510.13554", scope="response", when="rollout", notes=(_CONTROL,)
+    ),
+    "entropy_credit40": Published(
+        source="arXiv 2510.13554", scope="response", when="rollout", notes=(_CONTROL,)
     ),
 }

@@ -17,6 +17,7 @@ from tokenweights.distributed import agreed
 from tokenweights.losses import Denominator, loss_denominator
 from tokenweights.masked import require_finite, require_weights
 from tokenweights.recipes.attention import AttentionEntropy, model_layers
+from tokenweights.recipes.backward import AttentionColumns, AttentionReading
 from tokenweights.recipes.batch import RolloutBatch
 from tokenweights.recipes.description import recipe_description
 from tokenweights.recipes.kinds import part_from, part_values
@@ -136,9 +137,13 @@ class Recipe:
             got = f"{self.signal and label(self.signal)}"
             condition = f"{needs} with the rule {label(self.rule)!r}"
             raise invalid(f"recipe {self.name}", "signal", condition, got, hint)
-        if len({part.statistic for part in self._attention}) > 1:
+        if len({part.statistic for part in self._entropies}) > 1:
             condition = "that reads one statistic of attention at one row"
             hint = "Its attention signals may differ in layers and their reduction only."
+            raise invalid(f"recipe {self.name}", "signal", condition, "several", hint)
+        if len({part.alignment for part in self._attention}) > 1:
+            condition = "that reads attention at one row"
+            hint = "Give its entropies the alignment `own`, as columns have it."
             raise invalid(f"recipe {self.name}", "signal", condition, "several", hint)
 
     def __getattr__(self, name: str) -> Any:
@@ -156,18 +161,31 @@ class Recipe:
         return tuple(dict.fromkeys((*columns_of(self.signal), *columns_of(self.rule))))
 
     @property
-    def _attention(self) -> tuple[AttentionEntropy, ...]:
+    def _attention(self) -> tuple[AttentionEntropy | AttentionColumns, ...]:
         parts = (*parts_of(self.signal), *parts_of(self.rule))
-        return tuple(part for part in parts if isinstance(part, AttentionEntropy))
+        return tuple(
+            part for part in parts if isinstance(part, AttentionEntropy | AttentionColumns)
+        )
 
     @property
-    def attention(self) -> AttentionEntropy | None:
+    def _entropies(self) -> tuple[AttentionEntropy, ...]:
+        return tuple(part for part in self._attention if isinstance(part, AttentionEntropy))
+
+    @property
+    def attention(self) -> AttentionEntropy | AttentionReading | None:
         """What is read of a model's attention, of all layers together; None if nothing is."""
-        if not self._attention:
+        if any(isinstance(part, AttentionColumns) for part in self._attention):
+            return AttentionReading(self._attention)
+        return self.entropy
+
+    @property
+    def entropy(self) -> AttentionEntropy | None:
+        """The attention entropy that is read, of all layers together; None if none is."""
+        if not self._entropies:
             return None
-        first = self._attention[0]
+        first = self._entropies[0]
         layers: dict[int, None] = {}
-        for part in self._attention:
+        for part in self._entropies:
             if part.layers is None:
                 return dataclasses.replace(first, layers=None)
             layers |= dict.fromkeys(part.layers)
@@ -177,6 +195,11 @@ class Recipe:
     def layers(self) -> tuple[int, ...]:
         """Layers that are read, once `on_model` or `placed` has named them; empty if none are."""
         return (self.attention.layers or ()) if self.attention else ()
+
+    @property
+    def readings(self) -> tuple[int | str, ...]:
+        """Names of the columns of `RolloutBatch.attention` that are read, once layers have one."""
+        return self.attention.names if self.attention else ()
 
     @typed
     def placed(self, depth: int, *, available: Sequence[int] | None = None) -> "Recipe":
@@ -195,7 +218,7 @@ class Recipe:
         """
 
         def change(part: Any) -> Any:
-            if isinstance(part, AttentionEntropy):
+            if isinstance(part, AttentionEntropy | AttentionColumns):
                 return part.placed(depth, available=available)
             return part
 

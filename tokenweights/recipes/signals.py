@@ -22,6 +22,8 @@ from tokenweights.likelihood import (
 )
 from tokenweights.masked import accumulator_dtype
 from tokenweights.recipes.attention import AttentionEntropy as AttentionEntropy
+from tokenweights.recipes.backward import BackwardDistance as BackwardDistance
+from tokenweights.recipes.backward import FutureInfluence as FutureInfluence
 from tokenweights.recipes.batch import RolloutBatch
 from tokenweights.recipes.parts import Part, decimal
 from tokenweights.signals import loss_magnitude, relative_position

@@ -199,7 +199,7 @@ def weighted_records(
         for name in ("log_probs", "predictive_entropy")
         if name in made.columns
     }
-    entropies = {
+    entropies: dict[int | str, Tensor] = {
         int(record.layer): torch.tensor([record.attention_entropy])
         for record in records
         if isinstance(record.layer, int)
@@ -209,7 +209,7 @@ def weighted_records(
         sample_ids=torch.zeros(1, dtype=torch.int64),
         prompt_ids=torch.zeros(1, dtype=torch.int64),
         token_ids=torch.tensor([first.token_ids]),
-        attention=entropies if made.attention is not None else None,
+        attention=entropies if made.entropy is not None else None,
         **rows,
     )
     weights = tuple(made.weighted(batch, step=step).weights[0].tolist())

@@ -83,10 +83,12 @@ class RolloutRecords:
         """
         if self._path is None or not self.due(step) or not weighted.metrics:
             return
-        attention = recipe.attention
+        attention = recipe.entropy
         if attention is None or batch.token_ids is None:
             hint = "A record holds attention entropies and tokens."
-            raise invalid("RolloutRecords", "recipe", "that reads attention", recipe.name, hint)
+            raise invalid(
+                "RolloutRecords", "recipe", "that reads attention entropy", recipe.name, hint
+            )
         self._next_step = step + self._every
         rows = first_prompt_rows(batch, prompts=self._prompts)
         shown = batch.rows(rows or [0])

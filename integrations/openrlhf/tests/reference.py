@@ -3,6 +3,7 @@
 Nothing of the library, of the adapter or of a trainer is used here.
 """
 
+import itertools
 import math
 
 import torch
@@ -34,6 +35,33 @@ def attention_entropies(attention, places, row):
     return entropies
 
 
+def backward_distances(attention, places, bound=10):
+    """How far back each token looks, a pair counting with at most the bound; heads averaged."""
+    return [
+        sum(float(a) * min(t - s, bound) for s, a in enumerate(attention[:, t, : t + 1].mean(0)))
+        for t in places
+    ]
+
+
+def future_influences(attention, places, first=10, last=50):
+    """What each token gets on average from the queries at these distances; heads averaged."""
+    mean, found = attention.mean(0), []
+    for s in places:
+        later = range(s + first, min(len(mean) - 1, s + last) + 1)
+        found.append(sum(float(mean[t, s]) for t in later) / max(len(later), 1))
+    return found
+
+
+def preplan_and_anchor(far, influence):
+    """1.5 for the top 40%, rounded up, of changes of distance and of influence; else 1."""
+    change = [abs(a - b) for a, b in itertools.pairwise(far)] + [0.0]
+    chosen = set()
+    for values in (change, influence):
+        order = sorted(range(len(values)), key=lambda place: (values[place], place))
+        chosen |= {*order[len(order) - math.ceil(2 * len(order) / 5) :]}
+    return [1.5 if place in chosen else 1.0 for place in range(len(far))]
+
+
 def read(policy, responses, *, row="deciding", temperature=1.0, layer=PROBE):
     """Log-probabilities (with gradient), attention and predictive entropies of every response."""
     model, found = load(policy), []
@@ -47,6 +75,7 @@ def read(policy, responses, *, row="deciding", temperature=1.0, layer=PROBE):
             {
                 "log_probs": deciding.gather(1, ids[0, places][:, None])[:, 0],
                 "attention": attention_entropies(output.attentions[layer][0].detach(), places, row),
+                "maps": [maps[0].detach() for maps in output.attentions],
                 "predictive": (-(deciding.exp() * deciding).sum(-1)).tolist(),
             }
         )

@@ -121,7 +121,21 @@ def by_hand(found, responses, layer):
         prompt_ids=rows // tiny.SAMPLES,
         advantages=reference.group_advantages(responses)[:, None],
         rewards=torch.tensor([response["reward"] for response in responses]),
-        attention={layer: padded([signals["attention"] for signals in found])},
+        attention={
+            layer: padded([signals["attention"] for signals in found]),
+            f"{layer}_distance_10": padded(
+                [
+                    reference.backward_distances(signals["maps"][layer], own)
+                    for signals, own in zip(found, places, strict=True)
+                ]
+            ),
+            f"{layer}_received_10_50": padded(
+                [
+                    reference.future_influences(signals["maps"][layer], own)
+                    for signals, own in zip(found, places, strict=True)
+                ]
+            ),
+        },
         **(columns | {"token_ids": columns["token_ids"].long()}),
     )
 
@@ -131,6 +145,8 @@ def check(actors, policy, recipe, *options, layer=reference.PROBE, steps=1, **se
     args = tiny.arguments(policy, *options, recipe=recipe, **settings)
     statuses, after = tiny.trained(actors, args, steps=steps)
     made = args.tokenweights.token_recipe
+    if made.entropy is None:
+        made = made.placed(3)
     responses = list(tiny.responses(sampled=args.algo.advantage.is_correction_level != "off"))
     model, found = reference.read(policy, responses, layer=layer)
     rollout = made.weighted(by_hand(found, responses, layer), step=0)

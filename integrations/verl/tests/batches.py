@@ -1,5 +1,6 @@
 """A rollout batch as VeRL's trainer holds it, with rows that can be told apart."""
 
+import tokenweights as tw
 import torch
 from tensordict import TensorDict
 from tokenweights_lab import load_tokenizer, problems
@@ -7,6 +8,9 @@ from tokenweights_lab.task import mixed_solution
 
 ROWS = 8
 LAYERS = (1, 2)
+# The preplan-and-anchor recipe with its heads named, and spans that fit short responses.
+CLASSES = {1: tw.HeadClasses((0,), (1,)), 2: tw.HeadClasses((1,), (0,))}
+PREPLAN = {"name": "preplan_anchor40", "first": 1, "last": 6, "bound": 5}
 CASES = {
     "fsdp": {"strategy": "fsdp"},
     "fsdp2": {"strategy": "fsdp2"},

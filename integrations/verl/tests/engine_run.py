@@ -8,8 +8,9 @@ import sys
 from functools import partial
 
 import cpu_flash
+import tokenweights as tw
 import torch
-from batches import CASES, LAYERS, ROWS, batch, rows
+from batches import CASES, CLASSES, LAYERS, PREPLAN, ROWS, batch, rows
 from tokenweights.recipes.signals import AttentionEntropy
 from tokenweights_lab import policy_path
 from verl.trainer.config import CheckpointConfig
@@ -101,8 +102,8 @@ def inference(worker, probe):
     data, own = own_rows(worker, batch())
     data = tu.index_select_tensor_dict(data, own)
     tu.assign_non_tensor(data, temperature=1.0, calculate_entropy=True, compute_loss=False)
-    if probe:
-        tu.assign_non_tensor_data(data, PROBE, AttentionEntropy(layers=LAYERS))
+    if probe is not None:
+        tu.assign_non_tensor_data(data, PROBE, probe)
     output = worker.infer_batch(data)
     if output is None:
         return None
@@ -154,11 +155,12 @@ def case_results(options):
     ]
     first = [sign * (torch.arange(n) < n // 2) for n, sign in zip(lengths, signs, strict=True)]
     share = sum(lengths) / sum(n // 2 for n in lengths)
-    seen = []
+    seen, preplan = [], tw.with_head_classes(tw.recipe(PREPLAN), CLASSES)
     return {
-        "probed": inference(worker, True),
-        "unprobed": inference(worker, False),
-        "plain": inference(plain, False),
+        "probed": inference(worker, AttentionEntropy(layers=LAYERS)),
+        "columns": inference(worker, preplan.attention),
+        "unprobed": inference(worker, None),
+        "plain": inference(plain, None),
         "norm": gradient_norm(worker, loss, uniform),
         "plain_norm": gradient_norm(plain, plain_loss, uniform),
         "named_norm": gradient_norm(worker, loss, named, seen),

@@ -1,11 +1,13 @@
 """VeRL's own workers and engines on real gloo ranks, against eager attention matrices."""
 
+import itertools
+import math
 from functools import cache
 
 import pytest
 import tokenweights as tw
 import torch
-from batches import CASES, LAYERS, ROWS, nested, plain_advantages, rows
+from batches import CASES, CLASSES, LAYERS, PREPLAN, ROWS, nested, plain_advantages, rows
 from ranks import results_by_case
 from tensordict import TensorDict
 from tokenweights_lab import load_policy
@@ -77,6 +79,65 @@ def test_entropy_equals_that_of_eager_attention(results, run, case):
             assert row.shape == entropies[place].shape
             atol = allowed(case, "entropy")
             torch.testing.assert_close(row.double(), entropies[place], atol=atol, rtol=0)
+
+
+@cache
+def expected_columns():
+    """Backward distances and future influences of each row's tokens, from eager maps."""
+    model, expected = load_policy(attn_implementation="eager"), []
+    first, last, bound = (PREPLAN[name] for name in ("first", "last", "bound"))
+    for prompt, response in rows():
+        with torch.no_grad():
+            maps = model(torch.tensor([prompt + response]), output_attentions=True).attentions
+        count, columns = len(prompt) + len(response), {"local": [], "distant": []}
+        for layer, classes in CLASSES.items():
+            for kind, found in columns.items():
+                found.append(maps[layer][0, getattr(classes, kind)].double().mean(0))
+        local, distant = (torch.stack(found).mean(0) for found in columns.values())
+        far = (torch.arange(count)[:, None] - torch.arange(count)).clamp(0, bound)
+        later = [range(s + first, min(count - 1, s + last) + 1) for s in range(count)]
+        influence = [
+            sum(float(distant[t, s]) for t in own) / max(len(own), 1) for s, own in enumerate(later)
+        ]
+        expected.append(((local * far).sum(-1), torch.tensor(influence, dtype=torch.float64)))
+    return expected
+
+
+@pytest.mark.parametrize(("run", "case"), EVERY_CASE)
+def test_columns_and_weights_are_those_of_eager_attention(results, run, case):
+    made = tw.with_head_classes(tw.recipe(PREPLAN), CLASSES)
+    names = [name for name in made.readings if "distance" in name]
+    found = {
+        name: by_row(results(run, case), "columns", f"attention_entropy_{name}")
+        for name in made.readings
+    }
+    atol = allowed(case, "entropy") * (20 if case == "bfloat16" else 1)
+    for row, (far, influence) in enumerate(expected_columns()):
+        own = [found[name][row].double() for name in names]
+        torch.testing.assert_close(torch.stack(own).mean(0), far, atol=atol, rtol=0)
+        own = [found[name][row].double() for name in made.readings if name not in names]
+        torch.testing.assert_close(torch.stack(own).mean(0), influence, atol=atol, rtol=0)
+    if case == "bfloat16":
+        return
+    # Of ranks that hold slices of one row, the first gives it back.
+    keys, data, order = rollout([one for one in results(run, case) if one["probed"]])
+    for name, parts in found.items():
+        data[f"attention_entropy_{name}"] = nested([parts[row] for row in order])
+    weights = made.weighted(rollout_batch(made, 1, keys, data), step=0).weights
+    credited = 0
+    for place, row in enumerate(order):
+        (prompt, response), advantage = rows()[row], float(plain_advantages()[row][0])
+        far, influence = (values[len(prompt) :].tolist() for values in expected_columns()[row])
+        wanted = [1.0] * len(response)
+        if advantage > 0:
+            change = [abs(a - b) for a, b in itertools.pairwise(far)] + [0.0]
+            for values in (change, influence):
+                ranked = sorted(range(len(values)), key=lambda t: (values[t], t))
+                for token in ranked[len(ranked) - math.ceil(2 * len(ranked) / 5) :]:
+                    wanted[token] = 1.5
+        torch.testing.assert_close(weights[place, : len(wanted)], torch.tensor(wanted))
+        credited += wanted.count(1.5)
+    assert credited > 10
 
 
 @pytest.mark.parametrize(("run", "case"), EVERY_CASE)

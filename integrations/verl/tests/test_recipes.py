@@ -36,7 +36,8 @@ PLAIN = (
     *("covariance_drop", "entropy_bonus", "position_bonus", "perplexity_shaping"),
     *("relative_surprisal_band", "positive_high_entropy50", "positive_low_entropy50"),
     *("negative_high_entropy50", "negative_low_entropy50", "rare_positives_drop"),
-    *("rare_positives_drop_older", "entropy_change_damped"),
+    *("rare_positives_drop_older", "entropy_change_damped", "preplan_anchor40", "preplan40"),
+    *("future_anchor40", "preplan_anchor40_coupled", "random_credit40", "entropy_credit40"),
 )
 # What needs one setting more, and the column that this gives.
 WITH = {
@@ -123,6 +124,8 @@ def rows(order):
         "ref_log_prob": [-3 * values[4] for *_, values, _, _ in made],
         "rm_scores": [values[4] for *_, values, _, _ in made],
         ENTROPY.format(0): [whole for *_, whole, _ in made],
+        ENTROPY.format("0_distance_10"): [9 * whole for *_, whole, _ in made],
+        ENTROPY.format("0_received_10_50"): [1 - whole for *_, whole, _ in made],
     }
     data = {name: nested(parts) for name, parts in fields.items()}
     keys = [f"{prompt}_{row}_0" for row, _, prompt, *_ in made]

@@ -25,6 +25,27 @@ function attentionRow(trace, position) {
   return { pairs, prompt: packed.prompt, size: packed.prompt + position + (packed.own ? 1 : 0) };
 }
 
+// What the recorded rows of other tokens give to a token: the same pairs, by who looks.
+function receivedRow(trace, position) {
+  if (!attentionRow(trace, position)) return null;
+  if (!trace.received) {
+    trace.received = trace.tokens.map(() => []);
+    const { counts, places, weights } = trace.attention;
+    const { prompt } = trace.data.attention;
+    let at = 0;
+    counts.forEach((count, token) => {
+      for (const end = at + count; at < end; at += 1) {
+        if (places[at] < prompt || places[at] === prompt + token) continue;
+        const weight = weights[at] / 65535;
+        trace.received[places[at] - prompt].push({ place: prompt + token, weight });
+      }
+    });
+    trace.received.forEach((pairs) => pairs.sort((first, second) => second.weight - first.weight));
+  }
+  const { prompt } = trace.data.attention;
+  return { pairs: trace.received[position], prompt, size: prompt + trace.tokens.length };
+}
+
 // The elements of prompt and response, by place; the prompt may stand above all responses.
 function contextOf(trace) {
   const prompt =
@@ -75,7 +96,14 @@ function showStrip(trace, position) {
   const strip = trace.section.querySelector(".trace-strip");
   if (!strip) return;
   unmark(trace.section);
-  const row = attentionRow(trace, position);
+  const turn = strip.querySelector(".trace-turn");
+  const back = turn.getAttribute("aria-pressed") === "true";
+  const row = back ? receivedRow(trace, position) : attentionRow(trace, position);
+  turn.onclick = () => {
+    turn.setAttribute("aria-pressed", String(!back));
+    showStrip(trace, position);
+  };
+  strip.querySelector(".trace-end").textContent = back ? "last token" : "chosen token";
   const text = `\u201c${tokenText(trace.tokens[position])}\u201d`;
   const say = strip.querySelector("p");
   const largest = strip.querySelector(".trace-largest");
@@ -90,9 +118,12 @@ function showStrip(trace, position) {
   const context = contextOf(trace);
   const mass = row.pairs.reduce((sum, { weight }) => sum + weight, 0);
   const all = row.pairs.length >= row.size ? "all of them" : `${row.pairs.length} recorded`;
-  say.textContent =
-    `${text}, position ${position + 1}, looks at ${row.size} tokens; ` +
-    `${all}, with ${percent(mass)} of its attention.`;
+  const later = trace.tokens.length - position - 1;
+  say.textContent = back
+    ? `${text}, position ${position + 1}: ${row.pairs.length} of ${later} later tokens look back ` +
+      `at it among their recorded weights, and give it ${mass.toFixed(2)} in sum.`
+    : `${text}, position ${position + 1}, looks at ${row.size} tokens; ` +
+      `${all}, with ${percent(mass)} of its attention.`;
   strip.querySelector("output").value = `highest bar ${percent(row.pairs[0]?.weight ?? 0)}`;
   trace.tokens[position].classList.add("chosen");
   for (const { place, weight } of row.pairs) {

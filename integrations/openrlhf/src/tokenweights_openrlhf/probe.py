@@ -49,7 +49,8 @@ class GradientProbePolicyActor(TokenWeightsPolicyActor):
     def init_model_from_pretrained(self, strategy: Any, *args: Any, **kwargs: Any) -> Any:
         """As the parent's; also begins a series, with the middle layer if the recipe has none."""
         result = super().init_model_from_pretrained(strategy, *args, **kwargs)
-        self._attention = (self.attention or AttentionEntropy()).placed(**self.attention_layers())
+        own = self.attention if isinstance(self.attention, AttentionEntropy) else AttentionEntropy()
+        self._attention = own.placed(**self.attention_layers())
         self._series = tw.GradientSeries()
         if strategy.args.ds.zero_stage == 3 and get_z3_leaf_modules(self.actor.model.module):
             hint = "DeepSpeed reduces gradients of its leaf modules apart: leave out the probe."

@@ -9,6 +9,7 @@ from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
 from tokenweights._errors import invalid
 from tokenweights.capture import CapturedAttention, capture_attention
 from tokenweights.recipes.attention import AttentionEntropy, model_layers
+from tokenweights.recipes.backward import AttentionReading, joined_readings
 from torch import Tensor, nn
 
 # Where an experience holds columns of a rollout batch, and those that the policy's pass has.
@@ -56,7 +57,7 @@ class TokenWeightsPolicyActor(plain_class(PolicyModelActor)):
         """As OpenRLHF's; also chooses the layers that are read."""
         result = super().init_model_from_pretrained(strategy, *args, **kwargs)
         self._columns: list[Columns] = []
-        self.attention: AttentionEntropy | None = strategy.args.policy_attention
+        self.attention: AttentionEntropy | AttentionReading | None = strategy.args.policy_attention
         if self.attention is not None:
             self.attention = self.attention.placed(**self.attention_layers())
         return result
@@ -90,38 +91,37 @@ class TokenWeightsPolicyActor(plain_class(PolicyModelActor)):
 
 @contextmanager
 def attention_scores(
-    actor: Any, attended: Tensor, attention: AttentionEntropy, length: int, ring_group: Any = None
-) -> Iterator[dict[int, Tensor]]:
+    actor: Any, attended: Tensor, attention: Any, length: int, ring_group: Any = None
+) -> Iterator[dict[int | str, Tensor]]:
     """A context in which one forward pass of an OpenRLHF `Actor` leaves attention entropies.
 
     Args:
         actor: The `Actor`; with `packing_samples` it takes the padding out of its batch, and over a
             ring each rank runs a slice.
         attended: True at real tokens of prompt and response, `batch position`.
-        attention: What is read, with its layers numbered.
+        attention: What is read, an `AttentionEntropy` or `AttentionReading`, its layers numbered.
         length: Number of response positions, the last ones.
         ring_group: The ranks of the ring, or None.
 
     Yields:
         A mapping that on exit holds the attention entropy of each response token (nats, `batch
-        token`) for each layer.
+        token`) for each layer, or what else is read by its name.
     """
     packed, layers = bool(actor.packing_samples), attention.layers or ()
 
-    def entropy(captured: CapturedAttention) -> Tensor:
+    def read(captured: CapturedAttention) -> dict[int | str, Tensor]:
         key_mask = None if packed else attended.bool().to(captured.key.device)
-        return attention.captured(captured, key_mask=key_mask, group=ring_group)
+        return attention.readings(captured, key_mask=key_mask, group=ring_group)
 
-    scores: dict[int, Tensor] = {}
-    with capture_attention(actor.model, layers, packed=packed, reduce=entropy) as capture:
+    scores: dict[int | str, Tensor] = {}
+    with capture_attention(actor.model, layers, packed=packed, reduce=read) as capture:
         yield scores
-    for layer in layers:
-        (entropies,) = capture.calls[layer]
+    for name, values in joined_readings(capture.calls).items():
         if packed:
-            indices = attended.to(entropies.device).flatten().nonzero().flatten()
+            indices = attended.to(values.device).flatten().nonzero().flatten()
             pad = 0 if ring_group is None else -len(indices) % ring_group.size()
-            entropies = gather_and_pad_tensor(entropies, ring_group, pad, indices, *attended.shape)
-        scores[layer] = attention.aligned(entropies, response_length=length)
+            values = gather_and_pad_tensor(values, ring_group, pad, indices, *attended.shape)
+        scores[name] = attention.aligned(values, response_length=length)
 
 
 @contextmanager

@@ -84,7 +84,7 @@ class TokenWeightsExperienceMaker(RemoteExperienceMaker):
         columns: Any = {name: rows(field) for name, field in COLUMNS.items() if name in asked}
         for name in self._columns[0] if self._columns else ():
             columns[name] = _joined([made[name] for made in self._columns])[order]
-        attention = {name: columns.pop(name) for name in [*columns] if isinstance(name, int)}
+        attention = {name: columns.pop(name) for name in [*columns] if name in self.recipe.readings}
         mask, samples = rows("action_mask").bool(), self.args.rollout.n_samples_per_prompt
         most = self.args.rollout.batch_size * samples
         sample_ids = self.global_step * most + torch.arange(len(mask))

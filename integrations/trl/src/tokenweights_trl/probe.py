@@ -132,9 +132,9 @@ class GradientProbeMixin(_Base):
     def _scored(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Attention entropies and log-probabilities under the present policy."""
         own = getattr(self, "recipe", None)
-        rule = own if isinstance(own, Recipe) and own.attention else recipe("low2high")
+        rule = own if isinstance(own, Recipe) and own.entropy else recipe("low2high")
         model = self.accelerator.unwrap_model(self.model_wrapped)
-        attention, mask = rule.on_model(model).attention, batch["completion_mask"].bool()
+        attention, mask = rule.on_model(model).entropy, batch["completion_mask"].bool()
         assert attention is not None
         with (
             torch.no_grad(),

@@ -9,6 +9,7 @@ import torch
 from tokenweights._errors import invalid
 from tokenweights.capture import CapturedAttention, capture_attention
 from tokenweights.capture.layers import learned_positions
+from tokenweights.recipes.backward import AttentionReading, joined_readings
 from tokenweights.recipes.signals import AttentionEntropy
 from torch import Tensor, nn
 
@@ -18,9 +19,9 @@ def forward_scores(
     model: nn.Module,
     attention_mask: Tensor,
     *,
-    attention: AttentionEntropy,
+    attention: AttentionEntropy | AttentionReading,
     response_length: int,
-) -> Iterator[dict[int, Tensor]]:
+) -> Iterator[dict[int | str, Tensor]]:
     """A context in which forward passes over prompt and response leave scores behind.
 
     The passes run all rows at once or in consecutive chunks of rows. The queries and keys of a
@@ -29,29 +30,28 @@ def forward_scores(
     Args:
         model: The module whose attention layers run.
         attention_mask: True at real tokens of prompt and response, `batch position`.
-        attention: The entropy's kind, the layers, and the row that stands for a token.
+        attention: What is read, of which layers, and the row that stands for a token.
         response_length: Number of response positions, the last ones.
 
     Yields:
         A mapping that on exit holds the attention entropy of each response token (nats, `batch
-        token`) for each layer.
+        token`) for each layer, or what else is read by its name.
     """
     rows_seen: Counter[int] = Counter()
 
-    def entropy(captured: CapturedAttention) -> Tensor:
+    def read(captured: CapturedAttention) -> dict[int | str, Tensor]:
         start = rows_seen[captured.layer]
         rows_seen[captured.layer] += captured.query.shape[0]
         rows = slice(start, rows_seen[captured.layer])
-        return attention.captured(captured, key_mask=attention_mask[rows])
+        return attention.readings(captured, key_mask=attention_mask[rows])
 
-    scores: dict[int, Tensor] = {}
+    scores: dict[int | str, Tensor] = {}
     layers = attention.layers or ()
     # The row that decides the first response token is the last row of the prompt.
-    with capture_attention(model, layers, rows=response_length + 1, reduce=entropy) as capture:
+    with capture_attention(model, layers, rows=response_length + 1, reduce=read) as capture:
         yield scores
-    for layer in layers:
-        entropies = torch.cat(capture.calls[layer])
-        scores[layer] = attention.aligned(entropies, response_length=response_length)
+    for name, values in joined_readings(capture.calls).items():
+        scores[name] = attention.aligned(values, response_length=response_length)
 
 
 def require_positions(model: nn.Module, attention_mask: Tensor) -> None:
@@ -101,9 +101,9 @@ def generation_scores(
     model: nn.Module,
     prompt_lengths: Tensor,
     *,
-    attention: AttentionEntropy,
+    attention: AttentionEntropy | AttentionReading,
     prompt_width: int,
-) -> Iterator[dict[int, Tensor]]:
+) -> Iterator[dict[int | str, Tensor]]:
     """A context in which `model.generate` on left-padded prompts leaves scores behind.
 
     In decoding over a growing cache, the query of each forward pass is the row that decides the
@@ -130,7 +130,7 @@ def generation_scores(
         latest[captured.layer] = captured
         return captured.key.shape[2], captured.query.clone()
 
-    scores: dict[int, Tensor] = {}
+    scores: dict[int | str, Tensor] = {}
     layers = attention.layers or ()
     with capture_attention(model, layers, rows=1, reduce=query) as capture:
         yield scores
@@ -144,4 +144,4 @@ def generation_scores(
     for layer, row in zip(layers, calls, strict=True):
         queries = torch.cat([part for _, part in row], dim=2)
         whole = replace(latest[layer], query=queries)
-        scores[layer] = attention.captured(whole, key_mask=key_mask)
+        scores |= attention.readings(whole, key_mask=key_mask)

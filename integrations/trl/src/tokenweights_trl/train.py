@@ -195,7 +195,7 @@ def _name_files(training: TokenWeightsGRPOConfig) -> None:
     for option, file in DEFAULT_FILES.items():
         if getattr(training, option) is not None:
             continue
-        if option == "token_records" and training.token_recipe.attention is None:
+        if option == "token_records" and training.token_recipe.entropy is None:
             continue
         setattr(training, option, str(folder / file))
         if training.resume_from_checkpoint is None and os.environ.get("RANK", "0") == "0":

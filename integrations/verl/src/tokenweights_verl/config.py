@@ -40,11 +40,11 @@ def _check(config: DictConfig, token_weights: TokenWeightsConfig) -> None:
     def selected(*keys: str) -> list[Any]:
         return [OmegaConf.select(config, key) for key in keys]
 
-    given = {*COLUMNS, "attention"}
-    given -= set() if all(selected(_SAMPLER)) else {"sampler_log_probs"}
+    given = {*COLUMNS, "attention"} - (set() if all(selected(_SAMPLER)) else {"sampler_log_probs"})
     given -= set() if any(selected(*_REFERENCE)) else {"reference_log_probs"}
     require_columns(made, given, caller="verl")
     read, divided = made.attention is not None or probed, made.denominator != "all_tokens"
+    columns = probed or made.attention != made.entropy
     (distilled, implementation) = selected("distillation.enabled", _ATTENTION)
     mode, strategy, offloaded = selected(_MODE, f"{_ACTOR}.strategy", _OFFLOADED)
     kept = offloaded and strategy == "fsdp2" and "separate" in mode
@@ -55,7 +55,7 @@ def _check(config: DictConfig, token_weights: TokenWeightsConfig) -> None:
     for asked, key, fit, hint in (
         (True, "trainer.use_v1", (True,), _PLAIN),
         (True, _MODE, _own_trainers(), _PLAIN),
-        (True, f"{_ACTOR}.strategy", ("fsdp", "fsdp2", "megatron")[: 3 - probed], _OTHER_LAYOUT),
+        (True, f"{_ACTOR}.strategy", _ENGINES[: 3 - columns], _OTHER_LAYOUT),
         (True, f"{_ACTOR}.policy_loss.loss_mode", LOSS_MODES, _NOT_LINEAR),
         (True, f"{_CORRECTION}.bypass_mode", (False, None), _NO_PASS),
         (corrects_sampler(made), f"{_CORRECTION}.rollout_is", (None,), _TWICE),
@@ -87,7 +87,8 @@ _MODE, _SAMPLER = "trainer.v1.trainer_mode", "actor_rollout_ref.rollout.calculat
 _REFERENCE = (f"{_ACTOR}.use_kl_loss", "algorithm.use_kl_in_reward")
 _ATTENTION = "actor_rollout_ref.model.override_config.attn_implementation"
 _ULYSSES = [f"{_ACTOR}{of}.ulysses_sequence_parallel_size" for of in ("", ".fsdp_config")]
-_OFFLOADED = f"{_ACTOR}.fsdp_config.param_offload"
+# The last of the engines gives entropies alone.
+_ENGINES, _OFFLOADED = ("fsdp", "fsdp2", "megatron"), f"{_ACTOR}.fsdp_config.param_offload"
 _DARK = ("model.use_fused_kernels", "model.mtp.enable", "actor.megatron.dynamic_context_parallel")
 _KEPT = "VeRL overwrites the older weights that it keeps of offloaded parameters."
 _PLAIN = "Any other trainer of VeRL would ignore the recipe."

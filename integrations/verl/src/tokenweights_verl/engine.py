@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from tokenweights import GradientSeries
-from tokenweights.adapters import environment
+from tokenweights.adapters import environment, joined_readings
 from tokenweights.capture import AttentionCapture, CapturedAttention, capture_attention
 from verl.experimental.separation.engine_workers import DetachActorWorker
 from verl.single_controller.base.decorator import make_nd_compute_dataproto_dispatch_fn, register
@@ -28,8 +28,9 @@ class TokenWeightsEngineMixin(_Base):
 
     A forward-only batch that carries an attention signal comes back with one more output for each
     of its layers, nested like `log_probs`: the entropy of every position's attention, in nats or
-    normalized. Every other batch runs as it always does. Packed and padded rows, dynamic
-    micro-batches, adapters and the slices of Ulysses sequence parallelism are the engine's own.
+    normalized, or what else it reads. Every other batch runs as it always does. Packed and padded
+    rows, dynamic micro-batches, adapters and the slices of Ulysses sequence parallelism are the
+    engine's own.
     """
 
     _capture: AttentionCapture | None = None
@@ -41,17 +42,18 @@ class TokenWeightsEngineMixin(_Base):
             return super().forward_step(micro_batch, loss_function, forward_only)
         packed = tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True)
 
-        def entropy(captured: CapturedAttention) -> torch.Tensor:
-            """Entropies of this rank's real tokens, row after row."""
+        def read(captured: CapturedAttention) -> dict[Any, torch.Tensor]:
+            """What is asked for of this rank's real tokens, row after row."""
             # Queries and keys stay in the precision they have; the sums over them are float32.
             with torch.autocast(captured.query.device.type, enabled=False):
-                if packed:
-                    return attention.captured(captured, group=self.ulysses_parallel_group)[0]
-                mask = build_attention_mask_from_nested(micro_batch["input_ids"])
-                mask = mask.bool().to(captured.query.device)
-                return attention.captured(captured, key_mask=mask)[mask]
+                real, of_rows = 0, {"group": self.ulysses_parallel_group}
+                if not packed:
+                    real = build_attention_mask_from_nested(micro_batch["input_ids"]).bool()
+                    of_rows = {"key_mask": real.to(captured.query.device)}
+                found = attention.readings(captured, **of_rows)
+                return {name: values[real] for name, values in found.items()}
 
-        tap = capture_attention(self.module, attention.layers, packed=packed, reduce=entropy)
+        tap = capture_attention(self.module, attention.layers, packed=packed, reduce=read)
         with tap as self._capture:
             try:
                 return super().forward_step(micro_batch, loss_function, forward_only)
@@ -63,12 +65,12 @@ class TokenWeightsEngineMixin(_Base):
         outputs = super().prepare_model_outputs(**given)
         if self._capture is not None:
             bounds, places = given["micro_batch"]["input_ids"].offsets(), given["output_args"]
-            for layer, (entropy,) in self._capture.calls.items():
+            for name, values in joined_readings(self._capture.calls).items():
                 # Slices are gathered, and the padding at the end of a packed row is dropped.
                 if "pad_size" in places:
-                    entropy = self._gather_and_unpad_packed(entropy, places["pad_size"])
-                entropy = torch.nested.nested_tensor_from_jagged(entropy, bounds.to(entropy.device))
-                outputs[ENTROPY.format(layer)] = entropy
+                    values = self._gather_and_unpad_packed(values, places["pad_size"])
+                values = torch.nested.nested_tensor_from_jagged(values, bounds.to(values.device))
+                outputs[ENTROPY.format(name)] = values
         return outputs
 
 

@@ -60,8 +60,8 @@ class GradientProbeMixin(_Base):
         probed = self._token_weights.gradient_probe_steps is not None
         if probed and self.processor is not None:
             raise invalid("verl", "model", "a text model", "with images", "Leave out the probe.")
-        rule = self.recipe if self.recipe.attention else tw.recipe("low2high")
-        self._probe_attention = placed(rule, self.config).attention if probed else None
+        rule = self.recipe if self.recipe.entropy else tw.recipe("low2high")
+        self._probe_attention = placed(rule, self.config).entropy if probed else None
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         batch = super()._compute_advantage(batch, metrics)

@@ -3,13 +3,13 @@
 from omegaconf import DictConfig
 from tensordict import TensorDict
 from tokenweights import Recipe, RolloutBatch, adapters
-from tokenweights.adapters import AttentionEntropy, label_numbers, response_scores, text_numbers
+from tokenweights.adapters import Attention, label_numbers, response_scores, text_numbers
 from torch import Tensor
 from verl.utils.config import omega_conf_to_dataclass
 
 # The key of the signal that goes along with a batch whose attention is wanted.
 PROBE = "attention_probe"
-# The key of the output that answers it, by the number of the layer.
+# The key of the output that answers it, by the name of what was read.
 ENTROPY = "attention_entropy_{}"
 # VeRL's names for the columns of a rollout batch.
 COLUMNS = {
@@ -44,19 +44,18 @@ def placed(recipe: Recipe, config: DictConfig) -> Recipe:
     return adapters.placed_on_config(recipe, model.hf_config)
 
 
-def attention_columns(attention: AttentionEntropy, data: TensorDict) -> dict[int, Tensor]:
-    """Entropies of response tokens, `batch token` for each layer, out of a pass's outputs.
+def attention_columns(attention: Attention, data: TensorDict) -> dict[int | str, Tensor]:
+    """What was read of attention for response tokens, `batch token`, out of a pass's outputs.
 
     Args:
-        attention: What was read, with its layers numbered.
-        data: The outputs, one for each layer, and `response_mask`.
+        attention: What was read: `Recipe.attention` with its layers numbered.
+        data: The outputs, one for each name, and `response_mask`.
 
     Returns:
-        Entropies by the number of the layer.
+        Columns by name, entropies by the number of the layer.
     """
     row = {"response_mask": data["response_mask"], "alignment": attention.alignment}
-    layers = attention.layers or ()
-    return {layer: response_scores(data[ENTROPY.format(layer)], **row) for layer in layers}
+    return {n: response_scores(data[ENTROPY.format(n)], **row) for n in attention.names}
 
 
 def rollout_batch(recipe: Recipe, step: int, keys: list[str], data: TensorDict) -> RolloutBatch:

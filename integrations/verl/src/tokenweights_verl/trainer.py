@@ -61,7 +61,7 @@ class TokenWeightsMixin(GradientProbeMixin):
         batch = super()._compute_advantage(batch, metrics)
         where, step = {"keys": batch.keys, "partition_id": batch.partition_id}, self.global_steps
         read = [COLUMNS[name] for name in self.recipe.columns if name in COLUMNS]
-        layers = map(ENTROPY.format, self.recipe.layers)
+        layers = map(ENTROPY.format, self.recipe.readings)
         data = tq.kv_batch_get(**where, select_fields=sorted({*FIELDS, *read, *layers}))
         rows = rollout_batch(self.recipe, step, batch.keys, data)
         rollout = self.recipe.weighted(rows, step=step - 1)
