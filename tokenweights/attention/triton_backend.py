@@ -88,7 +88,8 @@ def triton_sweep(
             per_head,
             None if sinks is None else sinks.float().contiguous(),
             workspace_bytes,
-            configuration or shipped_configuration(dense.query, dense.key),
+            configuration
+            or shipped_configuration(dense.query, dense.key, softcap=logits.softcap is not None),
         ).statistics(function)
     if not contiguous:
         for packed, sequence in zip(dense.sequences, batch.sequences, strict=True):
