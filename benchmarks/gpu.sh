@@ -21,8 +21,9 @@ if ! test -e "$environment/.ready"; then
   "${PYTHON:-python3}" -m venv --without-pip --system-site-packages "$environment" || exit 1
   "${PYTHON:-python3}" -c 'import site, sys; print("\n".join(site.getsitepackages()))' \
     > "$(echo "$environment"/lib/python3*/site-packages)/machine.pth"
+  # What is carried is all of it; the machine's torch may ask for another triton than it has.
   "${PYTHON:-python3}" -m pip --disable-pip-version-check --python "$environment/bin/python" \
-    install --quiet --no-index --find-links "$wheels" --requirement "$wheels/carried.txt" || exit 1
+    install --quiet --no-deps --no-index --find-links "$wheels" --requirement "$wheels/carried.txt" || exit 1
   touch "$environment/.ready"
 fi
 

@@ -53,7 +53,7 @@ def test_a_spent_budget_starts_nothing_and_what_needs_a_device_says_so(tmp_path)
     assert not path.exists()
 
     def refused():
-        raise step.NeedsDevice("no interpreter")
+        raise step.Missing("needs a device: no interpreter")
 
     assert step.take({"a": refused}, path, ABOUT, budget=60)
     kept = json.loads(path.read_text())["parts"]["a"]

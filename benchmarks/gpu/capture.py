@@ -1,7 +1,7 @@
 """Captured entropies through the attention functions of transformers, against eager weights."""
 
 import torch
-from step import NeedsDevice, Parts, Run
+from step import Missing, Parts, Run
 
 IMPLEMENTATIONS = ("sdpa", "flex_attention", "flash_attention_2")
 
@@ -42,7 +42,7 @@ def difference(run: Run, implementation: str, layout: str) -> dict[str, float]:
     import tokenweights as tw
 
     if run.toy and implementation != "sdpa":
-        raise NeedsDevice(f"{implementation} on a CPU")
+        raise Missing(f"needs a device: {implementation} on a CPU")
     policy, tokens = model(run, 2), 24 if run.toy else 1024
     lengths = (tokens, tokens // 2)
     ids = torch.randint(0, 512, (2, tokens), device=run.device)

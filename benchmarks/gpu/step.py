@@ -35,7 +35,7 @@ STEPS = (
 )
 
 
-class NeedsDevice(Exception):
+class Missing(Exception):
     """What a part raises that cannot run here, with the reason."""
 
 
@@ -108,8 +108,8 @@ def take(parts: Parts, path: Path, about: dict[str, Any], budget: float) -> bool
         start = time.monotonic()
         try:
             found[name] = {"found": part()}
-        except NeedsDevice as reason:
-            found[name] = {"missing": f"needs a device: {reason}"}
+        except Missing as reason:
+            found[name] = {"missing": str(reason)}
         except Exception as error:  # the others still run; the next call tries this one again
             found[name] = {"failed": f"{type(error).__name__}: {str(error)[:2000]}"}
         found[name]["seconds"] = round(time.monotonic() - start, 2)
@@ -131,7 +131,9 @@ def kernels_run(run: Run) -> None:
     try:
         attention_entropy(query, query, backend="triton")
     except Exception as error:  # the interpreter of older tritons fails with newer numpys
-        raise NeedsDevice(f"{type(error).__name__}: {str(error).splitlines()[-1][:200]}") from error
+        raise Missing(
+            f"needs a device: {type(error).__name__}: {str(error).splitlines()[-1][:200]}"
+        ) from error
 
 
 def main() -> None:

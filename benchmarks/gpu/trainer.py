@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 
-from step import ROOT, NeedsDevice, Parts, Run
+from step import ROOT, Missing, Parts, Run
 
 
 def parts(run: Run) -> Parts:
@@ -17,7 +17,7 @@ def steps(run: Run) -> dict[str, float]:
     """Of the demonstration, start and compilation included."""
     carried = [name for name in ("trl", "tokenweights_trl") if not importlib.util.find_spec(name)]
     if carried:
-        raise NeedsDevice(f"not carried: {', '.join(carried)}")
+        raise Missing(f"not carried: {', '.join(carried)}")
     start = time.perf_counter()
     count = "1" if run.toy else "10"
     held_out = "4" if run.toy else "48"
