@@ -131,9 +131,8 @@ def kernels_run(run: Run) -> None:
     try:
         attention_entropy(query, query, backend="triton")
     except Exception as error:  # the interpreter of older tritons fails with newer numpys
-        raise Missing(
-            f"needs a device: {type(error).__name__}: {str(error).splitlines()[-1][:200]}"
-        ) from error
+        reason = f"{type(error).__name__}: {str(error).splitlines()[-1][:200]}"
+        raise Missing(f"needs a device: {reason}") from error
 
 
 def main() -> None:
