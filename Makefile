@@ -20,7 +20,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-versions test-megatron compatibility fuzz lint format bench bench-gpu docs policy clean $(APART:%=test-%)
+.PHONY: help setup demo test test-versions test-megatron compatibility fuzz lint format bench bench-gpu gpu-wheels gpu-results docs policy clean $(APART:%=test-%)
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -102,6 +102,22 @@ bench: $(READY)  ## Run the benchmarks on this machine
 bench-gpu: $(READY)  ## Check, tune and time the attention kernels on this GPU, and record it
 	@$(BIN)/python benchmarks/kernels/report.py --device cuda --all \
 		--record benchmarks/kernels/RESULTS.md
+
+# What a machine with a GPU lacks beside torch, triton, numpy and transformers.
+CARRIED := einops jaxtyping wadler-lindig beartype pytest pytest-xdist execnet pluggy iniconfig \
+	hypothesis sortedcontainers packaging pygments
+
+gpu-wheels:  ## Fill build/gpu/wheels with all that benchmarks/gpu.sh needs on a strange machine
+	@rm -rf build/gpu/wheels
+	@$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir build/gpu/wheels .
+	@# Wheels of pure Python, for whichever version that machine has.
+	@$(PYTHON) -m pip download --quiet --no-deps --only-binary :all: --platform any \
+		--implementation py --abi none --dest build/gpu/wheels $(CARRIED)
+	@printf '%s\n' tokenweights $(CARRIED) > build/gpu/wheels/carried.txt
+	@du -sh build/gpu/wheels
+
+gpu-results:  ## Put what benchmarks/gpu.sh left in runs/gpu into the tables
+	@$(PYTHON) benchmarks/gpu/results.py runs/gpu --record benchmarks/kernels/RESULTS.md
 
 docs: $(READY)  ## Build the documentation site into site/, warnings being errors
 	@PYTHONPATH=docs/extensions $(BIN)/zensical build --clean --strict

@@ -123,24 +123,49 @@ def usage(case: Case, arch: int) -> Usage:
 
 def shipped_cases(arch: int) -> Iterator[Case]:
     """All kernels in the configurations that the library uses on this compute capability."""
-    for dim, dtype in ((64, "bf16"), (96, "bf16"), (128, "bf16"), (256, "bf16"), (128, "fp32")):
+    yield from usual_cases(arch)
+    for dim, dtype in ((64, "bf16"), (96, "bf16"), (256, "bf16"), (128, "fp32")):
         yield from cases(shipped(arch // 10, block_dim(dim), _BYTES[dtype]), dim, dtype)
     usual = list(cases(shipped(arch // 10, 128, 2), 128, "bf16"))
-    for flag in ("WINDOW", "SOFTCAP"):
-        for case in usual:
-            constants = case.constants | {flag: True}
-            yield replace(case, constants=constants, note=f"{case.note} {flag.lower()}")
     for case in usual:
         yield replace(case, multiples=ROUND, note=f"{case.note} round")
         yield replace(case, ones=ONES, note=f"{case.note} ones")
-    # Tensors that descriptors cannot address; where there are none, nothing new.
-    configuration = shipped(arch // 10, 128, 2, describable=False)
-    if configuration != shipped(arch // 10, 128, 2):
-        yield from cases(configuration, 128, "bf16")
+    configuration = shipped(arch // 10, 128, 2)
     for width in (16, 512, 4096, 8192, 16384, 131072):
         yield selection_case(configuration, width)
     yield replace(selection_case(configuration, 4096), ones=ONES, note="keys=4096 ones")
     yield replace(selection_case(configuration, 4096), multiples=ROUND, note="keys=4096 round")
+
+
+def usual_cases(arch: int) -> Iterator[Case]:
+    """Those of 128 dimensions in half precision, with every kind of logits, heads and address."""
+    usual = list(cases(shipped(arch // 10, 128, 2), 128, "bf16"))
+    yield from usual
+    capped = list(cases(shipped(arch // 10, 128, 2, softcap=True), 128, "bf16"))
+    for flags, some in (
+        (["WINDOW"], usual),
+        (["SOFTCAP"], capped),
+        (["WINDOW", "SOFTCAP"], capped),
+    ):
+        for case in some:
+            if len(flags) > 1 and not case.note.startswith("entropy"):
+                continue
+            constants = case.constants | dict.fromkeys(flags, True)
+            note = " ".join([case.note, *map(str.lower, flags)])
+            yield replace(case, constants=constants, note=note)
+    # Every head by itself, and heads that have keys of their own: nothing to share.
+    for case in usual:
+        for heads, note in ((1, "heads apart"), (32, "own keys")):
+            if case.constants.get("SHARED", 1) > 1:
+                constants = case.constants | {"HEADS": heads, "SHARED": 1}
+                yield replace(case, constants=constants, note=f"{case.note} {note}")
+    # Tensors that descriptors cannot address; where there are none, nothing new.
+    for softcap in (False, True):
+        pointers = shipped(arch // 10, 128, 2, describable=False, softcap=softcap)
+        if pointers != shipped(arch // 10, 128, 2, softcap=softcap):
+            for case in cases(pointers, 128, "bf16"):
+                constants, note = case.constants | {"SOFTCAP": softcap}, f"{case.note} pointers"
+                yield replace(case, constants=constants, note=note + " softcap" * softcap)
 
 
 def cases(configuration: Configuration, dim: int, dtype: str) -> Iterator[Case]:
@@ -237,42 +262,52 @@ def _tightest_loop(code: str, case: Case) -> tuple[str, float | None]:
             places[label.group(1)] = len(lines)
         elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
             lines.append(instruction.group(1))
+    products = [(place, p) for place, x in enumerate(lines) if (p := PRODUCT.search(x))]
     found = []
     for end, line in enumerate(lines):
         target = re.search(r"\bBRA\b.*\((\.L_\w+)\)", line)
         start = places.get(target.group(1), end + 1) if target else end + 1
-        products = [p for x in lines[start : end + 1] if (p := PRODUCT.search(x))]
-        if products:
-            # A warp group multiplies 64 x N x 16 at a time, a warp 16 x 8 x 16; on sm_100 one
-            # thread starts the product of the whole tile.
-            whole = case.constants["BLOCK_ROWS"] * case.constants["BLOCK_KEYS"]
-            scores = {
-                "HGMMA": lambda p: 64 * int(p["columns"] or 0) * 16 / 128,
-                "HMMA": lambda p: 16 * 8 * 16 / 32,
-            }
-            count = scores.get(products[0]["name"])
-            if count is None:
+        within = [product for place, product in products if start <= place <= end]
+        if within:
+            each = sum(_scores(product, case) for product in within)
+            # On sm_100 one thread starts the product of the whole tile.
+            if within[0]["name"] not in ("HGMMA", "HMMA"):
+                whole = case.constants["BLOCK_ROWS"] * case.constants["BLOCK_KEYS"]
                 each = whole / (32 * case.warps)
-            else:
-                each = sum(map(count, products)) / case.constants["BLOCK_DIM"]
-            found.append(((end + 1 - start) / each, products[0]["name"]))
+            found.append(((end + 1 - start) / each, within[0]["name"]))
     if not found:
         return "", None
     least, name = min(found)
     return name, round(least, 2)
 
 
+def _scores(product: re.Match[str], case: Case) -> float:
+    """Of a thread: a warp group multiplies 64 x N x 16 at a time, a warp 16 x 8 x 16."""
+    warp_group = product["name"] == "HGMMA"
+    both = 64 * int(product["columns"] or 0) / 128 if warp_group else 16 * 8 / 32
+    return both * 16 / case.constants["BLOCK_DIM"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, choices=sorted(SHARED_LIMIT), nargs="+", default=[90])
+    parser.add_argument("--usual", action="store_true", help="128 dimensions in bfloat16 alone")
     parser.add_argument("--sweep", action="store_true", help="other tiles as well")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    chosen = shipped_cases
+    if arguments.sweep or arguments.usual:
+        chosen = sweep_cases if arguments.sweep else usual_cases
     rows = []
     for arch in arguments.arch:
-        for case in (sweep_cases if arguments.sweep else shipped_cases)(arch):
+        for case in chosen(arch):
             taken = usage(case, arch)
-            record = {"arch": arch, "kernel": case.kernel, "note": case.note}
+            record = {
+                "triton": triton.__version__,
+                "arch": arch,
+                "kernel": case.kernel,
+                "note": case.note,
+            }
             rows.append(record | asdict(taken) | {"fits": taken.fits(arch)})
             if not arguments.json:
                 shown = f"{taken.registers:4} reg {taken.stack:5} stack {taken.shared:7} shared"

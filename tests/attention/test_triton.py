@@ -6,6 +6,7 @@ Both need a process of their own: `TRITON_INTERPRET` is read when triton is impo
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,8 +56,11 @@ def test_kernels_agree_with_the_reference_in_the_interpreter(part):
     assert " passed" in run.stdout
 
 
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="triton compiles on Linux only")
+
+
 @with_triton
-@pytest.mark.skipif(sys.platform != "linux", reason="triton compiles on Linux only")
+@linux_only
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_shipped_configurations_fit_the_device(arch):
     """No local memory, shared memory within the limit and lean loops, read from the binaries."""
@@ -64,6 +68,38 @@ def test_shipped_configurations_fit_the_device(arch):
     assert run.returncode == 0, run.stderr[-3000:]
     records = json.loads(run.stdout)
     assert {record["kernel"] for record in records} == {"log_sum_exp", "mean_weights", "selections"}
+    hold_to_bounds(records, arch)
+
+
+@linux_only
+@pytest.mark.parametrize("version", ["3.6.0", "3.9.0"])
+def test_usual_kernels_fit_the_devices_under_other_versions_of_triton(tmp_path, version):
+    """Of the oldest and the newest torch that we know, whose own triton this one is not."""
+    folder = tmp_path / "triton"
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--target", str(folder)]
+    installed = finished(["-m", "pip", "install", *options, f"triton=={version}"])
+    try:
+        if "No matching distribution found for triton" in installed.stderr:
+            reason = f"no package index that has triton {version} can be reached"
+            pytest.fail(reason) if os.environ.get("REQUIRE_INDEX") else pytest.skip(reason)
+        assert installed.returncode == 0, installed.stderr[-3000:]
+        run = finished(
+            ["benchmarks/kernels/compiled.py", "--json", "--usual", "--arch", "80", "90", "100"],
+            PYTHONPATH=os.pathsep.join([str(folder), str(ROOT)]),
+            # From 3.9 on, products and sums are fused only where this asks for it.
+            TRITON_DEFAULT_FP_FUSION="1",
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # a gigabyte
+    assert run.returncode == 0, run.stderr[-3000:]
+    records = json.loads(run.stdout)
+    assert {record["triton"] for record in records} == {version}
+    for arch in (80, 90, 100):
+        hold_to_bounds([record for record in records if record["arch"] == arch], arch)
+
+
+def hold_to_bounds(records, arch):
+    """No local memory, shared memory within the limit, tensor cores, and lean loops."""
     limit = {80: 166912, 90: 232448, 100: 232448}[arch]
     for record in records:
         assert record["registers"] > 0

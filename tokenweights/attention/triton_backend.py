@@ -89,7 +89,8 @@ def triton_sweep(
             per_head,
             None if sinks is None else sinks.float().contiguous(),
             workspace_bytes,
-            configuration or shipped_configuration(dense.query, dense.key),
+            configuration
+            or shipped_configuration(dense.query, dense.key, softcap=logits.softcap is not None),
         )
         # A given lse is verified by the mass of the rows, whatever is asked.
         rows_asked = bool(request.kinds) or swept.lse_given

@@ -77,23 +77,24 @@ def block_dim(dim: int) -> int:
     return max(_power_of_two(dim), 16)
 
 
-def shipped_configuration(query: Tensor, key: Tensor) -> Configuration:
-    """The configuration for these tensors' device, type and head dimension."""
+def shipped_configuration(query: Tensor, key: Tensor, *, softcap: bool = False) -> Configuration:
+    """The configuration for these tensors' device, type and head dimension, and these logits."""
     if query.device.type == "cpu":
         return INTERPRETER
     major, _ = torch.cuda.get_device_capability(query.device)
     describable = _describable(query) and _describable(key)
     block = block_dim(query.shape[-1])
-    return shipped(major, block, query.element_size(), describable=describable)
+    size = query.element_size()
+    return shipped(major, block, size, describable=describable, softcap=softcap)
 
 
 def shipped(
-    major: int, block: int, element_bytes: int, *, describable: bool = True
+    major: int, block: int, element_bytes: int, *, describable: bool = True, softcap: bool = False
 ) -> Configuration:
     """The configuration for a major compute capability, tile width and bytes per number.
 
     All of them compile without local memory and within the shared memory of their devices, as the
-    tests read from the binaries.
+    tests read from the binaries of Triton 3.6, 3.7 and 3.9.
     """
     if element_bytes == 4:
         # Exact float32 products run outside the tensor cores, where small tiles are enough.
@@ -103,11 +104,16 @@ def shipped(
     long, square = Tiles(64, 128, 4, 2), Tiles(64, 64, 8, 2)
     if major >= 9 and describable and not wide:
         sums = Tiles(64, 64, 4, 2, shared=True) if major == 9 else Tiles(64, 64, 8, 3)
-        return Configuration(replace(long, shared=True), sums, long, descriptors=True)
+        weights = replace(long, shared=True)
+        if major == 10:
+            # A second stage spills in Triton 3.9, 128 keys with a softcap in 3.6.
+            weights = Tiles(64, 64, 4, 2, shared=True) if softcap else replace(weights, stages=1)
+        return Configuration(weights, sums, long, descriptors=True)
     if major == 10:
         sums = square if describable else Tiles(64, 32, 8, 2)
         few = Tiles(64, 64, 4, 2) if wide else square
-        return Configuration(square, sums, few, descriptors=describable)
+        weights = square if wide or describable else Tiles(64, 64, 4, 1)
+        return Configuration(weights, sums, few, descriptors=describable)
     large = square if wide and not (major == 9 and describable) else Tiles(128, 64, 8, 2)
     sums = large if wide or major == 9 else replace(square, shared=True)
     return Configuration(large, sums, large, descriptors=major == 9 and describable)

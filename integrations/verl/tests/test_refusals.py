@@ -90,6 +90,10 @@ REFUSED = {
         ["model_engine=megatron", "token_weights.gradient_probe_steps=5"],
         "`actor_rollout_ref.actor.strategy` one of fsdp, fsdp2, got 'megatron'",
     ),
+    "columns of Megatron": (
+        ["model_engine=megatron", "token_weights.recipe=preplan_anchor40"],
+        "`actor_rollout_ref.actor.strategy` one of fsdp, fsdp2, got 'megatron'",
+    ),
     "fused kernels of Megatron": (
         ["model_engine=megatron", "actor_rollout_ref.model.use_fused_kernels=true"],
         "use_fused_kernels",
