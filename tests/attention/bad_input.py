@@ -43,6 +43,11 @@ def _foreign_lse(query, key):
     return {"lse": denominators(query, key, scale=0.14)}
 
 
+def _rounded_lse(query, key):
+    """As `flex_attention` of transformers hands it back in half precision."""
+    return {"lse": denominators(query, key).bfloat16().float()}
+
+
 def _nan_lse(query, key):
     return {"lse": denominators(query, key) * torch.nan}
 
@@ -52,5 +57,6 @@ CASES = {
     "non-finite query": (_non_finite_query, "expected `query` to be finite at real positions"),
     "non-finite key": (_non_finite_key, "expected `key` to be finite at real positions"),
     "foreign lse": (_foreign_lse, "This lse does not belong to these q and k"),
+    "lse in bfloat16": (_rounded_lse, "This lse does not belong to these q and k"),
     "lse of NaN": (_nan_lse, "This lse does not belong to these q and k"),
 }
