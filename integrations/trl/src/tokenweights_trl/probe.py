@@ -146,7 +146,7 @@ class GradientProbeMixin(_Base):
             ) as scores,
         ):
             parts = [self._log_probs(self.model_wrapped, batch, rows) for rows in self._rows(batch)]
-        return attention(tw.RolloutBatch(mask=mask, attention=scores)), torch.cat(parts)
+        return attention(tw.RolloutBatch(mask=mask, attention={**scores})), torch.cat(parts)
 
     def _token_losses(
         self, model: Any, batch: dict[str, Tensor], old_log_probs: Tensor
