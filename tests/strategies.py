@@ -5,12 +5,15 @@ others, rows are empty, padded on either side or full of holes. Everything shrin
 tokens, float64, plain numbers and contiguous memory.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+
+import tokenweights as tw
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -300,3 +303,10 @@ def key_masks(draw: st.DrawFn, batch: int, keys: int, seed: int) -> Tensor | Non
         if side in ("right", "both"):
             mask[row, draw(st.integers(0, keys)) :] = False
     return draw(views(mask))
+
+
+@functools.cache
+def read_by_recipes() -> tuple[int | str, ...]:
+    """Names of the attention columns that the named recipes read of a model of 36 layers."""
+    made = (tw.recipe(name).placed(36) for name in tw.recipe_names())
+    return tuple({name: None for recipe in made for name in recipe.readings})

@@ -105,6 +105,18 @@ def calls(rank, slice_number=0):
         ),
         tw.packed_entropy: ({**row, "position_ids": torch.arange(4)}, {"top_k": 0}),
         tw.tensor_parallel_entropy: (attended, {"key": key * torch.nan}),
+        tw.sequence_parallel_received: (
+            {**attended, "positions": places},
+            {"query": query * torch.nan},
+        ),
+        tw.packed_received: ({**row, "position_ids": torch.arange(4)}, {"horizon": (3, 1)}),
+        tw.tensor_parallel_received: (attended, {"key": key * torch.nan}),
+        tw.sequence_parallel_distance: (
+            {**attended, "positions": places},
+            {"query": query * torch.nan},
+        ),
+        tw.packed_distance: ({**row, "position_ids": torch.arange(4)}, {"bound": 0}),
+        tw.tensor_parallel_distance: (attended, {"key": key * torch.nan}),
         soft.token_weights: ({**scored, "step": 3}, {"step": -1}),
         hard.token_weights: ({**scored, "step": 3}, {"scores": nan}),
         hard.denominator_scale: (weighted, {"weights": scores[:, :5]}),
@@ -112,6 +124,11 @@ def calls(rank, slice_number=0):
         hard.weighted: ({"batch": batch, "step": 3}, {"step": -1}),
         tw.weighted_rollout: ({"recipe": hard, **scored, "step": 3}, {"scores": None}),
         CapturedAttention.packed_entropy: ({"self": packed}, {"self": unpacked}),
+        CapturedAttention.distance: ({"self": packed}, {"bound": 0}),
+        CapturedAttention.received: (
+            {"self": packed, "asked": tw.Received()},
+            {"asked": tw.Received(horizon=(3, 1))},
+        ),
         tw.gradient_geometry: (
             {"subset": [torch.ones(2)], "full": [torch.ones(2)]},
             {"subset": [torch.ones(3)]},

@@ -23,6 +23,7 @@ from strategies import (
     poisoned,
     poisons,
     positions,
+    read_by_recipes,
     sample_ids,
     splits,
 )
@@ -248,7 +249,7 @@ def rollout_batch(b: Batch) -> tw.RolloutBatch:
         predictive_entropy=b.scores,
         self_certainty=b.other,
         token_loss=b.token_loss,
-        attention={layer: b.scores for layer in (8, 20, 31)},
+        attention=dict.fromkeys(read_by_recipes(), b.scores),
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from strategies import read_by_recipes
 from tiny_models import batch as token_batch
 from tiny_models import tiny
 from torch import Tensor, nn
@@ -168,7 +169,7 @@ def rollout_batch(inputs: Inputs) -> tw.RolloutBatch:
         predictive_entropy=inputs.scores,
         self_certainty=inputs.other_scores,
         token_loss=inputs.token_loss,
-        attention={layer: inputs.scores for layer in (8, 20, 31)},
+        attention=dict.fromkeys(read_by_recipes(), inputs.scores),
     )
 
 

@@ -77,13 +77,17 @@ def wrong_values(options):
             if "*" not in option.dim_str:
                 right = torch.ones([*shape, 1, 1, 1]).to(DTYPES[option.dtype.__name__])
                 yield right, f"of shape {tuple(right.shape)}"
+        elif origin is tuple and ... not in get_args(option):
+            yield [object()], "got a `list` of length 1"
         elif inspect.isclass(origin) and issubclass(origin, collections.abc.Sequence):
             yield [object()], "got an `object` at index 0"
             if str not in options:
                 yield "text", "got 'text'"
         elif inspect.isclass(origin) and issubclass(origin, collections.abc.Mapping):
             if get_args(option)[1] not in FREE:
-                yield {"key": object()}, "got an `object` under the key 'key'"
+                kinds = options_of(get_args(option)[0])
+                under = "an `object` under the key" if str in kinds else "the key"
+                yield {"key": object()}, f"got {under} 'key'"
 
 
 @pytest.mark.parametrize(("label", "function", "name", "options"), list(parameters()))

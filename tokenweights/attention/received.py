@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokenweights._errors import invalid
+from tokenweights._typing import typed
 from tokenweights.attention.layout import TokenBatch, TokenSequence
 from tokenweights.masked import accumulator_dtype
 
@@ -35,6 +36,7 @@ class Received:
     horizon: Horizon = (None, None)
     reduction: Reduction = "mean"
 
+    @typed
     def bounded(self, keys: int) -> "Received":
         """The same request of rows of `keys` keys, in numbers that fit any integer type."""
         first, last = (None if end is None else min(end, max(keys, 1)) for end in self.horizon)
