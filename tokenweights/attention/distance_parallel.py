@@ -5,7 +5,6 @@ distance add up.
 """
 
 import itertools
-from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,10 +17,10 @@ from tokenweights.attention.distance import attention_distance
 from tokenweights.attention.packed import packed_slice
 from tokenweights.attention.parallel import check_own, row_runs, whole_keys
 from tokenweights.attention.statistics import Request
+from tokenweights.attention.sweeps import HeadNumbers, averaged
 from tokenweights.distributed import agreed, agreement, global_sum
 from tokenweights.masked import accumulator_dtype
 
-SomeHeads = Sequence[int] | None
 _REQUEST = Request(("row_mass",))
 
 
@@ -35,7 +34,7 @@ def sequence_parallel_distance(
     *,
     group: dist.ProcessGroup | None = None,
     bound: int | None = None,
-    heads: SomeHeads = None,
+    heads: HeadNumbers = None,
     key_mask: Bool[Tensor, "batch token"] | None = None,
     scale: float | None = None,
     window: int | None = None,
@@ -80,7 +79,7 @@ def sequence_parallel_distance(
                 query[:, :, rows],
                 keys[:, :, :seen],
                 bound=bound,
-                heads="mean_distribution" if heads is None else heads,
+                heads=averaged(heads),
                 key_mask=None if mask is None else mask[:, :seen],
                 scale=scale,
                 window=window,
@@ -163,7 +162,7 @@ def packed_distance(
     *,
     group: dist.ProcessGroup | None = None,
     bound: int | None = None,
-    heads: SomeHeads = None,
+    heads: HeadNumbers = None,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
@@ -209,7 +208,7 @@ def packed_distance(
                 query[rows].transpose(0, 1)[None],
                 held.key[start:stop].transpose(0, 1)[None],
                 bound=bound,
-                heads="mean_distribution" if heads is None else heads,
+                heads=averaged(heads),
                 scale=scale,
                 window=window,
                 softcap=softcap,

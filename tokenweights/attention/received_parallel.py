@@ -5,8 +5,6 @@ their columns up, two numbers for each key of the sequence. Only a maximum over 
 over heads needs whole rows first.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
@@ -34,7 +32,7 @@ from tokenweights.attention.received import (
     finished,
 )
 from tokenweights.attention.statistics import Request
-from tokenweights.attention.sweeps import check_chosen
+from tokenweights.attention.sweeps import HeadNumbers, averaged, check_chosen
 from tokenweights.distributed import (
     agreed,
     agreement,
@@ -44,7 +42,6 @@ from tokenweights.distributed import (
 )
 from tokenweights.masked import accumulator_dtype
 
-SomeHeads = Sequence[int] | None
 _REQUEST = Request(("row_mass",))
 
 
@@ -60,7 +57,7 @@ def sequence_parallel_received(
     horizon: Horizon = (None, None),
     reduction: Reduction = "mean",
     rows: Bool[Tensor, "batch token"] | None = None,
-    heads: SomeHeads = None,
+    heads: HeadNumbers = None,
     key_mask: Bool[Tensor, "batch token"] | None = None,
     scale: float | None = None,
     window: int | None = None,
@@ -136,7 +133,7 @@ def packed_received(
     horizon: Horizon = (None, None),
     reduction: Reduction = "mean",
     rows: Bool[Tensor, " token"] | None = None,
-    heads: SomeHeads = None,
+    heads: HeadNumbers = None,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
@@ -193,7 +190,7 @@ def packed_received(
                 horizon=horizon,
                 reduction="max" if reduction == "max" else "sum",
                 rows=rows,
-                heads="mean_distribution" if heads is None else heads,
+                heads=averaged(heads),
                 scale=scale,
                 window=window,
                 softcap=softcap,
@@ -217,7 +214,7 @@ def tensor_parallel_received(
     horizon: Horizon = (None, None),
     reduction: Reduction = "mean",
     rows: Bool[Tensor, "batch query"] | None = None,
-    heads: SomeHeads = None,
+    heads: HeadNumbers = None,
     key_mask: Bool[Tensor, "batch key"] | None = None,
     scale: float | None = None,
     window: int | None = None,
@@ -346,7 +343,7 @@ def _columns(
     *,
     key_mask: Tensor | None,
     rows: Tensor | None,
-    heads: SomeHeads,
+    heads: HeadNumbers,
     scale: float | None,
     window: int | None,
     softcap: float | None,
@@ -359,7 +356,7 @@ def _columns(
         horizon=received.horizon,
         reduction="max" if received.reduction == "max" else "sum",
         rows=rows,
-        heads="mean_distribution" if heads is None else heads,
+        heads=averaged(heads),
         key_mask=key_mask,
         scale=scale,
         window=window,

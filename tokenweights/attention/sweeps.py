@@ -29,6 +29,13 @@ from tokenweights.attention.statistics import Heads, Logits, Request
 
 # How heads are put together: as `Heads` says, or the mean distribution of the ones that are listed.
 SomeHeads = Heads | Sequence[int]
+# Numbers of the query heads that are averaged; None for all.
+HeadNumbers = Sequence[int] | None
+
+
+def averaged(heads: HeadNumbers) -> SomeHeads:
+    """The mean distribution of these heads, or of all."""
+    return "mean_distribution" if heads is None else heads
 
 
 def padded_statistics(

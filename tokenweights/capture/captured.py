@@ -22,6 +22,7 @@ from tokenweights.attention import (
     packed_received,
     sharded_entropy,
 )
+from tokenweights.attention.sweeps import averaged
 from tokenweights.capture.shards import Shards, token_major
 from tokenweights.distributed import agreed
 
@@ -185,7 +186,7 @@ class CapturedAttention:
         if self.position_ids is not None:
             row = (*self._packed_row(), self.position_ids[0])
             return packed_distance(*row, group=group, heads=heads, **options)[None]
-        options["heads"] = "mean_distribution" if heads is None else heads
+        options["heads"] = averaged(heads)
         return attention_distance(*self._rounded(), key_mask=self._keys(key_mask), **options)
 
     @agreed
@@ -218,7 +219,7 @@ class CapturedAttention:
         if self.position_ids is not None:
             row = (*self._packed_row(), self.position_ids[0])
             return packed_received(*row, group=group, heads=heads, **options)[None]
-        options["heads"] = "mean_distribution" if heads is None else heads
+        options["heads"] = averaged(heads)
         columns = attention_received(*self._rounded(), key_mask=self._keys(key_mask), **options)
         return columns[:, columns.shape[1] - self.query.shape[2] :]
 

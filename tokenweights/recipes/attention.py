@@ -186,8 +186,7 @@ class AttentionEntropy(Part):
         Returns:
             One score for each response token.
         """
-        align = align_to_decision if self.alignment == "deciding" else align_to_own
-        return align(scores, response_length=response_length)
+        return aligned_scores(scores, self.alignment, response_length=response_length)
 
     @typed
     def merged(
@@ -254,3 +253,9 @@ def model_layers(model: nn.Module) -> tuple[int, tuple[int, ...]]:
         available = tuple(attention_layers(model))
     config: Any = model.config
     return config.get_text_config().num_hidden_layers, available
+
+
+def aligned_scores(scores: Tensor, alignment: Alignment, *, response_length: int) -> Tensor:
+    """Scores of sequence positions as scores of the tokens that these rows stand for."""
+    align = align_to_decision if alignment == "deciding" else align_to_own
+    return align(scores, response_length=response_length)

@@ -17,10 +17,9 @@ from tokenweights._errors import invalid
 from tokenweights.attention import Received
 from tokenweights.capture import CapturedAttention
 from tokenweights.masked import sum_dtype
-from tokenweights.recipes.attention import Alignment, AttentionEntropy, numbered
+from tokenweights.recipes.attention import Alignment, AttentionEntropy, aligned_scores, numbered
 from tokenweights.recipes.batch import RolloutBatch
 from tokenweights.recipes.parts import Part
-from tokenweights.signals import align_to_decision, align_to_own
 
 # Layers that are read by default, evenly spaced over the middle third of the model.
 LAYERS = 5
@@ -265,8 +264,7 @@ class AttentionReading:
 
     def aligned(self, scores: Tensor, *, response_length: int) -> Tensor:
         """Values of sequence positions as values of response tokens; see `AttentionEntropy`."""
-        align = align_to_decision if self.alignment == "deciding" else align_to_own
-        return align(scores, response_length=response_length)
+        return aligned_scores(scores, self.alignment, response_length=response_length)
 
 
 def joined_readings(
