@@ -74,6 +74,10 @@ def test_recipes_round_trip_through_dict_json_yaml_and_pickle(made):
         ({"rule": "uniform", "signal": "position"}, "`signal` None with the rule 'uniform'"),
         ({"rule": "top", "denominator": "tokens"}, "Did you mean 'all_tokens'"),
         ({"rule": "top", "match_mass": "yes"}, "`match_mass` of type bool"),
+        (
+            {"rule": "top", "match_mass": True, "denominator": "selected_tokens"},
+            "`match_mass` False with the denominator 'selected_tokens'",
+        ),
         ({"rule": "top", "name": 3}, "`name` of type str"),
         ({"name": "low2high"}, "Pass the mapping to `recipe`"),
         ({"rule": "no.such.module:Rule"}, "a module that can be imported"),

@@ -85,7 +85,8 @@ class Recipe:
         signal: What scores a token; None for rules that need no score.
         rule: What makes weights of scores.
         denominator: What the loss divides by; see `loss_denominator`.
-        match_mass: Rescale the weights of each rollout batch to mean 1.
+        match_mass: Rescale the weights of each rollout batch to mean 1; not beside the denominator
+            `"selected_tokens"`, which does that to a selection.
 
     Raises:
         TokenWeightsError: If a part is none, or they do not fit together.
@@ -121,6 +122,10 @@ class Recipe:
             raise unknown("recipe", "denominator", self.denominator, get_args(Denominator))
         if not isinstance(self.match_mass, bool):
             raise self._invalid("match_mass", "of type bool")
+        if self.match_mass and self.denominator == "selected_tokens":
+            condition = f"False with the denominator {self.denominator!r}"
+            hint = "Both even out the share of selected tokens: take one of them, or the step grows."
+            raise invalid(f"recipe {self.name}", "match_mass", condition, True, hint)
         for role in ("rule", "signal"):
             part = getattr(self, role)
             if isinstance(part, str):
