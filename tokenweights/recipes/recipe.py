@@ -124,7 +124,7 @@ class Recipe:
             raise self._invalid("match_mass", "of type bool")
         if self.match_mass and self.denominator == "selected_tokens":
             condition = f"False with the denominator {self.denominator!r}"
-            hint = "Both even out the share of selected tokens: take one of them, or the step grows."
+            hint = "Both even out the share of selected tokens, and the step would grow: take one."
             raise invalid(f"recipe {self.name}", "match_mass", condition, True, hint)
         for role in ("rule", "signal"):
             part = getattr(self, role)
