@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from tokenweights import Recipe, capture_attention, predictive_entropy, self_certainty
 from tokenweights.recipes.backward import joined_readings
@@ -59,20 +60,15 @@ def sampled(
         The responses. The draws are those of torch's global random state.
     """
     start = tokenizer([*prompts], padding=True, return_tensors="pt").to(model.device)
-    ids, real, cache = start["input_ids"], start["attention_mask"].bool(), None
+    ids, real = start["input_ids"], start["attention_mask"].bool()
+    cache = DynamicCache(config=model.config)
     end, width = tokenizer.eos_token_id, ids.shape[1]
     fed, running = ids, torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     places = (real.long().cumsum(-1) - 1).clamp(min=0)
     for _ in range(longest):
-        output = model(
-            fed,
-            attention_mask=real.long(),
-            position_ids=places,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache, shares = output.past_key_values, (output.logits[:, -1] / temperature).softmax(-1)
+        # The cache goes by place: its name differs between versions of transformers.
+        output = model(fed, real.long(), places, cache, use_cache=True, logits_to_keep=1)
+        shares = (output.logits[:, -1] / temperature).softmax(-1)
         fed = torch.where(running[:, None], shares.multinomial(1), tokenizer.pad_token_id)
         ids, real = torch.cat([ids, fed], 1), torch.cat([real, running[:, None]], 1)
         places, running = places[:, -1:] + 1, running & (fed[:, 0] != end)

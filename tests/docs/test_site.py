@@ -45,9 +45,14 @@ def browser(tmp_path_factory):
 @pytest.mark.parametrize("width", [390, 1400])
 def test_every_page_fits_the_window_and_logs_no_error(site, browser, width, scheme):
     emulate(browser, width=width, scheme=scheme)
+    # A visitor's first page settles the colours, and the browser keeps them for the others.
+    browser.get((site / "index.html").as_uri())
+    browser.execute_script("localStorage.clear()")
     wrong = {}
     for page in PAGES:
         browser.get((site / page.with_suffix(".html")).as_uri())
+        colours = browser.execute_script("return document.body.dataset.mdColorScheme")
+        assert colours == {"light": "default", "dark": "slate"}[scheme]
         # A page that is opened as a file cannot load its search index.
         logged = [each["message"] for each in browser.get_log("browser")]
         errors = [message for message in logged if "search" not in message]

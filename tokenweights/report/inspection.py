@@ -1,5 +1,6 @@
 """One response looked at with a model: every statistic of every token, as token records."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -122,14 +123,17 @@ def inspected_records(
             layer = found.setdefault(captured.layer, _Layer())
             _add_rows(layer, captured, rows, end, largest=largest, local_window=local_window)
 
+    # The name of a cache since transformers 5.24, and before.
+    named = inspect.signature(model.forward).parameters
+    kept = "cache" if "cache" in named else "past_key_values"
     entropies, log_probs, cache = [], [], None
     with torch.no_grad(), capture_attention(model, layers, reduce=reduce) as capture:
         order = list(capture.calls)
         for start in range(0, total, chunk_tokens):
             end = min(start + chunk_tokens, total)
-            given = {} if cache is None else {"past_key_values": cache}
+            given = {} if cache is None else {kept: cache}
             output = model(token_ids[None, start:end], use_cache=True, **given)
-            cache = output.past_key_values
+            cache = getattr(output, kept)
             if cache is None and end < total:
                 hint = "Read it in one chunk: raise `chunk_tokens`."
                 raise invalid("inspected_records", "model", "with a cache", "none", hint)
