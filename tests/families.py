@@ -1,6 +1,6 @@
 """Small models of every family that the installed transformers can build, under the tap.
 
-`python tests/families.py` writes the tables of docs/families.md anew.
+`python tests/families.py` writes the lists of docs/families.md anew.
 """
 
 import inspect
@@ -275,16 +275,16 @@ def quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(before)
 
 
-def tables() -> str:
-    """The generated part of the page: a table for each task, a row for each verdict."""
+def lists() -> str:
+    """The generated part of the page: a list for each task, an item for each verdict."""
     rows: dict[str, defaultdict[str, list[str]]] = {task: defaultdict(list) for task in TASKS}
     for task, family in families():
         rows[task][verdict(task, family)].append(family)
     parts = [f"Seen with transformers {transformers.__version__}.\n"]
     for task, found in rows.items():
-        parts.append(f"\n## {TITLES[task]}\n\n| entropy | families | |\n|---|---|---|\n")
+        parts.append(f"\n## {TITLES[task]}\n\n")
         for what, names in sorted(found.items(), key=lambda row: (-len(row[1]), row[0])):
-            parts.append(f"| {what} | {len(names)} | {', '.join(names)} |\n")
+            parts.append(f"* **{what}** ({len(names)}): {', '.join(names)}\n")
     return "".join(parts)
 
 
@@ -296,8 +296,9 @@ def documented() -> tuple[str, dict[tuple[str, str], str]]:
     for line in generated.splitlines():
         if line.startswith("## "):
             task = next(name for name, title in TITLES.items() if line == f"## {title}")
-        elif line.startswith("| ") and not line.startswith("| entropy"):
-            what, _, names = line.strip("| ").split(" | ")
+        elif line.startswith("* **"):
+            what, names = line.removeprefix("* **").split("** (")
+            names = names.split("): ")[1]
             found |= {(task, family): what for family in names.split(", ")}
     return version, found
 
@@ -305,4 +306,4 @@ def documented() -> tuple[str, dict[tuple[str, str], str]]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     before = PAGE.read_text().split(MARK)[0]
-    PAGE.write_text(f"{before}{MARK}\n\n{tables()}")
+    PAGE.write_text(f"{before}{MARK}\n\n{lists()}")
