@@ -20,7 +20,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-versions test-megatron compatibility fuzz lint format bench bench-gpu gpu-wheels gpu-results docs policy clean $(APART:%=test-%)
+.PHONY: help setup environments demo test test-versions test-megatron compatibility fuzz lint format bench bench-gpu gpu-wheels gpu-results docs policy clean $(APART:%=test-%)
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -67,7 +67,10 @@ build/versions/%/.ready: integrations/%/constraints-gpu.txt
 demo: $(READY)  ## Train the embedded policy with TRL under Low2High and write runs/demo
 	@$(BIN)/python integrations/trl/examples/demo.py
 
-test: $(READY) $(APART:%=.venv-%/.ready) $(ADAPTERS:%=build/versions/%/.ready) build/versions/megatron/.ready  ## Run every test suite and count what passed, failed and was skipped
+# All that `make test` runs in; with --jobs they are made side by side.
+environments: $(READY) $(APART:%=.venv-%/.ready) $(ADAPTERS:%=build/versions/%/.ready) build/versions/megatron/.ready
+
+test: environments  ## Run every test suite and count what passed, failed and was skipped
 	@PATH="$(abspath $(BIN)):$$PATH" sh .ci/suites $(SUITES) $(APART) $(ADAPTERS:%=%+gpu) $(SPREAD)
 
 test-versions: $(ADAPTERS:%=build/versions/%/.ready)  ## Run only the adapters' tests with their GPU extras' versions
