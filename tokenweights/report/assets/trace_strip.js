@@ -140,8 +140,9 @@ function showStrip(trace, position) {
     largest.append(button);
   }
   strip.draw();
-  // The strip may have come to lie over the token.
+  // The strip may have come to lie over the token, or over the tooltip.
   trace.tokens[position].scrollIntoView({ block: "nearest" });
+  described?.();
 }
 
 function activateStrip(section) {
