@@ -375,11 +375,11 @@ def test_the_tooltip_covers_neither_its_token_nor_the_strip(opened, width, heigh
     place = f"arguments[0].scrollIntoView({{block: '{block}'}})"
     driver.execute_script(place, tokens[90])
     tokens[90].click()  # which opens the strip under a tooltip that is shown already
-    if tooltip(driver):  # a strip that makes the page scroll takes its token from the pointer
-        _covers_nothing(driver, tokens[90])
+    _covers_nothing(driver, tokens[90])
     driver.execute_script(place, tokens[97])
     Actions(driver).move_to_element(tokens[97]).perform()
     _covers_nothing(driver, tokens[97])
+    assert one(driver, "#token-tooltip").size["height"] > 0
 
 
 def _covers_nothing(driver, token):
@@ -391,7 +391,7 @@ def _covers_nothing(driver, token):
         token,
     )
     shown, *others = boxes
-    assert shown[1] > shown[0] >= 0
+    assert shown[1] >= shown[0] >= 0
     for covered in others:
         assert shown[1] <= covered[0] + 1 or shown[0] >= covered[1] - 1, boxes
 
