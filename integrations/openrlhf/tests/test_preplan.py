@@ -14,7 +14,7 @@ CLASSES = {0: HeadClasses((0,), (1,)), 2: HeadClasses((1,), (0,))}
 
 
 def keeping(kept):
-    """A trainer that notes, for each step, its policy, and advantages before and after weighting."""
+    """A trainer that notes each step's policy, and advantages before and after weighting."""
 
     class Keeping(tiny.WeightedTrainer):
         def train_step(self, rollouts, step):
