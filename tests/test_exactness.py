@@ -1,13 +1,15 @@
 """The exactness contract: the same batch gives the same weights, loss and gradients on any layout.
 
 Every layout below runs the library's own path from queries and keys to parameter gradients and is
-compared with one process that holds the whole batch right-padded. `test_a_local_merge_is_noticed`
-replaces each merge by a local statistic and expects the comparison to fail.
+compared with one process that holds the whole batch right-padded. A token is scored by its row of
+attention, entropy or distance, or by its column. `test_a_local_merge_is_noticed` and its like
+replace each merge by a local statistic and expect the comparison to fail.
 """
 
 import functools
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -61,6 +63,34 @@ def samples(seed: int, lengths: list[tuple[int, int]], dtype: torch.dtype) -> li
     ]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What is read of attention: `entropy`, `distance`, or what is `received` from responses."""
+
+    kind: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, form: str, *values: Tensor, asked: Tensor, **known: Any) -> Tensor:
+        """The reading by one form of the library's function; `asked` is True at response tokens."""
+        rows = {"rows": asked} if self.kind == "received" else {}
+        return getattr(tw, form.format(self.kind))(*values, **rows, **self.options, **known)
+
+    def aligned(self, values: Tensor, **where: Any) -> Tensor:
+        """Values of positions as values of the response tokens that they score."""
+        align = tw.align_to_decision if self.kind == "entropy" else tw.align_to_own
+        return align(values, **where)
+
+
+ENTROPY = Reading("entropy")
+READINGS = {
+    "entropy": ENTROPY,
+    "distance": Reading("distance", {"bound": 3}),
+    "received": Reading("received"),
+    "received soon": Reading("received", {"horizon": (1, 3), "reduction": "sum", "heads": (0, 3)}),
+    "largest received": Reading("received", {"horizon": (1, None), "reduction": "max"}),
+}
+
+
 class Policy(torch.nn.Module):
     """Queries and keys for the probe, log-probabilities for the loss."""
 
@@ -94,23 +124,29 @@ class Rows:
     numbers: Tensor
 
 
-def right_padded(policy: Policy, batch: list[Sample]) -> Rows:
+def right_padded(policy: Policy, batch: list[Sample], reading: Reading) -> Rows:
     features, key_mask = padded([s.features for s in batch])
     query, key = (heads.transpose(1, 2) for heads in policy.heads(features))
-    entropy = tw.attention_entropy(query, key, key_mask=key_mask)
-    return rows(batch, decided(batch, entropy), decided(batch, policy.log_probs(features)))
+    read = reading("attention_{}", query, key, asked=answers(batch), key_mask=key_mask)
+    return rows(batch, decided(batch, read, reading), decided(batch, policy.log_probs(features)))
 
 
-def decided(batch: list[Sample], values: Tensor) -> Tensor:
-    """The values of right-padded sequences at the positions that decide the response tokens."""
-    return tw.align_to_decision(
+def answers(batch: list[Sample]) -> Tensor:
+    """True at the response tokens of right-padded sequences."""
+    places = [torch.arange(len(s.features)) >= s.prompt_length for s in batch]
+    return padded(places)[0]
+
+
+def decided(batch: list[Sample], values: Tensor, reading: Reading = ENTROPY) -> Tensor:
+    """The values of right-padded sequences at the positions that score the response tokens."""
+    return reading.aligned(
         values,
         response_length=max(s.response_length for s in batch),
         prompt_length=torch.tensor([s.prompt_length for s in batch]),
     )
 
 
-def left_padded(policy: Policy, batch: list[Sample]) -> Rows:
+def left_padded(policy: Policy, batch: list[Sample], reading: Reading) -> Rows:
     """Prompts end, and responses start, in the same column of every row, as trainers have it."""
     prompt = max(s.prompt_length for s in batch)
     width = max(s.response_length for s in batch)
@@ -121,36 +157,48 @@ def left_padded(policy: Policy, batch: list[Sample]) -> Rows:
         features[row, start : start + len(sample.features)] = sample.features
     key_mask = ~features.isnan().any(-1)
     query, key = (heads.transpose(1, 2) for heads in policy.heads(features))
-    entropy = tw.attention_entropy(query[:, :, -width - 1 :], key, key_mask=key_mask)
+    # The queries of the response and the one before.
+    asked = key_mask[:, -width - 1 :].clone()
+    asked[:, 0] = False
+    read = reading("attention_{}", query[:, :, -width - 1 :], key, asked=asked, key_mask=key_mask)
     # Padding must not poison the gradient either, so the policy never sees it.
     log_probs = policy.log_probs(torch.where(key_mask[..., None], features, 0.0))
-    align = {"response_length": width}
-    return rows(
-        batch,
-        tw.align_to_decision(entropy, **align),
-        tw.align_to_decision(log_probs, **align),
-    )
+    own = reading.aligned(read, response_length=width)
+    return rows(batch, own, tw.align_to_decision(log_probs, response_length=width))
 
 
-def packed(policy: Policy, batch: list[Sample]) -> Rows:
+def packed(policy: Policy, batch: list[Sample], reading: Reading) -> Rows:
+    """Sequences in one row, which the position numbers tell apart."""
     features = torch.cat([s.features for s in batch])
-    lengths = torch.tensor([0, *(len(s.features) for s in batch)])
-    query, key = policy.heads(features)
-    bounds = lengths.cumsum(0)
-    entropy = tw.attention_entropy_varlen(query, key, cu_seqlens_q=bounds, cu_seqlens_k=bounds)
-    log_probs = policy.log_probs(features)
-    places = [
-        slice(start + s.prompt_length - 1, stop - 1)
-        for s, start, stop in zip(batch, bounds.tolist(), bounds[1:].tolist(), strict=False)
-    ]
-    return rows(
-        batch,
-        padded([entropy[place] for place in places])[0],
-        padded([log_probs[place] for place in places])[0],
-    )
+    numbers = torch.cat([torch.arange(len(s.features)) for s in batch])
+    read = reading("packed_{}", *policy.heads(features), numbers, asked=in_one_row(batch))
+    return taken_apart(batch, read, policy.log_probs(features), reading)
 
 
-LAYOUTS = {"right": right_padded, "left": left_padded, "packed": packed}
+def cut(policy: Policy, batch: list[Sample], reading: Reading) -> Rows:
+    """Sequences in one row, which their bounds tell apart."""
+    if reading.kind == "distance":  # is given position numbers only
+        return packed(policy, batch, reading)
+    features = torch.cat([s.features for s in batch])
+    bounds = torch.tensor([0, *(len(s.features) for s in batch)]).cumsum(0)
+    edges = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
+    read = reading("attention_{}_varlen", *policy.heads(features), asked=in_one_row(batch), **edges)
+    return taken_apart(batch, read, policy.log_probs(features), reading)
+
+
+def in_one_row(batch: list[Sample]) -> Tensor:
+    """True at the response tokens of packed sequences."""
+    return torch.cat([torch.arange(len(s.features)) >= s.prompt_length for s in batch])
+
+
+def taken_apart(batch: list[Sample], read: Tensor, log_probs: Tensor, reading: Reading) -> Rows:
+    """Rows of the response tokens of packed sequences."""
+    lengths = [len(s.features) for s in batch]
+    read, log_probs = (padded(values.split(lengths))[0] for values in (read, log_probs))
+    return rows(batch, decided(batch, read, reading), decided(batch, log_probs))
+
+
+LAYOUTS = {"right": right_padded, "left": left_padded, "packed": packed, "cut": cut}
 
 
 def padded(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -220,9 +268,9 @@ def outcome(
     return by_sample, loss.detach(), list(gradients), absolute.detach(), spread
 
 
-def expected(batch: list[Sample], recipe: tw.Recipe, dtype: torch.dtype):
+def expected(batch: list[Sample], recipe: tw.Recipe, dtype: torch.dtype, reading: Reading):
     policy = Policy(dtype)
-    return outcome(policy, right_padded(policy, batch), recipe)
+    return outcome(policy, right_padded(policy, batch, reading), recipe)
 
 
 def agree(got, want, dtype: torch.dtype) -> bool:
@@ -262,20 +310,43 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 4), st.integers(0, 7)), min_size=1, 
 SEEDS = st.integers(0, 10_000)
 DTYPES = st.sampled_from([torch.float64, torch.float32])
 NAMES = st.sampled_from(sorted(RECIPES))
+each_reading = pytest.mark.parametrize("reading", READINGS.values(), ids=READINGS.keys())
 
 
-@given(SEEDS, LENGTHS, DTYPES, NAMES, st.sampled_from(sorted(LAYOUTS)))
-def test_padding_and_packing(seed, lengths, dtype, name, layout):
+@each_reading
+@given(
+    seed=SEEDS,
+    lengths=LENGTHS,
+    dtype=DTYPES,
+    name=NAMES,
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    turn=st.integers(0, 5),
+)
+def test_padding_packing_and_order_of_rows(reading, seed, lengths, dtype, name, layout, turn):
     batch, recipe, policy = samples(seed, lengths, dtype), tw.recipe(RECIPES[name]), Policy(dtype)
-    got = outcome(policy, LAYOUTS[layout](policy, batch), recipe)
-    assert agree(got, expected(batch, recipe, dtype), dtype)
+    turned = batch[turn:] + batch[:turn]
+    got = outcome(policy, LAYOUTS[layout](policy, turned, reading), recipe)
+    assert agree(got, expected(batch, recipe, dtype, reading), dtype)
 
 
-@given(SEEDS, LENGTHS, DTYPES, NAMES, st.integers(1, 6))
-def test_micro_batch_splits(seed, lengths, dtype, name, size):
+@each_reading
+@given(seed=SEEDS, lengths=LENGTHS, dtype=DTYPES, name=NAMES, size=st.integers(1, 6))
+def test_micro_batch_splits(reading, seed, lengths, dtype, name, size):
     batch, recipe, policy = samples(seed, lengths, dtype), tw.recipe(RECIPES[name]), Policy(dtype)
-    got = outcome(policy, left_padded(policy, batch), recipe, micro_batch=size)
-    assert agree(got, expected(batch, recipe, dtype), dtype)
+    got = outcome(policy, left_padded(policy, batch, reading), recipe, micro_batch=size)
+    assert agree(got, expected(batch, recipe, dtype, reading), dtype)
+
+
+@each_reading
+@given(seed=SEEDS, lengths=LENGTHS, dtype=DTYPES, size=st.integers(1, 6))
+def test_micro_batches_that_are_read_apart(reading, seed, lengths, dtype, size):
+    """As a trainer's scoring pass does: each with as much padding as it needs."""
+    batch, policy = samples(seed, lengths, dtype), Policy(dtype)
+    whole = right_padded(policy, batch, reading)
+    for start in range(0, len(batch), size):
+        part = left_padded(policy, batch[start : start + size], reading)
+        want = whole.scores[start : start + size, : part.scores.shape[1]]
+        torch.testing.assert_close(part.scores[part.mask], want[part.mask], atol=1e-6, rtol=1e-6)
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -290,15 +361,16 @@ def two_ranks():
         yield pool
 
 
-def data_parallel(rank, size, batch, recipe, dtype, layout, owners, mutation=None):
+def data_parallel(rank, size, batch, recipe, dtype, reading, layout, owners, mutation=None):
     with mutated(mutation):
         policy = Policy(dtype)
         own = [s for s in batch if owners[s.number] % size == rank]
-        own_rows = LAYOUTS[layout](policy, own) if own else no_rows(policy, dtype)
+        own_rows = LAYOUTS[layout](policy, own, reading) if own else no_rows(policy, dtype)
         return outcome(policy, own_rows, recipe, group=dist.group.WORLD)
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@each_reading
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=SEEDS,
     lengths=LENGTHS,
@@ -307,14 +379,14 @@ def data_parallel(rank, size, batch, recipe, dtype, layout, owners, mutation=Non
     layout=st.sampled_from(sorted(LAYOUTS)),
     owners=st.lists(st.integers(0, 2), min_size=6, max_size=6),
 )
-def test_data_parallel_ranks(ranks, seed, lengths, dtype, name, layout, owners):
+def test_data_parallel_ranks(ranks, reading, seed, lengths, dtype, name, layout, owners):
     # With owners 0, 1 and 2 the last of four ranks never has a response.
     batch, recipe = samples(seed, lengths, dtype), tw.recipe(RECIPES[name])
-    parts = ranks(data_parallel, batch, recipe, dtype, layout, owners)
-    assert agree(merged(parts), expected(batch, recipe, dtype), dtype)
+    parts = ranks(data_parallel, batch, recipe, dtype, reading, layout, owners)
+    assert agree(merged(parts), expected(batch, recipe, dtype, reading), dtype)
 
 
-def sequence_parallel(rank, size, batch, recipe, dtype, style, mutation=None):
+def sequence_parallel(rank, size, batch, recipe, dtype, reading, style, mutation=None):
     """Contiguous shards as under Ulysses, or zigzag shards as under ring attention."""
     with mutated(mutation):
         policy = Policy(dtype)
@@ -323,19 +395,19 @@ def sequence_parallel(rank, size, batch, recipe, dtype, style, mutation=None):
         own = torch.cat([blocks[rank], blocks[-1 - rank]]) if style == "ring" else blocks[rank]
         query, key = (heads.transpose(1, 2) for heads in policy.heads(features[:, own]))
         world = dist.group.WORLD
-        entropy = tw.sequence_parallel_entropy(
-            query, key, own, group=world, key_mask=key_mask[:, own]
-        )
-        whole = tw.gathered(entropy, own, dim=1, group=world)
+        known = {"asked": answers(batch)[:, own], "key_mask": key_mask[:, own], "group": world}
+        read = reading("sequence_parallel_{}", query, key, own, **known)
+        whole = tw.gathered(read, own, dim=1, group=world)
         log_probs = policy.log_probs(features)
-        every = rows(batch, decided(batch, whole), decided(batch, log_probs))
+        every = rows(batch, decided(batch, whole, reading), decided(batch, log_probs))
         # A rank's loss covers the tokens that its own positions decide.
         holds = torch.zeros(features.shape[:2]).index_fill_(1, own, 1.0)
         mine = decided(batch, holds) > 0
         return outcome(policy, every, recipe, mine=mine)
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@each_reading
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=SEEDS,
     lengths=LENGTHS,
@@ -343,28 +415,54 @@ def sequence_parallel(rank, size, batch, recipe, dtype, style, mutation=None):
     name=NAMES,
     style=st.sampled_from(["ulysses", "ring"]),
 )
-def test_sequence_parallel_ranks(two_ranks, seed, lengths, dtype, name, style):
+def test_sequence_parallel_ranks(two_ranks, reading, seed, lengths, dtype, name, style):
     batch, recipe = samples(seed, lengths, dtype), tw.recipe(RECIPES[name])
-    parts = two_ranks(sequence_parallel, batch, recipe, dtype, style)
-    assert agree(merged(parts), expected(batch, recipe, dtype), dtype)
+    parts = two_ranks(sequence_parallel, batch, recipe, dtype, reading, style)
+    assert agree(merged(parts), expected(batch, recipe, dtype, reading), dtype)
 
 
-def tensor_parallel(rank, size, batch, recipe, dtype, exchange, mutation=None):
+def sliced(rank, size, batch, recipe, dtype, reading, at, mutation=None):
+    """Slices of a packed row, cut anywhere, also within a sequence."""
+    with mutated(mutation):
+        policy, world = Policy(dtype), dist.group.WORLD
+        features = torch.cat([s.features for s in batch])
+        numbers = torch.cat([torch.arange(len(s.features)) for s in batch])
+        own = torch.arange(len(features)).tensor_split([at % (len(features) + 1)])[rank]
+        known = {"asked": in_one_row(batch)[own], "group": world}
+        read = reading("packed_{}", *policy.heads(features[own]), numbers[own], **known)
+        whole = tw.gathered(read, own, dim=0, group=world)
+        every = taken_apart(batch, whole, policy.log_probs(features), reading)
+        holds = torch.zeros(len(features)).index_fill_(0, own, 1.0)
+        mine = taken_apart(batch, holds, holds, ENTROPY).log_probs > 0
+        return outcome(policy, every, recipe, mine=mine)
+
+
+@each_reading
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=SEEDS, lengths=LENGTHS, dtype=DTYPES, name=NAMES, at=st.integers(0, 60))
+def test_slices_of_a_packed_row(two_ranks, reading, seed, lengths, dtype, name, at):
+    batch, recipe = samples(seed, lengths, dtype), tw.recipe(RECIPES[name])
+    parts = two_ranks(sliced, batch, recipe, dtype, reading, at)
+    assert agree(merged(parts), expected(batch, recipe, dtype, reading), dtype)
+
+
+def tensor_parallel(rank, size, batch, recipe, dtype, reading, exchange, mutation=None):
     with mutated(mutation):
         policy = Policy(dtype)
         features, key_mask = padded([s.features for s in batch])
         query, key = (
             heads.transpose(1, 2).chunk(size, 1)[rank] for heads in policy.heads(features)
         )
-        entropy = tw.tensor_parallel_entropy(
-            query, key, group=dist.group.WORLD, key_mask=key_mask, exchange=exchange
-        )
+        known = {"asked": answers(batch), "key_mask": key_mask, "group": dist.group.WORLD}
+        choice = {"exchange": exchange} if reading.kind == "entropy" else {}
+        read = reading("tensor_parallel_{}", query, key, **known, **choice)
         log_probs = policy.log_probs(features)
-        every = rows(batch, decided(batch, entropy), decided(batch, log_probs))
+        every = rows(batch, decided(batch, read, reading), decided(batch, log_probs))
         return outcome(policy, every, recipe)
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@each_reading
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=SEEDS,
     lengths=LENGTHS,
@@ -372,10 +470,10 @@ def tensor_parallel(rank, size, batch, recipe, dtype, exchange, mutation=None):
     name=NAMES,
     exchange=st.sampled_from(["rows", "distribution"]),
 )
-def test_tensor_parallel_ranks(two_ranks, seed, lengths, dtype, name, exchange):
+def test_tensor_parallel_ranks(two_ranks, reading, seed, lengths, dtype, name, exchange):
     batch, recipe = samples(seed, lengths, dtype), tw.recipe(RECIPES[name])
-    want = expected(batch, recipe, dtype)
-    for got in two_ranks(tensor_parallel, batch, recipe, dtype, exchange):
+    want = expected(batch, recipe, dtype, reading)
+    for got in two_ranks(tensor_parallel, batch, recipe, dtype, reading, exchange):
         assert agree(got, want, dtype)
 
 
@@ -438,7 +536,7 @@ def four_ranks():
 def test_megatron_ranks(four_ranks, seed, lengths, dtype, name, packed):
     batch, recipe = samples(seed, lengths, dtype), tw.recipe(RECIPES[name])
     parts = four_ranks(megatron, batch, recipe, dtype, packed)
-    assert agree(merged(parts), expected(batch, recipe, dtype), dtype)
+    assert agree(merged(parts), expected(batch, recipe, dtype, ENTROPY), dtype)
 
 
 def local_sum(values, *, group=None):
@@ -447,6 +545,10 @@ def local_sum(values, *, group=None):
 
 def local_extrema(minimum, maximum, *, group=None):
     return minimum, maximum
+
+
+def local_largest(values, *, group=None):
+    return values.clone()
 
 
 def local_keys(values, positions, *, dim, group=None):
@@ -489,25 +591,63 @@ UNEVEN = [(2, 7), (3, 5), (1, 1), (4, 6), (2, 3)]
 def test_a_local_merge_is_noticed(two_ranks, merge):
     *mutation, name = MUTATIONS[merge]
     batch, recipe = samples(0, UNEVEN, torch.float64), tw.recipe(RECIPES[name])
-    arguments = (batch, recipe, torch.float64, "left", [0, 0, 0, 1, 1, 1])
-    want = expected(batch, recipe, torch.float64)
+    arguments = (batch, recipe, torch.float64, ENTROPY, "left", [0, 0, 0, 1, 1, 1])
+    want = expected(batch, recipe, torch.float64, ENTROPY)
     assert agree(merged(two_ranks(data_parallel, *arguments)), want, torch.float64)
     parts = two_ranks(data_parallel, *arguments, tuple(mutation))
     assert not agree(merged(parts), want, torch.float64)
 
 
+@each_reading
 @pytest.mark.parametrize("style", ["ulysses", "ring"])
-def test_keys_that_do_not_travel_are_noticed(two_ranks, style):
+def test_keys_that_do_not_travel_are_noticed(two_ranks, style, reading):
     batch, recipe = samples(0, UNEVEN, torch.float64), tw.recipe(RECIPES["low2high"])
     mutation = ("attention.parallel", "gathered", local_keys)
-    parts = two_ranks(sequence_parallel, batch, recipe, torch.float64, style, mutation)
-    assert not agree(merged(parts), expected(batch, recipe, torch.float64), torch.float64)
+    parts = two_ranks(sequence_parallel, batch, recipe, torch.float64, reading, style, mutation)
+    want = expected(batch, recipe, torch.float64, reading)
+    assert not agree(merged(parts), want, torch.float64)
+
+
+SUMS = ("attention.received_parallel", "global_sum", local_sum)
+LARGEST = ("attention.received_parallel", "largest_of", local_largest)
+COLUMN_MERGES = {
+    "received": SUMS, "received soon": SUMS, "largest received": LARGEST,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COLUMN_MERGES)
+@pytest.mark.parametrize(
+    ("layout", "how"),
+    [
+        pytest.param(sequence_parallel, "ulysses", id="ulysses"),
+        pytest.param(sequence_parallel, "ring", id="ring"),
+        pytest.param(sliced, 14, id="packed"),
+        pytest.param(tensor_parallel, "rows", id="heads"),
+    ],
+)
+def test_columns_that_are_not_merged_are_noticed(two_ranks, layout, how, name):
+    reading, mutation = READINGS[name], COLUMN_MERGES[name]
+    batch, recipe = samples(0, UNEVEN, torch.float64), tw.recipe(RECIPES["low2high"])
+    want = expected(batch, recipe, torch.float64, reading)
+    arguments = (batch, recipe, torch.float64, reading, how)
+    for changed in (None, mutation):
+        parts = two_ranks(layout, *arguments, changed)
+        parts = parts if layout is tensor_parallel else [merged(parts)]
+        assert all(agree(part, want, torch.float64) for part in parts) == (changed is None)
+
+
+def test_distances_of_heads_that_are_not_merged_are_noticed(two_ranks):
+    reading, mutation = READINGS["distance"], ("attention.distance_parallel", *SUMS[1:])
+    batch, recipe = samples(0, UNEVEN, torch.float64), tw.recipe(RECIPES["low2high"])
+    want = expected(batch, recipe, torch.float64, reading)
+    parts = two_ranks(tensor_parallel, batch, recipe, torch.float64, reading, "rows", mutation)
+    assert not any(agree(part, want, torch.float64) for part in parts)
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_keys_and_queries_that_do_not_travel_are_noticed(four_ranks, packed):
     batch, recipe = samples(0, UNEVEN, torch.float64), tw.recipe(RECIPES["low2high"])
-    want = expected(batch, recipe, torch.float64)
+    want = expected(batch, recipe, torch.float64, ENTROPY)
     arguments = (batch, recipe, torch.float64, packed)
     assert agree(merged(four_ranks(megatron, *arguments)), want, torch.float64)
     for name, local in (("gathered", local_keys), ("gathered_on", own_block)):
@@ -519,6 +659,7 @@ def test_keys_and_queries_that_do_not_travel_are_noticed(four_ranks, packed):
 def test_weights_that_do_not_travel_are_noticed(two_ranks):
     batch, recipe = samples(0, UNEVEN, torch.float64), tw.recipe(RECIPES["low2high"])
     mutation = ("attention.parallel", "_summed_on", local_weights)
-    want = expected(batch, recipe, torch.float64)
-    results = two_ranks(tensor_parallel, batch, recipe, torch.float64, "distribution", mutation)
+    want = expected(batch, recipe, torch.float64, ENTROPY)
+    arguments = (batch, recipe, torch.float64, ENTROPY, "distribution", mutation)
+    results = two_ranks(tensor_parallel, *arguments)
     assert not any(agree(got, want, torch.float64) for got in results)

@@ -1,6 +1,8 @@
 """`inspect` on a small model with a tokenizer of its own, saved as any model is."""
 
+import itertools
 import json
+import math
 import shutil
 import sys
 
@@ -10,6 +12,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import tokenweights as tw
 from tokenweights.__main__ import main
+from tokenweights.recipes.backward import AttentionReading
 from tokenweights.report import read_token_records
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -125,6 +128,8 @@ def test_a_second_inspection_replaces_the_first(saved, text, tmp_path):
         ("1+1", ("--recipe", "low2hihg"), "Did you mean 'low2high'"),
         ("1+1", ("--recipe", "low2high", "--kind", "raw"), "without --kind"),
         ("1+1", ("--recipe", "entropy_bonus"), "reads `advantages`"),
+        ("1+1", ("--recipe", "full", "--advantage", "nan"), "a finite number"),
+        ("1+1", ("--recipe", "sampler_ratio_band"), "reads `sampler_log_probs`"),
         ("1+1", ("--chat",), "--chat"),
         ("1+1", ("--chat", "--split", "+"), "with a chat template"),
     ],
@@ -235,6 +240,68 @@ def test_a_recipe_shows_the_weights_it_would_give(saved, text, tmp_path, capsys,
     lowest, highest = record.weights[order[0]], record.weights[order[-1]]
     assert (lowest, highest) == ((1.0, 0.0) if step == 0 else (0.0, 1.0))
     assert f"recipe low2high at step {step}: mean weight" in capsys.readouterr().out
+
+
+READ_COLUMNS = [
+    name for name in tw.recipe_names() if isinstance(tw.recipe(name).attention, AttentionReading)
+]
+FIRST, LAST, BOUND = 1, 3, 2
+
+
+def top(values):
+    """Places of the highest 40%, rounded up; of equal ones the later."""
+    order = sorted(range(len(values)), key=lambda place: (values[place], place))
+    return order[len(order) - math.ceil(2 * len(order) / 5) :]
+
+
+def preplan_and_anchor(maps, prompt_length):
+    """Distances, influences and both sets of one response, from a layer's eager attention."""
+    mean = maps[0].double().mean(0)
+    tokens = range(prompt_length, len(mean))
+    far = [sum(float(mean[t, s]) * min(t - s, BOUND) for s in range(t + 1)) for t in tokens]
+    influence = []
+    for s in tokens:
+        seen = [float(mean[t, s]) for t in range(s + FIRST, min(len(mean) - 1, s + LAST) + 1)]
+        influence.append(sum(seen) / len(seen) if seen else 0.0)
+    change = [abs(one - other) for one, other in itertools.pairwise(far)] + [0.0]
+    return far, influence, {*top(change)}, {*top(influence)}
+
+
+@pytest.mark.parametrize("name", READ_COLUMNS)
+def test_a_recipe_that_reads_columns_shows_its_weights(name, saved, text, tmp_path, capsys):
+    text.write_text("1+1=?2\n3-1=2<>-5+1")
+    recipe = {"name": name, "first": FIRST, "last": LAST, "bound": BOUND}
+    options = ("--recipe", json.dumps(recipe), "--split", "?", "--no-figures")
+    record = record_of(inspected(saved, text, tmp_path, *options, "--advantage", "1"))
+    assert (record.layer, record.alignment) == (2, "own")
+    model = Qwen3ForCausalLM.from_pretrained(saved, attn_implementation="eager")
+    letters = "0123456789+-=?<>\n "
+    ids = torch.tensor([[letters.index(letter) for letter in text.read_text()]])
+    with torch.no_grad():
+        maps = model(ids, output_attentions=True).attentions[record.layer]
+    far, influence, preplan, anchors = preplan_and_anchor(maps, 5)
+    assert record.columns[f"distance_{BOUND}"] == pytest.approx(far, abs=1e-5)
+    assert record.columns[f"received_{FIRST}_{LAST}"] == pytest.approx(influence, abs=1e-5)
+    sets = {"preplan40": preplan, "future_anchor40": anchors, "preplan_anchor40": preplan | anchors}
+    if name in sets:
+        assert record.weights == tuple(
+            1.5 if place in sets[name] else 1.0 for place in range(len(record.tokens))
+        )
+    assert 1.0 < max(record.weights) <= 1.5
+    page = (tmp_path / "out" / "trace.html").read_text()
+    assert f"distance {BOUND}" in page and f"received {FIRST} {LAST}" in page
+    assert f"recipe {name} at step 0: mean weight 1." in capsys.readouterr().out
+    # Of a bad response no token is credited.
+    bad = record_of(inspected(saved, text, tmp_path, *options, "--advantage", "-1"))
+    assert set(bad.weights) == {1.0} and set(bad.advantages) == {-1.0}
+
+
+@pytest.mark.parametrize("name", READ_COLUMNS)
+def test_a_recipe_that_reads_the_advantage_asks_for_it(name, saved, text, capsys):
+    """Before the model is loaded, and with what to do."""
+    assert main(["inspect", "/nowhere", "--text", str(text), "--recipe", name]) == 2
+    printed = capsys.readouterr().err
+    assert f"`--advantage` with '{name}'" in printed and "1 for a good one" in printed
 
 
 def test_the_embedded_policy_has_a_name(text, tmp_path, capsys, monkeypatch):

@@ -23,7 +23,7 @@ from tokenweights.diagnostics import (
     pearson_correlation,
     rank_correlation,
 )
-from tokenweights.recipes import Recipe, rollout_recipe
+from tokenweights.recipes import Recipe, require_columns, rollout_recipe
 from tokenweights.recipes.attention import Alignment
 from tokenweights.report import (
     TokenRecord,
@@ -37,7 +37,11 @@ from tokenweights.report import (
     support_figure,
     trace_page_html,
 )
-from tokenweights.report.inspection import weighted_records
+from tokenweights.report.inspection import (
+    RESPONSE_COLUMNS,
+    response_readings,
+    weighted_records,
+)
 from tokenweights.report.ranges import flat_range
 
 if TYPE_CHECKING:
@@ -88,6 +92,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--step", type=int, default=0, help="training step of the recipe's schedule (default: 0)"
     )
     parser.add_argument(
+        "--advantage",
+        type=float,
+        help="advantage of the response, for a recipe that reads it: above 0 for a good one",
+    )
+    parser.add_argument(
         "--largest", type=int, default=32, help="attention weights kept for each token"
     )
     parser.add_argument(
@@ -120,10 +129,11 @@ def run(options: argparse.Namespace) -> int:
     ids = torch.tensor(prompt_ids + response_ids, device=model.device)
     if made is not None:
         made = made.on_model(model)
-        if made.entropy is not None:
+        if made.attention is not None:
             options.layers = list(made.layers)
+            options.alignment = made.attention.alignment
+        if made.entropy is not None:
             options.kind = made.entropy.entropy_kind
-            options.alignment = made.entropy.alignment
     options.kind = options.kind or "normalized"
     options.alignment = options.alignment or "deciding"
     available = list(attention_layers(model))
@@ -142,7 +152,9 @@ def run(options: argparse.Namespace) -> int:
             progress=progress.update,
         )
     if made is not None:
-        records = weighted_records(records, made, step=options.step)
+        read = response_readings(model, ids, made, response_length=len(response_ids))
+        weighing = {"step": options.step, "advantage": options.advantage, "readings": read}
+        records = weighted_records(records, made, **weighing)
     agreement = _agreement(records)
     folder = options.output
     folder.mkdir(parents=True, exist_ok=True)
@@ -179,7 +191,16 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         hint = 'Change the recipe: {"name": NAME, "layers": [20]}.'
         condition = f"without --{given[0]}"
         raise invalid("inspect", "--recipe", condition, options.recipe, hint)
-    return rollout_recipe(options.recipe, caller="inspect")
+    made = rollout_recipe(options.recipe, caller="inspect")
+    if "advantages" in made.columns and options.advantage is None:
+        hint = "Pass the one the response shall have: 1 for a good one, -1 for a bad one."
+        condition = f"with {made.name!r}, which reads `advantages`"
+        raise invalid("inspect", "--advantage", condition, "none", hint)
+    if options.advantage is not None and not math.isfinite(options.advantage):
+        hint = "Pass 1 for a good response, -1 for a bad one."
+        raise invalid("inspect", "--advantage", "a finite number", options.advantage, hint)
+    require_columns(made, (*RESPONSE_COLUMNS, "advantages"), caller="inspect")
+    return made
 
 
 def _nearest(available: list[int], layer: int) -> int:
@@ -225,6 +246,7 @@ def _summary(
         "model": options.model,
         "recipe": options.recipe,
         "step": options.step if options.recipe else None,
+        "advantage": options.advantage if options.recipe else None,
         "prompt_tokens": len(records[0].prompt_tokens or ()),
         "response_tokens": len(records[0].tokens),
         "entropy_kind": options.kind,

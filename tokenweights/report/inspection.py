@@ -1,7 +1,7 @@
 """One response looked at with a model: every statistic of every token, as token records."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from tokenweights.attention import (
 from tokenweights.capture import CapturedAttention, capture_attention
 from tokenweights.recipes import Recipe, RolloutBatch, require_columns
 from tokenweights.recipes.attention import Alignment
+from tokenweights.recipes.backward import AttentionReading, joined_readings
 from tokenweights.report.records import TokenRecord, token_records
 from tokenweights.signals import predictive_entropy
 
@@ -28,7 +29,7 @@ SUPPORT_MASS = (0.5, 0.8, 0.9, 0.95)
 _SPANS: tuple[StatisticKind, ...] = ("mean_distance", "local_mass", "max_weight")
 _KINDS: tuple[StatisticKind, ...] = (*ENTROPY_KINDS, "support_size", *_SPANS)
 # Columns of a rollout batch that one response has.
-_READ = ("attention", "log_probs", "predictive_entropy")
+RESPONSE_COLUMNS = ("token_ids", "attention", "log_probs", "predictive_entropy")
 _WEIGHT_ROWS = 64  # rows of weights in memory at once
 
 
@@ -180,8 +181,42 @@ def inspected_records(
     return records
 
 
+@torch.no_grad()
+def response_readings(
+    model: nn.Module, token_ids: Int[Tensor, " token"], made: Recipe, *, response_length: int
+) -> dict[int | str, Tensor]:
+    """What a recipe reads of attention beside entropies, of each response token, `token`.
+
+    Later queries count towards a column, so the decoder reads the whole sequence at once; no
+    logits and no attention matrix are kept.
+
+    Args:
+        model: A transformers language model in evaluation mode.
+        token_ids: Prompt and response.
+        made: The recipe, with its layers numbered.
+        response_length: Number of response tokens.
+
+    Returns:
+        The columns of `RolloutBatch.attention` by name; none of a recipe that reads entropies only.
+    """
+    asked = made.attention
+    if not isinstance(asked, AttentionReading):
+        return {}
+    decoder: Any = model.base_model
+    with capture_attention(model, asked.layers, reduce=asked.readings) as capture:
+        decoder(token_ids[None], use_cache=False)
+    read = joined_readings(capture.calls)
+    aligned = {n: asked.aligned(v, response_length=response_length) for n, v in read.items()}
+    return {name: values[0].float().cpu() for name, values in aligned.items()}
+
+
 def weighted_records(
-    records: Sequence[TokenRecord], made: Recipe, *, step: int
+    records: Sequence[TokenRecord],
+    made: Recipe,
+    *,
+    step: int,
+    advantage: float | None = None,
+    readings: Mapping[int | str, Tensor] | None = None,
 ) -> list[TokenRecord]:
     """Inspected records with the weights that a recipe gives this response, alone in its batch.
 
@@ -189,35 +224,61 @@ def weighted_records(
         records: The records of `inspected_records`, one for each layer that the recipe reads.
         made: The recipe, with its layers numbered.
         step: Training step, for the schedule.
+        advantage: Advantage of the response; None if the recipe reads none.
+        readings: What `response_readings` gave; None if the recipe reads entropies only.
 
     Returns:
-        The records with weights.
+        The records with weights, and each layer's with what else was read of it.
 
     Raises:
         TokenWeightsError: If the recipe reads what a single response does not have.
     """
     first = records[0]
-    require_columns(made, ("token_ids", *_READ), caller="inspect")
+    given = RESPONSE_COLUMNS if advantage is None else (*RESPONSE_COLUMNS, "advantages")
+    require_columns(made, given, caller="inspect")
     rows: dict[str, Any] = {
         name: torch.tensor([getattr(first, name)])
         for name in ("log_probs", "predictive_entropy")
         if name in made.columns
     }
-    entropies: dict[int | str, Tensor] = {
+    if "advantages" in made.columns:
+        rows["advantages"] = torch.tensor([[advantage]])
+    attention: dict[int | str, Tensor] = {
         int(record.layer): torch.tensor([record.attention_entropy])
         for record in records
         if isinstance(record.layer, int)
     }
+    attention |= {name: values[None] for name, values in (readings or {}).items()}
     batch = RolloutBatch(
         mask=torch.ones(1, len(first.tokens), dtype=torch.bool),
         sample_ids=torch.zeros(1, dtype=torch.int64),
         prompt_ids=torch.zeros(1, dtype=torch.int64),
         token_ids=torch.tensor([first.token_ids]),
-        attention=entropies if made.entropy is not None else None,
+        attention=attention if made.attention is not None else None,
         **rows,
     )
     weights = tuple(made.weighted(batch, step=step).weights[0].tolist())
-    return [replace(record, weights=weights) for record in records]
+    return [
+        replace(
+            record,
+            weights=weights,
+            advantages=None if advantage is None else (advantage,) * len(weights),
+            columns={**(record.columns or {}), **_of_layer(record, readings or {})},
+        )
+        for record in records
+    ]
+
+
+def _of_layer(
+    record: TokenRecord, readings: Mapping[int | str, Tensor]
+) -> dict[str, tuple[float, ...]]:
+    """What was read of a record's layer, by names without the layer."""
+    start = f"{record.layer}_"
+    return {
+        name.removeprefix(start): tuple(values.tolist())
+        for name, values in readings.items()
+        if isinstance(name, str) and name.startswith(start)
+    }
 
 
 def _add_rows(

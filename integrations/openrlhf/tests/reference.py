@@ -62,9 +62,15 @@ def preplan_and_anchor(far, influence):
     return [1.5 if place in chosen else 1.0 for place in range(len(far))]
 
 
-def read(policy, responses, *, row="deciding", temperature=1.0, layer=PROBE):
-    """Log-probabilities (with gradient), attention and predictive entropies of every response."""
+def read(policy, responses, *, row="deciding", temperature=1.0, layer=PROBE, state=None):
+    """Log-probabilities (with gradient), attention and predictive entropies of every response.
+
+    Of the saved policy, or of one with these parameters.
+    """
     model, found = load(policy), []
+    if state is not None:
+        missing, _ = model.load_state_dict(state, strict=False)
+        assert set(missing) <= {"lm_head.weight"}, "tied"
     for response in responses:
         places = token_places(response)
         ids = torch.tensor([response["observation_tokens"]])

@@ -46,15 +46,17 @@ def recording(mode, plain):
 
         def _compute_advantage(self, batch, metrics):
             batch = super()._compute_advantage(batch, metrics)
-            layers = map(ENTROPY.format, self.recipe.layers)
+            read = map(ENTROPY.format, self.recipe.readings)
             found = {"keys": batch.keys, "tags": batch.tags, "plain": self.plain}
-            found |= self.rows(batch, *FIELDS, "rm_scores", *layers)
+            found |= self.rows(batch, *FIELDS, "rm_scores", *read)
             folder = Path(self.config.trainer.default_local_dir).parent
-            torch.save(found, folder / FILE.format(self.global_steps, self.local_trigger_step))
+            update = getattr(self, "local_trigger_step", 0)
+            torch.save(found, folder / FILE.format(self.global_steps, update))
             return batch
 
     return v1.register_trainer(f"recording_{mode}")(Recording)
 
 
+recording("sync", v1.PPOTrainerSync)
 recording("colocate_async", v1.PPOTrainerColocateAsync)
 recording("separate_async", v1.PPOTrainerSeparateAsync)
