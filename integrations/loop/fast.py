@@ -174,14 +174,17 @@ def projected(
     sizes, width = policy.sizes, policy.sizes.width
     normed = F.rms_norm(hidden, hidden.shape[-1:], layer.attention_norm, sizes.eps)
     heads = F.linear(normed, layer.qkv).view(len(hidden), -1, width)
-    query, key, value = heads.split([sizes.heads, sizes.shared, sizes.shared], 1)
-    query = rotated(F.rms_norm(query, (width,), layer.query_norm, sizes.eps), turn)
-    return query, rotated(F.rms_norm(key, (width,), layer.key_norm, sizes.eps), turn), value
+    both = sizes.heads + sizes.shared
+    scales = torch.cat(
+        [layer.query_norm.expand(sizes.heads, -1), layer.key_norm.expand(sizes.shared, -1)]
+    )
+    turned = rotated(F.rms_norm(heads[:, :both], (width,), None, sizes.eps) * scales, turn)
+    return turned[:, : sizes.heads], turned[:, sizes.heads :], heads[:, both:]
 
 
 def mixed(policy: Policy, layer: Layer, hidden: Tensor, heads: Tensor) -> Tensor:
     """The residual stream of flat positions after a layer, from what its heads have read."""
-    hidden = hidden + F.linear(heads.reshape(len(hidden), -1), layer.out)
+    hidden = hidden + F.linear(heads, layer.out)
     normed = F.rms_norm(hidden, hidden.shape[-1:], layer.mlp_norm, policy.sizes.eps)
     gate, up = F.linear(normed, layer.gate_up).chunk(2, -1)
     return hidden + F.linear(F.silu(gate) * up, layer.down)
@@ -193,28 +196,73 @@ def logits_of(policy: Policy, hidden: Tensor) -> Tensor:
     return F.linear(normed, policy.embedding)
 
 
-def attended(
-    policy: Policy, query: Tensor, key: Tensor, value: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What queries read, `row query heads width`, and their attention, `row shared each query key`.
+def prompts_attended(
+    policy: Policy, heads: tuple[Tensor, ...], shape: tuple[int, int], bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the positions of prompts read, their keys and values, and the attention.
 
     Args:
         policy: The policy.
-        query: Queries, `row query heads width`.
-        key: Keys, `row key shared width`.
-        value: Values, like the keys.
-        bias: Added to the scores, `row query key` or `1 query key`.
+        heads: Queries, keys and values of the flat positions, `position heads width`.
+        shape: Number of prompts, and positions of each.
+        bias: Added to the scores, `prompt query key`.
+
+    Returns:
+        What was read, flat as the queries; keys and values, `shared*prompt position width`; and
+        probabilities, `shared prompt each query key`.
     """
-    rows, count, heads, width = query.shape
-    shared = policy.sizes.shared
-    grouped = query.view(rows, count, shared, heads // shared, width).permute(0, 2, 3, 1, 4)
-    flat = grouped.reshape(rows, shared, -1, width) * width**-0.5
-    scores = flat @ key.permute(0, 2, 3, 1)
-    scores = scores.view(rows, shared, heads // shared, count, -1) + bias[:, None, None]
-    shares = scores.softmax(-1)
-    read = shares.view(rows, shared, -1, key.shape[1]) @ value.transpose(1, 2)
-    read = read.view(rows, shared, heads // shared, count, width).permute(0, 3, 1, 2, 4)
-    return read.reshape(rows, count, heads, width), shares
+    query, key, value = heads
+    shared, width = policy.sizes.shared, policy.sizes.width
+    asked = query.view(*shape, shared, -1, width).permute(2, 0, 3, 1, 4)
+    each = asked.shape[2]
+    asked = asked.reshape(shared * shape[0], -1, width) * width**-0.5
+    key, value = (
+        found.view(*shape, shared, width).permute(2, 0, 1, 3).reshape(-1, shape[1], width)
+        for found in (key, value)
+    )
+    scores = torch.bmm(asked, key.transpose(1, 2)).view(shared, shape[0], each, shape[1], -1)
+    shares = (scores + bias[None, :, None]).softmax(-1)
+    read = torch.bmm(shares.view(len(key), -1, shape[1]), value)
+    read = read.view(shared, shape[0], each, shape[1], width).permute(1, 3, 0, 2, 4)
+    return read.reshape(shape[0] * shape[1], -1), key, value, shares
+
+
+def responses_attended(
+    policy: Policy,
+    heads: tuple[Tensor, ...],
+    asked: tuple[Tensor, Tensor],
+    shape: tuple[int, int, int],
+    bias: Tensor,
+) -> Tensor:
+    """What the positions of responses read of their prompt and of themselves, flat.
+
+    Args:
+        policy: The policy.
+        heads: Queries, keys and values of the flat positions, `position heads width`.
+        asked: Keys and values of the prompts, see `prompts_attended`.
+        shape: Number of prompts, responses to each, and positions of a response.
+        bias: Added to the scores, `prompt query key`, keys of the prompt first.
+    """
+    query, key, value = heads
+    prompts, samples, length = shape
+    shared, width, start = policy.sizes.shared, policy.sizes.width, asked[0].shape[1]
+    # Heads come first, so that all responses to a prompt are one product with its keys.
+    query = query.view(*shape, shared, -1, width).permute(3, 0, 1, 4, 2, 5)
+    each = query.shape[3]
+    query = query.reshape(shared * prompts, -1, width) * width**-0.5
+    key, value = (
+        found.view(*shape, shared, width).permute(3, 0, 1, 2, 4).reshape(-1, length, width)
+        for found in (key, value)
+    )
+    own = query.view(len(key), -1, width)
+    far = torch.bmm(query, asked[0].transpose(1, 2)).view(len(key), -1, start)
+    scores = torch.cat([far, torch.bmm(own, key.transpose(1, 2))], -1)
+    scores = scores.view(shared, prompts, samples, each, length, -1) + bias[None, :, None, None]
+    shares = scores.softmax(-1).view(len(key), -1, start + length)
+    far = torch.bmm(shares[..., :start].reshape(shared * prompts, -1, start), asked[1])
+    read = far.view(own.shape) + torch.bmm(shares[..., start:], value)
+    read = read.view(shared, prompts, samples, each, length, width).permute(1, 2, 4, 0, 3, 5)
+    return read.reshape(prompts * samples * length, -1)
 
 
 def response_log_probs(policy: Policy, rollout: Rollout) -> Tensor:
@@ -227,34 +275,30 @@ def response_log_probs(policy: Policy, rollout: Rollout) -> Tensor:
     said, edge = rollout.tokens[:, :length], count * start
     places = torch.cat([torch.arange(start).repeat(count), start + torch.arange(length).repeat(rows)])
     turn = rotations(policy.sizes, places)
-    asked_bias, said_bias = _biases(rollout, length)
+    asked_bias, said_bias = _biases(rollout.real, length)
     hidden = policy.embedding[torch.cat([rollout.prompts.flatten(), said.flatten()])]
     for layer in policy.layers:
         heads = projected(policy, layer, hidden, turn)
-        asked = [each[:edge].view(count, start, -1, policy.sizes.width) for each in heads]
-        own = [each[edge:].view(rows, length, -1, policy.sizes.width) for each in heads]
-        first, _ = attended(policy, *asked, asked_bias)
-        key, value = (
-            torch.cat([prompt.repeat_interleave(rollout.samples, 0), each], 1)
-            for prompt, each in zip(asked[1:], own[1:], strict=True)
+        first, *asked, _ = prompts_attended(
+            policy, tuple(each[:edge] for each in heads), (count, start), asked_bias
         )
-        then, _ = attended(policy, own[0], key, value, said_bias)
-        read = torch.cat([first.flatten(0, 1), then.flatten(0, 1)])
-        hidden = mixed(policy, layer, hidden, read)
+        shape = (count, rollout.samples, length)
+        own = tuple(each[edge:] for each in heads)
+        then = responses_attended(policy, own, (asked[0], asked[1]), shape, said_bias)
+        hidden = mixed(policy, layer, hidden, torch.cat([first, then]))
     last = hidden[:edge].view(count, start, -1)[:, -1:].repeat_interleave(rollout.samples, 0)
     deciding = torch.cat([last, hidden[edge:].view(rows, length, -1)], 1)
     log_probs = logits_of(policy, deciding).log_softmax(-1)
     return log_probs.gather(-1, rollout.tokens[..., None])[..., 0]
 
 
-def _biases(rollout: Rollout, length: int) -> tuple[Tensor, Tensor]:
+def _biases(real: Tensor, length: int) -> tuple[Tensor, Tensor]:
     # A padded query sees padding only; its row of equal scores is read by nobody.
-    start = rollout.prompts.shape[1]
-    padding = torch.where(rollout.real, 0.0, HIDDEN)[:, None]
+    start = real.shape[1]
+    padding = torch.where(real, 0.0, HIDDEN)[:, None]
     asked = padding + torch.full((start, start), HIDDEN).triu(1)
-    seen = padding.repeat_interleave(rollout.samples, 0).expand(-1, length, -1)
-    own = torch.full((length, length), HIDDEN).triu(1).expand(len(seen), -1, -1)
-    return asked, torch.cat([seen, own], -1)
+    own = torch.full((length, length), HIDDEN).triu(1).expand(len(real), -1, -1)
+    return asked, torch.cat([padding.expand(-1, length, -1), own], -1)
 
 
 def nucleus_draws(shares: Tensor, draws: Tensor, top_p: float) -> Tensor:
@@ -281,20 +325,23 @@ def nucleus_draws(shares: Tensor, draws: Tensor, top_p: float) -> Tensor:
 
 
 class _Cache:
-    """Keys and values of the rows that are still written, and who they are."""
+    """Keys and values of the rows that are still written, who they are, and what they hide."""
 
-    def __init__(self, depth: int, rows: int, longest: int, shared: int, width: int):
-        self.values = torch.empty(depth, 2, rows, longest, shared, width)
-        self.rows = torch.arange(rows)
+    def __init__(self, sizes: Sizes, depth: int, hidden: Tensor):
+        rows, longest = hidden.shape
+        self.values = torch.empty(depth, 2, rows, sizes.shared, longest, sizes.width)
+        self.rows, self.bias = torch.arange(rows), hidden[:, None, None]
 
     def put(self, layer: int, at: int, key: Tensor, value: Tensor) -> None:
-        self.values[layer, 0, :, at : at + key.shape[1]] = key
-        self.values[layer, 1, :, at : at + key.shape[1]] = value
+        self.values[layer, 0, :, :, at : at + key.shape[2]] = key
+        self.values[layer, 1, :, :, at : at + key.shape[2]] = value
 
     def keep(self, rows: Tensor, upto: int) -> None:
-        kept = self.values.new_empty(*self.values.shape[:2], len(rows), *self.values.shape[3:])
-        kept[:, :, :, :upto] = self.values[:, :, rows, :upto]
-        self.values, self.rows = kept, self.rows[rows]
+        shape = list(self.values.shape)
+        shape[2] = len(rows)
+        kept = self.values.new_empty(shape)
+        kept[..., :upto, :] = self.values[..., :upto, :].index_select(2, rows)
+        self.values, self.rows, self.bias = kept, self.rows[rows], self.bias[rows]
 
 
 def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -334,16 +381,14 @@ def sampled(
     """
     ids, real = padded(prompts)
     rows, start = len(ids) * samples, ids.shape[1]
-    sizes = policy.sizes
-    cache = _Cache(len(policy.layers), rows, start + longest, sizes.shared, sizes.width)
+    hide = torch.where(real, 0.0, HIDDEN).repeat_interleave(samples, 0)
+    cache = _Cache(policy.sizes, len(policy.layers), F.pad(hide, (0, longest)))
     names = ("log_probs", *(("entropy",) if entropy else ()), *layers)
     read: dict[Any, Tensor] = {name: torch.zeros(rows, longest) for name in names}
     tokens = torch.full((rows, longest), PAD)
     lengths = torch.full((rows,), longest)
     draws = torch.rand(longest, rows, generator=generator)
-    turns = rotations(sizes, torch.arange(start + longest))
-    bias = torch.where(real, 0.0, HIDDEN).repeat_interleave(samples, 0)
-    bias = F.pad(bias, (0, longest))
+    turns = rotations(policy.sizes, torch.arange(start + longest))
     visible = real.sum(-1).repeat_interleave(samples)
     hidden, seen = _prompt_pass(policy, ids, real, cache, samples, turns, layers)
     running = torch.ones(rows, dtype=torch.bool)
@@ -368,7 +413,7 @@ def sampled(
         if len(going) <= 0.8 * len(mine):  # dropping rows copies the cache: not at every end
             cache.keep(going, start + step)
             drawn = drawn[going]
-        hidden, seen = _token_pass(policy, drawn, cache, start + step, bias, turns, layers)
+        hidden, seen = _token_pass(policy, drawn, cache, start + step, turns, layers)
     width = int(lengths.max())
     mask = torch.arange(width) < lengths[:, None]
     read = {name: torch.where(mask, values[:, :width], 0.0) for name, values in read.items()}
@@ -389,16 +434,16 @@ def _prompt_pass(
     """Fills the cache with the prompts; the last position's stream and attention of each row."""
     count, start = ids.shape
     turn = (turns[0][:start].repeat(count, 1, 1), turns[1][:start].repeat(count, 1, 1))
-    bias = torch.where(real, 0.0, HIDDEN)[:, None] + torch.full((start, start), HIDDEN).triu(1)
-    hidden, seen = policy.embedding[ids.flatten()], {}
+    bias, _ = _biases(real, 0)
+    hidden, seen, shared = policy.embedding[ids.flatten()], {}, policy.sizes.shared
     for number, layer in enumerate(policy.layers):
         heads = projected(policy, layer, hidden, turn)
-        query, key, value = (each.view(count, start, -1, policy.sizes.width) for each in heads)
-        cache.put(number, 0, *(each.repeat_interleave(samples, 0) for each in (key, value)))
-        read, shares = attended(policy, query, key, value, bias)
+        read, *found, shares = prompts_attended(policy, heads, (count, start), bias)
+        rows = [each.view(shared, count, start, -1).transpose(0, 1) for each in found]
+        cache.put(number, 0, *(each.repeat_interleave(samples, 0) for each in rows))
         if number in layers:
-            seen[number] = shares[..., -1, :].mean((1, 2)).repeat_interleave(samples, 0)
-        hidden = mixed(policy, layer, hidden, read.flatten(0, 1))
+            seen[number] = shares[..., -1, :].mean((0, 2)).repeat_interleave(samples, 0)
+        hidden = mixed(policy, layer, hidden, read)
     last = hidden.view(count, start, -1)[:, -1]
     return last.repeat_interleave(samples, 0), seen
 
@@ -408,21 +453,22 @@ def _token_pass(
     tokens: Tensor,
     cache: _Cache,
     at: int,
-    bias: Tensor,
     turns: tuple[Tensor, Tensor],
     layers: Sequence[int],
 ) -> tuple[Tensor, dict[Any, Tensor]]:
     """One more token of each row: its stream, and its attention averaged over heads."""
     turn, seen = (turns[0][at], turns[1][at]), {}
-    hidden, hide = policy.embedding[tokens], bias[cache.rows, None, : at + 1]
+    hidden, sizes, rows = policy.embedding[tokens], policy.sizes, len(tokens)
     for number, layer in enumerate(policy.layers):
         query, key, value = projected(policy, layer, hidden, turn)
-        cache.put(number, at, key[:, None], value[:, None])
-        keys, values = cache.values[number, :, :, : at + 1]
-        read, shares = attended(policy, query[:, None], keys, values, hide)
+        cache.put(number, at, key[:, :, None], value[:, :, None])
+        keys, values = cache.values[number, :, :, :, : at + 1]
+        query = query.reshape(rows, sizes.shared, -1, sizes.width) * sizes.width**-0.5
+        scores = query @ keys.transpose(-1, -2) + cache.bias[..., : at + 1]
+        shares = scores.softmax(-1)
         if number in layers:
-            seen[number] = shares[..., 0, :].mean((1, 2))
-        hidden = mixed(policy, layer, hidden, read[:, 0])
+            seen[number] = shares.mean((1, 2))
+        hidden = mixed(policy, layer, hidden, (shares @ values).view(rows, -1))
     return hidden, seen
 
 
