@@ -104,7 +104,7 @@ def policy_of(model: Any) -> Policy:
 
     def weight(*names: str) -> Tensor:
         found = torch.cat([weights[f"model.{name}.weight"].detach() for name in names])
-        return found.clone().requires_grad_()
+        return torch.nn.Parameter(found.clone())
 
     def layer(number: int) -> Layer:
         at = f"layers.{number}"

@@ -1,0 +1,11 @@
+"""python benchmarks/paper COMMAND: see `cli.py`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from paper.cli import main
+
+if __name__ == "__main__":
+    main()
