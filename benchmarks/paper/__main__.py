@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+# The folder itself would hide modules of the standard library behind its own.
+sys.path[0] = str(Path(__file__).parents[1])
 
 from paper.cli import main
 

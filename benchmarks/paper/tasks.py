@@ -133,7 +133,7 @@ def tripled_question(split: str, seed: int, index: int) -> Question:
     generator = random.Random(f"tripled/{split}/{seed}/{index}")
     while True:
         count, first = generator.randint(*_TRIPLED[split]), generator.randrange(24)
-        terms = [generator.choice("+-") + str(generator.randrange(10)) for _ in range(count)]
+        terms = [f"+{generator.randrange(5)}" for _ in range(count)]
         labels, start = LABELS[first:], generator.randrange(10)
         prompt = "".join(map("".join, zip(labels, terms, strict=False))) + f"?{start}>"
         if held_out(prompt) == (split != "train"):
