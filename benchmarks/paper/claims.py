@@ -88,7 +88,9 @@ def _deviation(values: list[float]) -> float:
 
 
 def _random_is_closest(probes: list[dict]) -> float:
-    means = {name: _mean(_series(probes, name, "cosine")) for name in ("random", "anchor", "explorer")}
+    means = {
+        name: _mean(_series(probes, name, "cosine")) for name in ("random", "anchor", "explorer")
+    }
     return means["random"] - max(means["anchor"], means["explorer"])
 
 
@@ -128,7 +130,9 @@ def _ordered_by_projection(data: Data, warm_start: str) -> list[float]:
     """Rank correlation over the hard masks of first projection and final accuracy, by seed."""
     arms = [name for name in data.runs.get(warm_start, {}) if name in MASKS]
     first = [data.at_start(warm_start, name, "projection") for name in arms]
-    seeds = sorted(set.intersection(*(set(data.runs[warm_start][name]) for name in arms)) if arms else ())
+    seeds = sorted(
+        set.intersection(*(set(data.runs[warm_start][name]) for name in arms)) if arms else ()
+    )
     if len(arms) < 6 or None in first:
         return []
     known = [value for value in first if value is not None]

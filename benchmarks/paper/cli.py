@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from paper.running import design, quick_design, quick_settings, run_all
 from paper.records import FOLDER, Item
 from paper.report import FIGURES, RESULTS, TABLES, results, write_figures
+from paper.running import design, quick_design, quick_settings, run_all
 from paper.warm_start import MADE, make
 
 

@@ -1,8 +1,13 @@
 """The fast engine of `integrations/loop`, which is an example to copy and no package."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
+
+# The warm starts are files of this checkout: no hub is asked, and no bar is drawn for them.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 ROOT = Path(__file__).parents[2]
 _PATH = ROOT / "integrations" / "loop" / "fast.py"

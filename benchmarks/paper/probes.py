@@ -34,7 +34,9 @@ def token_losses(policy: Any, step: Step) -> Tensor:
     return tw.clipped_surrogate_loss(log_probs, log_probs.detach(), advantages)
 
 
-def geometry(subset: tuple[Tensor, ...], full: tuple[Tensor, ...], share: float) -> dict[str, float]:
+def geometry(
+    subset: tuple[Tensor, ...], full: tuple[Tensor, ...], share: float
+) -> dict[str, float]:
     """Cosine, projection under the all-token mean, norm ratio under the selected-token mean."""
     found = tw.gradient_geometry(subset, full)
     values = {"cosine": found.cosine, "projection": found.projection_ratio}
@@ -52,9 +54,7 @@ def gradients(policy: Any, step: Step, scores: Tensor) -> dict[str, Any]:
     tenths = tw.quantile_bins(scores, mask, bins=TENTHS)
     chosen = tw.random_fraction(mask, fraction=0.2, seed=step.number)
     groups = tw.group_gradients(losses, tenths, policy.parameters, mask=mask)
-    random = tw.group_gradients(
-        losses, torch.where(chosen, 0, -1), policy.parameters, mask=mask
-    )
+    random = tw.group_gradients(losses, torch.where(chosen, 0, -1), policy.parameters, mask=mask)
     count = mask.sum().item()
 
     def of(parts: list[int]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from paper.claims import CLAIMS, MARGIN, PAIRS, verdicts
 from paper.collapse import FALL, LONG, SHORT, UNBOXED, WINDOW, collapse
 from paper.comparison import Paired, holm
 from paper.data import WARM_STARTS, Data, area, data_of, easy, hard
-from paper.figures import FIGURES, write_figures
+from paper.figures import FIGURES
 from paper.running import design
 from paper.tasks import TASKS
 from paper.training import SETTINGS, task_of
@@ -82,7 +82,9 @@ def claims_table(data: Data) -> list[str]:
     columns = [verdicts(data, name) for name in WARM_STARTS]
     for place, claim in enumerate(CLAIMS):
         words = [column[place].words for column in columns]
-        lines.append(row(f"**{claim.name}**: {claim.says}", claim.where, claim.paper or "–", *words))
+        lines.append(
+            row(f"**{claim.name}**: {claim.says}", claim.where, claim.paper or "–", *words)
+        )
     return lines
 
 
@@ -148,7 +150,9 @@ def selected_table(data: Data) -> list[str]:
     lines = []
     for name in WARM_STARTS:
         runs = data.runs.get(name, {})
-        roles = sorted({r for arm in runs.values() for run in arm.values() for r in run["roles"]["weight"]})
+        roles = sorted(
+            {r for arm in runs.values() for run in arm.values() for r in run["roles"]["weight"]}
+        )
         if not roles:
             continue
         lines += ["", f"`{name}`, shares of the weight:", "", *head("arm", *roles)]
@@ -185,7 +189,13 @@ def field_table(data: Data) -> list[str]:
         for place, arm in enumerate(arms):
             p = adjusted.get(place)
             lines.append(
-                row(arm.name, found[place].count, signed(found[place]), number(p), _better(found[place], p))
+                row(
+                    arm.name,
+                    found[place].count,
+                    signed(found[place]),
+                    number(p),
+                    _better(found[place], p),
+                )
             )
     return lines or ["No run yet."]
 
@@ -276,13 +286,17 @@ def refused_table(data: Data) -> list[str]:
     for name, reason in REFUSED.items():
         lines.append(row(name, f"cannot be tested here ({reason})"))
     reason = "one rollout makes one update, so the ratio is 1 and no clip ever binds"
-    lines.append(row("clipping, and all that depends on the ratio", f"cannot be tested here ({reason})"))
+    lines.append(
+        row("clipping, and all that depends on the ratio", f"cannot be tested here ({reason})")
+    )
     reason = "Adam cancels a constant factor of the gradient"
     lines.append(row("selected against all-token denominators as a step size",
                      f"cannot be tested here ({reason}); the arms `… all` differ by the clip of the "
                      "gradient's norm only"))  # fmt: skip
     reason = "four layers and two hundred thousand parameters"
-    lines.append(row("transfer to other models, and layers as depths", f"cannot be tested here ({reason})"))
+    lines.append(
+        row("transfer to other models, and layers as depths", f"cannot be tested here ({reason})")
+    )
     return lines
 
 
@@ -396,6 +410,8 @@ INTRODUCTION = (
     "A policy of 200,384 parameters on synthetic tasks says nothing about a model of eight billion: "
     "the tables say which of the paper's claims appear at this scale, and the token roles say why. "
     "Three repetitions through the TRL adapter have not been run; one update of the engine equals "
-    "TRL's to 1e-5 (`integrations/trl/tests/test_paper_update.py`). `" + "`, `".join(TASKS) + "` are "
+    "TRL's to 1e-5 (`integrations/trl/tests/test_paper_update.py`). `"
+    + "`, `".join(TASKS)
+    + "` are "
     "the tasks, and a number after the name is a warm start."
 )

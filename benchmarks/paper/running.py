@@ -1,5 +1,6 @@
 """What is run, the most informative first, and how a run becomes a record."""
 
+import functools
 import os
 import platform
 import subprocess
@@ -99,21 +100,27 @@ def item_key(item: Item, settings: Settings) -> str:
     return key(item, settings)
 
 
+@functools.cache
 def provenance() -> dict[str, Any]:
-    """Commit, versions and machine of a record."""
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    """Commit, versions and threads of this process; the code is that of its start."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    sources = ("tokenweights", "integrations/lab/src", "integrations/loop", "benchmarks/paper/*.py")
     versions = {
         "tokenweights": tw.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-    return {"commit": commit or None, "versions": versions, "threads": torch.get_num_threads()}
+    return {
+        "commit": git("rev-parse", "--short=12", "HEAD") or None,
+        "modified": bool(git("status", "--porcelain", "--", *sources)),
+        "versions": versions,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def finished(folder: Path) -> set[str]:
@@ -157,6 +164,7 @@ def run_all(
         The number of items that were run here.
     """
     ran = 0
+    provenance()
     for item in items:
         made = settings(item)
         name, done = item_key(item, made), finished(folder)

@@ -4,9 +4,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tokenweights import boxed_match_reward
 from tokenweights_lab.task import held_out, problem
 from tokenweights_lab.tokenizer import VOCABULARY
+
+from tokenweights import boxed_match_reward
 
 INDEX = {token: index for index, token in enumerate(VOCABULARY)}
 LABELS = "abcdefghijklmnopqrstuvwxyz"

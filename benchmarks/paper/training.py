@@ -15,8 +15,8 @@ import tokenweights as tw
 from paper.arms import Arm
 from paper.engine import ROOT, fast
 from paper.tasks import TASKS, Question, Task, text_of, token_ids
-from tokenweights.recipes.attention import AttentionEntropy
 from paper.warm_start import digest, warm_started
+from tokenweights.recipes.attention import AttentionEntropy
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Settings:
 SETTINGS = {
     "totals": Settings(24, 8, 8, 3e-5, 48, 4, (12, 18, 24)),
     "votes": Settings(24, 8, 8, 3e-5, 96, 4, (12, 18, 24)),
-    "tripled": Settings(40, 16, 8, 1e-4, 96, 4, (20, 30, 40)),
+    "tripled": Settings(40, 16, 8, 3e-4, 96, 4, (20, 30, 40)),
 }
 TOP_P, EVALUATED_TOP_P = 0.95, 0.7
 
@@ -117,6 +117,7 @@ class Readings:
                 "attention": rollout.attention or None,
                 "predictive_entropy": rollout.predictive_entropy,
                 "log_probs": rollout.log_probs,
+                "sampler_log_probs": rollout.log_probs,  # the policy samples itself
             }
         fast.write_policy(self.policy, self.model)
         engine, samples = _plain_engine(), rollout.samples

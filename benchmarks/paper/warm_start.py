@@ -115,7 +115,7 @@ def _votes():
 
 def _tripled():
     # Stopped while half of the arithmetic is still wrong, greedy answers included.
-    rates = tuple(1e-3 * min(1, (step + 1) / 30) for step in range(175))
+    rates = tuple(1e-3 * min(1, (step + 1) / 30) for step in range(84))
     return fast.policy_of(load_policy()), [Phase(drawn("tripled", 77, None, 0), rates)]
 
 

@@ -273,7 +273,9 @@ def response_log_probs(policy: Policy, rollout: Rollout) -> Tensor:
     count, start = rollout.prompts.shape
     rows, length = len(rollout.tokens), rollout.tokens.shape[1] - 1
     said, edge = rollout.tokens[:, :length], count * start
-    places = torch.cat([torch.arange(start).repeat(count), start + torch.arange(length).repeat(rows)])
+    places = torch.cat(
+        [torch.arange(start).repeat(count), start + torch.arange(length).repeat(rows)]
+    )
     turn = rotations(policy.sizes, places)
     asked_bias, said_bias = _biases(rollout.real, length)
     hidden = policy.embedding[torch.cat([rollout.prompts.flatten(), said.flatten()])]

@@ -67,9 +67,7 @@ def test_what_the_sampler_reads_is_what_the_model_says(model, rollout):
     pairs = [(found[name], expected[name]) for name in found]
     pairs += [(rollout.attention[layer], expected["attention"][layer]) for layer in range(4)]
     for ours, theirs in pairs:
-        torch.testing.assert_close(
-            ours[rollout.mask], theirs[rollout.mask], atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(ours[rollout.mask], theirs[rollout.mask], atol=1e-5, rtol=1e-5)
 
 
 def test_the_pass_with_a_graph_gives_the_same_log_probs(policy, rollout):

@@ -67,7 +67,9 @@ def test_one_update_is_one_step_of_the_trainer(tmp_path, name):
 
     def said(prompts, trainer):
         # The trainer asks for each prompt as often as there are samples.
-        order = [[problem.prompt for problem in asked].index(prompt) for prompt in prompts[::SAMPLES]]
+        order = [
+            [problem.prompt for problem in asked].index(prompt) for prompt in prompts[::SAMPLES]
+        ]
         rows = [row for place in order for row in range(place * SAMPLES, (place + 1) * SAMPLES)]
         return {
             "prompt_ids": [load_tokenizer()(prompt).input_ids for prompt in prompts],
