@@ -116,7 +116,7 @@ LAYERS = tuple(
 _TWINS = ("predictive_high20_batch_all_tokens", "predictive_above80_batch_all_tokens")
 _CONSTANT = ("sampler_ratio_truncated", "sampler_ratio_band")
 FIELD = tuple(
-    Arm(name, _named(name, match_mass=True), "field")
+    Arm(name, _named(name, match_mass=True, denominator="all_tokens"), "field")
     for name in tw.recipe_names(source="field")
     if name not in (*_TWINS, *_CONSTANT)
 )

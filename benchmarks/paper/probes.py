@@ -179,8 +179,13 @@ def first_gradients(warm_start: str, seed: int, settings: Settings) -> dict[str,
     policy, task = warm_started(warm_start), task_of(warm_start)
     every = range(len(policy.layers))
     step = rolled_out(policy, task, settings, 0, seed=seed, layers=every, entropy=True)
-    losses, mask = token_losses(policy, step), step.rollout.mask
+    mask = step.rollout.mask
     masks = role_masks(task, step.texts, mask)
+    # A rule that moves the policy and back would break a graph that is there already.
+    weighed = {
+        arm.name: Weigher(policy, arm, task.probe, settings.steps)(step) for arm in ARMS.values()
+    }
+    losses = token_losses(policy, step)
 
     def gradient(weights: Tensor) -> tuple[Tensor, ...]:
         loss = (losses * weights)[mask].sum() / mask.sum()
@@ -188,12 +193,11 @@ def first_gradients(warm_start: str, seed: int, settings: Settings) -> dict[str,
 
     full = gradient(mask.float())
     found = {}
-    for arm in ARMS.values():
-        weights = Weigher(policy, arm, task.probe, settings.steps)(step)
+    for name, weights in weighed.items():
         total = weights[mask].sum().item() or 1.0
         near = tw.gradient_geometry(gradient(weights), full)
         shares = {role: weights[held].sum().item() / total for role, held in masks.items()}
-        found[arm.name] = {
+        found[name] = {
             **rounded({"cosine": near.cosine, "projection": near.projection_ratio}),
             "roles": rounded(shares),
         }
