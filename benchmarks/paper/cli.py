@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
+from paper.figures import write_figures
 from paper.records import FOLDER, Item
-from paper.report import FIGURES, RESULTS, TABLES, results, write_figures
+from paper.report import FIGURES, RESULTS, TABLES, results
 from paper.running import design, quick_design, quick_settings, run_all
 from paper.warm_start import MADE, make
 
@@ -29,6 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     commands.add_parser("list", help="print what there is to run")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    disable_progress_bar()  # of loading two hundred thousand parameters
     if given.command == "run":
         _quick() if given.quick else _run(given.only)
     elif given.command == "results":

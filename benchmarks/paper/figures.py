@@ -38,7 +38,7 @@ def _differences(axes: Any, data: Data, warm_start: str) -> None:
     axes.axvline(0, color="#999999", lw=0.8)
     axes.set_yticks(range(len(names)), names, fontsize=6)
     axes.invert_yaxis()
-    axes.set_xlabel("hard − full", fontsize=7)
+    axes.set_xlabel("hard - full", fontsize=7)
 
 
 def _cosines(axes: Any, data: Data, warm_start: str) -> None:

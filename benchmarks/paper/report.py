@@ -31,10 +31,10 @@ NOT_LEARNED = (
     "register programs with shuffled symbols: the look-up of a value stayed at 0.45 after 2,700 "
     "supervised steps",
     "linked chains with decoys: 0.02 on easy problems after 1,200 supervised steps",
-    "running totals from a policy of careful solutions only, whose mistakes are copying and adding: "
-    "no gain in 90 to 120 updates at rates from 1e-4 to 1e-3, and a collapse at 1e-3",
-    "votes whose verdicts were wrong at random in 40 % of a warm start at a rate of 1e-3: the policy "
-    "forgot how to count, and 24 updates did not move it",
+    "running totals from a policy of careful solutions only, whose mistakes are copying and "
+    "adding: no gain in 90 to 120 updates at rates from 1e-4 to 1e-3, and a collapse at 1e-3",
+    "votes whose verdicts were wrong at random in 40 % of a warm start at a rate of 1e-3: the "
+    "policy forgot how to count, and 24 updates did not move it",
     "tripled totals of 2 to 4 terms with a box of two totals: easy problems stayed at 0.25 over 40 "
     "updates at 1e-4 and fell at 3e-4",
     "tripled totals from a warm start at chance (0.10): no gain in 40 updates",
@@ -55,20 +55,20 @@ def head(*cells: str) -> list[str]:
 
 def number(value: float | None, digits: int = 3) -> str:
     """A number, or a dash where there is none."""
-    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def signed(found: Paired) -> str:
     """A mean difference and its interval."""
     if found.count < 2:
-        return "–"
+        return "-"
     return f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
 
 
 def spread(values: list[float]) -> str:
     """Mean and standard deviation over seeds."""
     if not values:
-        return "–"
+        return "-"
     mean = sum(values) / len(values)
     if len(values) < 2:
         return f"{mean:.3f}"
@@ -83,7 +83,7 @@ def claims_table(data: Data) -> list[str]:
     for place, claim in enumerate(CLAIMS):
         words = [column[place].words for column in columns]
         lines.append(
-            row(f"**{claim.name}**: {claim.says}", claim.where, claim.paper or "–", *words)
+            row(f"**{claim.name}**: {claim.says}", claim.where, claim.paper or "-", *words)
         )
     return lines
 
@@ -92,7 +92,7 @@ def arms_table(data: Data, warm_start: str) -> list[str]:
     """Every arm of a warm start that has runs."""
     decisive = task_of(warm_start).decisive
     lines = head(
-        "arm", "seeds", "hard", "hard − full", "area", "easy", "hard, top-p 1", "collapsed",
+        "arm", "seeds", "hard", "hard - full", "area", "easy", "hard, top-p 1", "collapsed",
         "weight on decisive tokens", "first cosine", "first projection", "the paper's number",
     )  # fmt: skip
     for arm in ARMS.values():
@@ -107,7 +107,7 @@ def arms_table(data: Data, warm_start: str) -> list[str]:
                 arm.name,
                 len(values),
                 spread(values),
-                "–" if arm.name == "full" else signed(against),
+                "-" if arm.name == "full" else signed(against),
                 spread(list(data.values(warm_start, arm.name, area).values())),
                 spread(list(data.values(warm_start, arm.name, easy).values())),
                 spread(list(whole.values())),
@@ -115,7 +115,7 @@ def arms_table(data: Data, warm_start: str) -> list[str]:
                 number(data.decisive(warm_start, arm.name, decisive), 2),
                 number(data.at_start(warm_start, arm.name, "cosine"), 2),
                 number(data.at_start(warm_start, arm.name, "projection"), 2),
-                PAPER.get(arm.name, "–"),
+                PAPER.get(arm.name, "-"),
             )
         )
     return lines if len(lines) > 2 else ["No run yet."]
@@ -185,7 +185,7 @@ def field_table(data: Data) -> list[str]:
         if not arms:
             continue
         lines += ["", f"`{name}`:", ""]
-        lines += head("rule", "pairs", "area − full", "p after Holm", "verdict")
+        lines += head("rule", "pairs", "area - full", "p after Holm", "verdict")
         for place, arm in enumerate(arms):
             p = adjusted.get(place)
             lines.append(
@@ -246,8 +246,10 @@ def tenths_table(data: Data) -> list[str]:
 
 def entropies_table(data: Data) -> list[str]:
     """Entropy by group, its relation to predictive entropy, support, and the layers' agreement."""
-    names = ("anchors", "explorers", "all tokens", "deviation of all", "predictive", "correlation",
-             "keys for 0.9: anchors", "explorers ", "layers: anchors", "explorers", "ranks")  # fmt: skip
+    names = (
+        "anchors", "explorers", "all tokens", "deviation of all", "predictive", "correlation",
+        "keys for 0.9: anchors", "explorers ", "layers: anchors", "explorers", "ranks",
+    )  # fmt: skip
 
     def cells(probe: dict) -> list[str]:
         found, keys = probe["entropies"], probe["support"]["0.9"]
@@ -260,8 +262,10 @@ def entropies_table(data: Data) -> list[str]:
 
 def tasks_table(data: Data) -> list[str]:
     """The tasks, their settings, and what uniform weights learn on them."""
-    lines = head("warm start", "decided by", "updates", "rollout", "rate", "probed layer",
-                 "hard at the evaluations, uniform weights", "reward, first and last four steps")  # fmt: skip
+    lines = head(
+        "warm start", "decided by", "updates", "rollout", "rate", "probed layer",
+        "hard at the evaluations, uniform weights", "reward, first and last four steps",
+    )  # fmt: skip
     for name in WARM_STARTS:
         task, runs = task_of(name), list(data.runs.get(name, {}).get("full", {}).values())
         made = SETTINGS[task.name]
@@ -290,9 +294,10 @@ def refused_table(data: Data) -> list[str]:
         row("clipping, and all that depends on the ratio", f"cannot be tested here ({reason})")
     )
     reason = "Adam cancels a constant factor of the gradient"
-    lines.append(row("selected against all-token denominators as a step size",
-                     f"cannot be tested here ({reason}); the arms `… all` differ by the clip of the "
-                     "gradient's norm only"))  # fmt: skip
+    words = (
+        f"cannot be tested here ({reason}); the arms `... all` differ by the clip of the norm only"
+    )
+    lines.append(row("selected against all-token denominators as a step size", words))
     reason = "four layers and two hundred thousand parameters"
     lines.append(
         row("transfer to other models, and layers as depths", f"cannot be tested here ({reason})")
@@ -320,8 +325,8 @@ def provenance_table(data: Data) -> list[str]:
         each = sum(run["cpu_seconds"] for run in runs) / len(runs) if runs else math.nan
         shown = ", ".join(f"{commit} ({count})" for commit, count in sorted(commits.items()))
         lines.append(
-            row(name, ", ".join(digests) or "–", len(mine), number(each, 1), shown or "–",
-                ", ".join(versions) or "–")
+            row(name, ", ".join(digests) or "-", len(mine), number(each, 1), shown or "-",
+                ", ".join(versions) or "-")
         )  # fmt: skip
     for record in data.failed:
         lines += ["", f"Failed: {record['warm_start']}, {record['arm']}, seed {record['seed']}: "
@@ -357,17 +362,18 @@ NOTES = {
     "arms-totals-0": "Mean and standard deviation over seeds; differences are paired by seed, with "
     "a 95 % bootstrap interval over pairs, which is too narrow at five pairs. `hard` is mean@4 on "
     "held-out problems at top-p 0.7. The last three numbers say where a rule puts its weight: on "
-    "decisive tokens over the training, and how its gradient lies towards that of all tokens at the "
-    "warm start.",
+    "decisive tokens over the training, and how its gradient lies towards that of all tokens at "
+    "the warm start.",
     "explorers": f"A run has collapsed if, of its last {WINDOW} steps against its first {WINDOW}, "
     f"responses are shorter than {SHORT} or longer than {LONG} of what they were, {UNBOXED:.0%} "
     f"have no answer, or the mean reward has fallen by more than {FALL}.",
-    "field": "Area under the curve of hard accuracy against uniform weights, Holm's correction over "
-    "the rules of a warm start.",
+    "field": "Area under the curve of hard accuracy against uniform weights, Holm's correction "
+    "over the rules of a warm start.",
     "roles": "Shares of a role among all tokens, anchors and explorers of the probed layer, its "
     "share of the predictive entropy, and its part of the full gradient's projection. This is what "
     "orders the arms: a rule trains as well as the decisive tokens it keeps.",
-    "gradients": "Cosine and projection under the all-token mean, norm under the selected-token mean.",
+    "gradients": "Cosine and projection under the all-token mean, norm under the selected-token "
+    "mean.",
 }
 
 
@@ -405,11 +411,11 @@ def results(folder: Path, *, only: str | None = None, quick: bool = False) -> st
 
 
 INTRODUCTION = (
-    "Generated by `python benchmarks/paper results` from the records in `runs/`; do not edit. Every "
-    "run is in the records, failed ones included, with its seed, commit, configuration and versions. "
-    "A policy of 200,384 parameters on synthetic tasks says nothing about a model of eight billion: "
-    "the tables say which of the paper's claims appear at this scale, and the token roles say why. "
-    "Three repetitions through the TRL adapter have not been run; one update of the engine equals "
+    "Generated by `python benchmarks/paper results` from the records in `runs/`; do not edit. "
+    "Every run is in the records, failed ones included, with its seed, commit, configuration and "
+    "versions. A policy of 200,384 parameters on synthetic tasks says nothing about a model of "
+    "eight billion: the tables say which of the paper's claims appear at this scale, and the token "
+    "roles say why. Three repetitions through the TRL adapter have not been run; one update of the engine equals "
     "TRL's to 1e-5 (`integrations/trl/tests/test_paper_update.py`). `"
     + "`, `".join(TASKS)
     + "` are "

@@ -96,7 +96,7 @@ def total_roles(text: str) -> list[str]:
 
 # Votes: the sign that most terms of the prompt have.
 
-_VOTES = {"train": (11, 15, 19, 23), "easy": (11, 15), "hard": (23,)}
+_VOTES = {"train": (23, 29, 35, 41), "easy": (23, 29), "hard": (41,)}
 
 
 def vote_question(split: str, seed: int, index: int) -> Question:
