@@ -43,7 +43,7 @@ class Settings:
 
 
 SETTINGS = {
-    "totals": Settings(24, 8, 8, 3e-5, 48, 4, (12, 18, 24)),
+    "totals": Settings(24, 8, 8, 2e-5, 48, 4, (12, 18, 24)),
     "votes": Settings(24, 8, 8, 3e-5, 96, 4, (12, 18, 24)),
     "tripled": Settings(40, 16, 8, 3e-4, 96, 4, (20, 30, 40)),
 }
