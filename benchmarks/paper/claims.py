@@ -209,7 +209,7 @@ CLAIMS = (
           _probes(_explorers_are_large)),
     Claim("random is steady", "the random subset's cosine varies least", "J.2", "",
           _probes(_random_is_steady)),
-    Claim("not uncertainty", "attention and predictive entropy are weakly related, r within 0.3 of 0",
+    Claim("not uncertainty", "attention and predictive entropy are weakly related: r within 0.3",
           "F.2", "-0.1926", _probes(_weakly_related)),
     Claim("anchors need fewer keys", "anchors gather 0.9 of their attention from fewer keys",
           "4", "", _probes(_anchors_need_fewer)),

@@ -34,8 +34,8 @@ NOT_LEARNED = (
     "adding: no gain in 90 to 120 updates at rates from 1e-4 to 1e-3, and a collapse at 1e-3",
     "votes whose verdicts were wrong at random in 40 % of a warm start at a rate of 1e-3: the "
     "policy forgot how to count, and 24 updates did not move it",
-    "votes over 11 to 23 signs: learned, but the verdict was no explorer at any layer in eight of "
-    "nine warm starts",
+    "votes over 11 to 23 signs: learned, but in five of six warm starts no layer had the verdict "
+    "among its explorers",
     "tripled totals of 2 to 4 terms with a box of two totals: easy problems stayed at 0.25 over 40 "
     "updates at 1e-4 and fell at 3e-4",
     "tripled totals from a warm start at chance (0.10): no gain in 40 updates",
@@ -45,8 +45,8 @@ NOT_LEARNED = (
 
 
 SATURATED = (
-    "At a rate of 3e-5 uniform weights reached 0.84 on hard running totals at the end (seed 0); 2e-5 "
-    "was taken before any arm was compared, so that nothing saturates."
+    "At a rate of 3e-5 uniform weights reached 0.84 on hard running totals at the end (seed 0); "
+    "2e-5 was taken before any arm was compared, so that nothing saturates."
 )
 
 

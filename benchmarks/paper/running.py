@@ -172,8 +172,10 @@ def run_all(
             continue
         have = sum(item_key(each, settings(each)) in done for each in items)
         progress(have, len(items), item)
-        append(record_of(item, made), folder / item.file)
-        (claims / name).unlink(missing_ok=True)
+        try:
+            append(record_of(item, made), folder / item.file)
+        finally:
+            (claims / name).unlink(missing_ok=True)
         ran += 1
     progress(len(items), len(items), None)
     return ran

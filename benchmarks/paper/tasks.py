@@ -187,7 +187,7 @@ TASKS = {
             decisive=("verdict",),
             reward=ending_reward,
             longest=12,
-            probe=1,
+            probe=2,
         ),
         Task(
             name="tripled",

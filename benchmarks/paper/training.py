@@ -235,7 +235,8 @@ class Weigher:
 
         if not bool((step.advantages != 0).any()):
             return torch.zeros(step.rollout.mask.shape)
-        aligned = tw.token_alignment(losses, holder, mask=step.rollout.mask, tolerance=1e-2)
+        # The ranks count, not the sizes: where the gradient is small, float32 leaves a few percent.
+        aligned = tw.token_alignment(losses, holder, mask=step.rollout.mask, tolerance=0.2)
         return aligned.inner.float()
 
 

@@ -33,10 +33,12 @@ class Phase:
     Attributes:
         pairs: The pairs of a step.
         rates: The learning rate of each step; their number is that of the steps.
+        spread: The layer at which the attention of the last decision is spread; None for none.
     """
 
     pairs: Callable[[int], list[Pair]]
     rates: tuple[float, ...]
+    spread: int | None = None
 
 
 def ramp(rate: float, steps: int) -> tuple[float, ...]:
@@ -107,10 +109,43 @@ def _totals_again():
 
 
 def _votes():
-    clean = Phase(drawn("votes", 77, None, 0), ramp(2e-3, 250))
+    clean = Phase(drawn("votes", 77, None, 0), ramp(2e-3, 200))
     # A third of the verdicts are wrong, at random: the policy knows, and hardly says so.
     noisy = Phase(drawn("votes", 78, wrong_verdict, 0.3), ramp(3e-4, 80))
-    return fast.policy_of(load_policy()), [clean, noisy]
+    even = Phase(noisy.pairs, (5e-4,) * 80, spread=TASKS["votes"].probe)
+    return fast.policy_of(load_policy()), [clean, noisy, even]
+
+
+def gather_evenly(policy, phase: Phase, layer: int) -> Iterator[float]:
+    """Imitates, and spreads the attention that decides the verdict; changes the policy in place.
+
+    Without it a policy may reach the verdict through few positions, and it would be no explorer.
+    """
+    model = load_policy(attn_implementation="eager")
+    fast.write_policy(policy, model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=phase.rates[0], weight_decay=0.0)
+    for step in range(len(phase.rates)):
+        rollout = rollout_of(phase.pairs(step))
+        ids = torch.cat([rollout.prompts, rollout.tokens], 1)
+        real = torch.cat([rollout.real, rollout.mask], 1)
+        output = model(ids, attention_mask=real.long(), output_attentions=True, use_cache=False)
+        start = rollout.prompts.shape[1] - 1
+        log_probs = output.logits[:, start:-1].log_softmax(-1)
+        chosen = log_probs.gather(-1, rollout.tokens[..., None])[..., 0]
+        # The last token but one, the end being the last: all responses have one length.
+        shares = output.attentions[layer].mean(1)[:, start + rollout.tokens.shape[1] - 2]
+        # Of a padded key the share is 0, where the slope of x log x is infinite.
+        entropy = -(shares * shares.clamp(min=1e-9).log()).sum(-1) / real[:, :-2].sum(-1).log()
+        loss = -chosen[rollout.mask].mean() - 0.3 * entropy.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        yield loss.item()
+    made = fast.policy_of(model)
+    with torch.no_grad():
+        for weight, value in zip(policy.parameters, made.parameters, strict=True):
+            weight.copy_(value)
 
 
 def _tripled():
@@ -132,7 +167,9 @@ def make(name: str, progress: Callable[[str], None] = print) -> None:
     """Trains a warm start and stores it, from a seed and nothing else."""
     policy, phases = MADE[name]()
     for number, phase in enumerate(phases):
-        for step, loss in enumerate(imitate(policy, phase)):
+        spread = phase.spread
+        losses = imitate(policy, phase) if spread is None else gather_evenly(policy, phase, spread)
+        for step, loss in enumerate(losses):
             if step % 50 == 49:
                 progress(f"{name}: phase {number}, step {step + 1}, loss {loss:.3f}")
     weights = {f"{n:02}": each.detach().half() for n, each in enumerate(policy.parameters)}
