@@ -117,6 +117,8 @@ def write_figures(folder: Path, *, only: str | None = None, target: Path = FOLDE
         for axes, warm_start in zip(panels, WARM_STARTS, strict=True):
             figure.draw(axes, data, warm_start)
             axes.set_title(warm_start, fontsize=8)
+            if not axes.lines[1:] and not axes.images:
+                axes.text(0.5, 0.5, "no run yet", ha="center", fontsize=7, transform=axes.transAxes)
             axes.tick_params(labelsize=6)
         shown.savefig(target / figure.file, metadata={"Date": None})
         plt.close(shown)
