@@ -1,0 +1,1 @@
+"""The paper's experiments at a scale that two CPU cores can rerun."""

@@ -1,0 +1,181 @@
+"""What is run, the most informative first, and how a run becomes a record."""
+
+import functools
+import os
+import platform
+import subprocess
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import tokenweights as tw
+from paper.arms import ARMS, CONTROLS, CORE, FIELD, LAYERS, NEW, SELECTIVE, SOFT
+from paper.engine import ROOT
+from paper.probes import first_gradients, probed
+from paper.records import FOLDER, Item, append, configuration, key, read, settings_of
+from paper.training import Settings, train
+
+SEEDS = range(5)
+CLAIMS = ROOT / "build" / "paper" / "running"
+FIRST = "first gradients"  # stands for an arm in the record of all arms' first gradients
+
+
+def design() -> list[Item]:
+    """All items in order: core claims, the other tasks, controls, the field's rules."""
+
+    def runs(warm_start: str, names: Any, seeds: Any = SEEDS) -> Iterator[Item]:
+        return (Item(warm_start, name, seed) for seed in seeds for name in names)
+
+    def probes(warm_start: str, seeds: Any) -> Iterator[Item]:
+        return (Item(warm_start, "full", seed, probed=True) for seed in seeds)
+
+    extra = [arm.name for arm in (*SELECTIVE, *CONTROLS, *SOFT, *LAYERS) if arm.name not in CORE]
+    compared = [arm.name for arm in (*FIELD, *NEW)]
+    names = ("totals-0", "votes-0", "totals-1", "tripled-0")
+    return [
+        *(Item(name, FIRST, seed, probed=True) for seed in range(2) for name in names),
+        *runs("totals-0", CORE),
+        *probes("totals-0", range(2)),
+        *runs("votes-0", CORE),
+        *probes("votes-0", range(2)),
+        *runs("totals-1", CORE),
+        *probes("totals-1", range(2)),
+        *(Item("totals-0", "explorer20", seed) for seed in range(5, 8)),
+        *runs("tripled-0", CORE),
+        *probes("tripled-0", range(2)),
+        *runs("totals-0", extra),
+        *runs("votes-0", compared),
+        *runs("totals-0", compared),
+        *(item for name in names for item in probes(name, range(2, 5))),
+    ]
+
+
+def quick_design() -> list[Item]:
+    """A few items that show the mechanics; too few for any verdict."""
+    arms = ("full", "anchor20", "explorer20", "random20", "low2high", "predictive_high20")
+    return [Item("votes-0", arm, seed) for seed in range(2) for arm in arms] + [
+        Item("totals-0", "full", 0),
+        Item("votes-0", "full", 0, probed=True),
+        Item("votes-0", FIRST, 0, probed=True),
+    ]
+
+
+def quick_settings(item: Item) -> Settings:
+    """The item's settings, cut to six steps and few problems."""
+    return replace(settings_of(item), steps=6, problems=12, evaluated=(3, 6))
+
+
+def measured(item: Item, settings: Settings) -> dict[str, Any]:
+    """What the item measures."""
+    if item.arm == FIRST:
+        clock = time.process_time()
+        found = first_gradients(item.warm_start, item.seed, settings)
+        return {"first": found, "cpu_seconds": round(time.process_time() - clock, 2)}
+    run = probed if item.probed else train
+    return run(item.warm_start, ARMS[item.arm], item.seed, settings)
+
+
+def record_of(item: Item, settings: Settings) -> dict[str, Any]:
+    """Runs an item; its record, with the error in it if it fails."""
+    started, made = time.time(), {} if item.arm == FIRST else configuration(item, settings)
+    record = {**asdict(item), "key": item_key(item, settings), **made, **provenance()}
+    try:
+        record |= {"status": "finished", **measured(item, settings)}
+    except Exception as error:  # a failed run is a record too, and stops no other
+        last = traceback.format_exc().strip().splitlines()[-3:]
+        record |= {"status": "failed", "error": repr(error)[:300], "trace": last}
+    return record | {"wall_seconds": round(time.time() - started, 1)}
+
+
+def item_key(item: Item, settings: Settings) -> str:
+    """The key of a run, or of a table of all arms' first gradients."""
+    if item.arm == FIRST:
+        return f"{item.warm_start}-first-{item.seed}-{settings.prompts}x{settings.samples}"
+    return key(item, settings)
+
+
+@functools.cache
+def provenance() -> dict[str, Any]:
+    """Commit, versions and threads of this process; the code is that of its start."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    sources = ("tokenweights", "integrations/lab/src", "integrations/loop", "benchmarks/paper/*.py")
+    versions = {
+        "tokenweights": tw.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    return {
+        "commit": git("rev-parse", "--short=12", "HEAD") or None,
+        "modified": bool(git("status", "--porcelain", "--", *sources)),
+        "versions": versions,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def finished(folder: Path) -> set[str]:
+    """Keys of the records in a folder, failed ones included."""
+    return {record["key"] for record in read(folder)}
+
+
+def claimed(name: str, folder: Path) -> bool:
+    """Whether this process takes an item; not if a living one has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    try:
+        with path.open("x") as file:
+            file.write(str(os.getpid()))
+    except FileExistsError:
+        owner = path.read_text().strip()
+        if owner.isdigit() and Path(f"/proc/{owner}").exists():
+            return False
+        path.write_text(str(os.getpid()))
+    return True
+
+
+def run_all(
+    items: list[Item],
+    *,
+    folder: Path = FOLDER,
+    settings: Callable[[Item], Settings] = settings_of,
+    claims: Path = CLAIMS,
+    progress: Callable[[int, int, Item | None], None] = lambda done, total, item: None,
+) -> int:
+    """Runs what has no record yet; several processes share the work.
+
+    Args:
+        items: What to run, in order.
+        folder: Where records are and go.
+        settings: The settings of an item.
+        claims: Where processes say what they are running.
+        progress: Called with the items that are done, their number, and the next one.
+
+    Returns:
+        The number of items that were run here.
+    """
+    ran = 0
+    provenance()
+    for item in items:
+        made = settings(item)
+        name, done = item_key(item, made), finished(folder)
+        if name in done or not claimed(name, claims):
+            continue
+        have = sum(item_key(each, settings(each)) in done for each in items)
+        progress(have, len(items), item)
+        try:
+            append(record_of(item, made), folder / item.file)
+        finally:
+            (claims / name).unlink(missing_ok=True)
+        ran += 1
+    progress(len(items), len(items), None)
+    return ran

@@ -1,0 +1,250 @@
+"""The paper's experiments at small scale: records, statistics, resuming, and the page they make."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("tokenweights_lab")
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from paper import arms, claims, collapse, comparison, data, records, report, running  # noqa: E402
+from paper.tasks import TASKS, text_of, token_ids  # noqa: E402
+from paper.training import SETTINGS, Weigher, rolled_out, task_of  # noqa: E402
+from paper.warm_start import NAMES, warm_started  # noqa: E402
+
+QUICK = replace(SETTINGS["votes"], steps=2, prompts=2, problems=4, attempts=2, evaluated=(1, 2))
+
+
+def test_the_page_is_what_the_records_say():
+    assert report.RESULTS.read_text() == report.results(records.FOLDER)
+
+
+def test_every_record_carries_what_it_was_made_with():
+    for record in records.read():
+        assert {"seed", "commit", "versions", "status", "key"} <= set(record)
+        if record["status"] == "finished" and record["arm"] != running.FIRST:
+            assert {"settings", "recipe", "cpu_seconds", "warm_start_digest"} <= set(record)
+
+
+def test_no_verdict_of_the_page_goes_beyond_its_words():
+    allowed = ("holds here (", "does not hold here (", "not resolved (", "cannot be tested here (")
+    found = data.data_of(records.FOLDER)
+    for name in data.WARM_STARTS:
+        for verdict in claims.verdicts(found, name):
+            assert verdict.words.startswith(allowed)
+
+
+@pytest.fixture
+def items():
+    return [records.Item("votes-0", arm, 0) for arm in ("full", "anchor20", "random20")]
+
+
+def run(items, folder):
+    return running.run_all(
+        items, folder=folder, settings=lambda item: QUICK, claims=folder / "running"
+    )
+
+
+def test_an_interrupted_queue_goes_on(tmp_path, items, monkeypatch):
+    real = running.measured
+
+    def interrupted(item, settings):
+        if item.arm == "anchor20":
+            raise KeyboardInterrupt
+        return real(item, settings)
+
+    monkeypatch.setattr(running, "measured", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(items, tmp_path)
+    # The record that was being written is cut off.
+    path = tmp_path / "votes-0.jsonl"
+    path.write_text(path.read_text() + '{"arm": "anchor20", "se')
+    monkeypatch.setattr(running, "measured", real)
+    assert run(items, tmp_path) == 2
+    assert [record["arm"] for record in records.read(tmp_path)] == ["full", "anchor20", "random20"]
+    assert run(items, tmp_path) == 0
+
+
+def test_a_failed_run_is_recorded_and_stops_no_other(tmp_path, items, monkeypatch):
+    real = running.measured
+
+    def broken(item, settings):
+        if item.arm == "full":
+            raise ValueError("no luck")
+        return real(item, settings)
+
+    monkeypatch.setattr(running, "measured", broken)
+    assert run(items, tmp_path) == 3
+    first, *others = records.read(tmp_path)
+    assert first["status"] == "failed" and "no luck" in first["error"]
+    assert all(record["status"] == "finished" for record in others)
+    assert len(data.data_of(tmp_path, every=True).failed) == 1
+
+
+def test_what_another_process_runs_is_left_to_it(tmp_path, items):
+    name = running.item_key(items[0], QUICK)
+    (tmp_path / "running").mkdir()
+    (tmp_path / "running" / name).write_text("1")  # a process that lives
+    assert run(items, tmp_path) == 2
+    (tmp_path / "running" / name).write_text("999999999")  # one that does not
+    assert run(items, tmp_path) == 1
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path):
+    item = records.Item("votes-0", "low2high", 1)
+    first, second = (running.measured(item, QUICK) for _ in range(2))
+    first.pop("cpu_seconds"), second.pop("cpu_seconds")
+    assert first == second
+    json.dumps(first, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "name", ["full", "alignment top20", "adaptive low2high", "preplan_anchor40"]
+)
+def test_arms_weigh_with_mean_one(name):
+    arm = arms.ARMS[name]
+    policy, task = warm_started("votes-0"), TASKS["votes"]
+    step = rolled_out(policy, task, SETTINGS["votes"], 0, seed=0, layers=range(4), entropy=True)
+    weights = Weigher(policy, arm, task.probe, 24)(step)
+    assert weights[step.rollout.mask].mean() == pytest.approx(1, abs=1e-3)
+    assert not weights[~step.rollout.mask].any()
+
+
+def test_alignment_leaves_the_policy_as_it_is():
+    policy, task = warm_started("votes-0"), TASKS["votes"]
+    before = [weight.detach().clone() for weight in policy.parameters]
+    step = rolled_out(policy, task, SETTINGS["votes"], 0, seed=0)
+    Weigher(policy, arms.ARMS["alignment top20"], task.probe, 24)(step)
+    pairs = zip(policy.parameters, before, strict=True)
+    assert all(torch.equal(now, then) for now, then in pairs)
+
+
+def test_the_design_is_of_its_size():
+    items = running.design()
+    assert len(set(items)) == len(items) <= 730
+    names = {item.arm for item in items} - {running.FIRST}
+    assert names <= set(arms.ARMS) and {item.warm_start for item in items} == set(NAMES)
+    assert sum(item.arm == "explorer20" and item.warm_start == "totals-0" for item in items) == 8
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("split", ["train", "easy", "hard"])
+def test_solutions_are_right_and_every_token_has_a_role(name, split):
+    task = TASKS[name]
+    for question in task.questions(split, 20, seed=3):
+        assert task.reward(question.solution, question.answer) == 1
+        assert text_of(token_ids(question.solution)) == question.solution
+        roles = task.roles(question.solution)
+        assert len(roles) == len(question.solution) + 1 <= task.longest
+        assert set(task.decisive) & set(roles)
+        assert task.reward("", question.answer) == -2
+
+
+def test_votes_by_hand():
+    (question,) = TASKS["votes"].questions("easy", 1, seed=0)
+    signs = question.prompt.partition("?")[2].rstrip(">")
+    assert question.answer == max("+-", key=signs.count)
+    assert question.solution[-2:] == f"={question.answer}"
+
+
+def test_tripled_totals_by_hand():
+    for question in TASKS["tripled"].questions("train", 20, seed=0):
+        terms, start = question.prompt.rstrip(">").split("?")
+        total = int(start)
+        for term in (terms[at : at + 3] for at in range(0, len(terms), 3)):
+            total = (3 * total + int(term[1:])) % 10
+        assert question.answer == str(total)
+
+
+def test_roles_by_hand():
+    text = r"a-0=6b-8c+1=9\boxed{69}"
+    roles = task_of("totals-0").roles(text)
+    assert [roles[at] for at in (0, 1, 2, 3, 4)] == [
+        "label",
+        "sign",
+        "copied digit",
+        "choice",
+        "total",
+    ]
+    assert roles[text.index("c")] == "choice"  # the merge
+    assert roles[text.index("9")] == "total after merge"
+    assert roles[-1] == roles[text.index("\\") + 1] == "box"
+
+
+def test_differences_by_hand():
+    found = comparison.paired([0.1, 0.2, 0.3, 0.2, 0.2])
+    assert found.mean == pytest.approx(0.2) and found.count == 5
+    # t = 0.2 / (sqrt(0.005) / sqrt(5)) = 6.3246; the distribution's tail at 4 degrees, by its
+    # closed form 1 - (3/2 s - 1/2 s^3) with s = t / sqrt(4 + t^2).
+    s = 6.324555 / math.sqrt(4 + 40)
+    assert found.p == pytest.approx(1 - (1.5 * s - 0.5 * s**3), abs=1e-6)
+    assert 0.1 <= found.low < 0.2 < found.high <= 0.3
+    assert comparison.paired([0.5]).p == 1.0
+    assert comparison.paired([0.5] * 5).p == 0.0
+
+
+@pytest.mark.parametrize(
+    ("t", "freedom", "expected"),
+    # From printed tables of the distribution.
+    [(12.706, 1, 0.05), (4.303, 2, 0.05), (3.182, 3, 0.05), (2.776, 4, 0.05), (2.365, 7, 0.05),
+     (3.355, 8, 0.01)],
+)  # fmt: skip
+def test_tails_of_t_from_tables(t, freedom, expected):
+    assert comparison.t_tail(t, freedom) == pytest.approx(expected, abs=5e-5)
+
+
+def test_holm_by_hand():
+    assert comparison.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert comparison.holm([]) == []
+
+
+def test_fisher_by_hand():
+    # 3 of 3 against 0 of 3: one of the 20 ways.
+    assert comparison.fisher_greater(3, 3, 0, 3) == pytest.approx(1 / 20)
+    assert comparison.fisher_greater(0, 5, 0, 5) == 1.0
+
+
+def test_ranks_by_hand():
+    assert comparison.rank_correlation([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
+    assert comparison.rank_correlation([1, 2, 3], [3, 2, 2]) == pytest.approx(-math.sqrt(3) / 2)
+
+
+def test_verdicts_by_hand():
+    claim = claims.CLAIMS[1]
+    up = comparison.paired([0.1, 0.12, 0.11, 0.09, 0.1])
+    assert claims.words_of(claim, up, 0.01).startswith("holds here")
+    assert claims.words_of(claim, up, 0.2).startswith("not resolved")
+    down = comparison.paired([-0.1, -0.12, -0.11, -0.09, -0.1])
+    assert claims.words_of(claim, down, 0.01).startswith("does not hold here")
+    assert (
+        claims.words_of(claim, comparison.paired([0.1] * 4), 0.0) == "not resolved (4 of 5 pairs)"
+    )
+    alike = replace(claim, alike=True)
+    near = comparison.paired([0.01, -0.01, 0.0, 0.02, -0.02])
+    assert claims.words_of(alike, near, 0.9).startswith("holds here")
+    assert claims.words_of(alike, up, 0.01).startswith("does not hold here")
+    assert claims.words_of(alike, up, 0.2).startswith("not resolved")
+
+
+def test_collapses_by_hand():
+    steady = {"length": [10.0] * 8, "reward": [0.0] * 8, "unboxed": [0.0] * 8}
+    assert collapse.collapse(steady) == ""
+    assert collapse.collapse({**steady, "length": [10.0] * 4 + [5.0] * 4}) == "short responses"
+    assert collapse.collapse({**steady, "length": [10.0] * 4 + [17.0] * 4}) == "long responses"
+    assert collapse.collapse({**steady, "unboxed": [0.0] * 4 + [0.6] * 4}) == "no answers"
+    assert collapse.collapse({**steady, "reward": [0.0] * 4 + [-0.4] * 4}) == "reward fell"
+
+
+def test_the_quick_form_says_that_it_is_one(tmp_path):
+    items = [records.Item("votes-0", "full", 0), records.Item("votes-0", "full", 0, probed=True)]
+    assert run(items, tmp_path) == 2
+    page = report.results(tmp_path, quick=True)
+    assert "Smoke only, no verdicts." in page
+    assert "holds here" not in page and "not resolved" not in page
