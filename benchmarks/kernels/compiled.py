@@ -23,9 +23,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tokenweights.attention import triton_kernels
+from tokenweights.attention import triton_columns, triton_kernels
 from tokenweights.attention.triton_configuration import Configuration, Tiles, block_dim, shipped
 
+KERNELS = {
+    "log_sum_exp": triton_kernels.log_sum_exp,
+    "mean_weights": triton_kernels.mean_weights,
+    "selections": triton_kernels.selections,
+    "key_columns": triton_columns.key_columns,
+}
 # Bytes of shared memory that a block may use.
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
 SHARED_OF_MULTIPROCESSOR = {80: 167936, 90: 233472, 100: 233472}
@@ -41,16 +47,14 @@ POINTERS = {
     "sizes": "*i32",
     "sequences": "*i32",
     "items": "*i32",
+    "asked": "*i8",
+    "totals": "*fp32",
 }
-# Multiples of 16 in every layout in use, which is what a launch would find out.
-DIVISIBLE = {"query_batch", "query_head", "query_token", "key_batch", "key_head", "key_token"}
 # What a launch may find to be a multiple of 16, as with 16384 tokens, or to be 1.
-ROUND = frozenset({"query_slots", "all_rows", "sum_rows"})
-ONES = ROUND | {"group", "window", "fixed_k", "local_window", "top_k"}
+ROUND = frozenset({"query_slots", "all_rows", "sum_rows", "key_slots", "all_keys"})
+ONES = ROUND | {"group", "window", "fixed_k", "local_window", "top_k", "first", "last", "out_heads"}
 PRODUCT = re.compile(r"\b(?P<name>HGMMA|HMMA|UTC\w*MMA)\b(?:\.64x(?P<columns>\d+)x16)?")
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-EVERYTHING = {"ENTROPY": True, "LINEAR": True, "FIXED": True}
-ENTROPY_ONLY = {"ENTROPY": True, "LINEAR": False, "FIXED": False}
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ class Case:
     warps: int = 4
     stages: int = 1
     note: str = ""
-    # A launch compiles anew for numbers that are 1, and for those that are multiples of 16.
+    # A launch compiles anew for what is None, for numbers that are 1, and for multiples of 16.
+    absent: frozenset[str] = frozenset()
     ones: frozenset[str] = frozenset()
     multiples: frozenset[str] = frozenset()
 
@@ -97,19 +102,25 @@ class Usage:
 
 def usage(case: Case, arch: int) -> Usage:
     """The resources of one kernel, read from its binary."""
-    kernel = getattr(triton_kernels, case.kernel)
+    kernel = KERNELS[case.kernel]
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
-        if name in case.constants or name in case.ones:
+        if name in case.absent:
+            signature[name], constants[(index,)] = "constexpr", None
+        elif name in case.constants or name in case.ones:
             signature[name] = "constexpr"
             constants[(index,)] = case.constants.get(name, 1)
+        elif name in ("query_strides", "key_strides"):
+            # Multiples of 16 in every layout in use, which is what a launch would find out.
+            signature[name] = ("i32",) * 3
+            attributes |= {(index, axis): [["tt.divisibility", 16]] for axis in range(3)}
         elif name in ("query", "key"):
             signature[name] = _input_type(name, case)
         elif name in ("scale", "softcap"):
             signature[name] = "fp32"
         else:
             signature[name] = POINTERS.get(name, "i32")
-        if signature[name].startswith("*") or name in DIVISIBLE | case.multiples:
+        if str(signature[name]).startswith("*") or name in case.multiples:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": case.warps, "num_stages": case.stages}
@@ -124,8 +135,8 @@ def usage(case: Case, arch: int) -> Usage:
 def shipped_cases(arch: int) -> Iterator[Case]:
     """All kernels in the configurations that the library uses on this compute capability."""
     yield from usual_cases(arch)
-    for dim, dtype in ((64, "bf16"), (96, "bf16"), (256, "bf16"), (128, "fp32")):
-        yield from cases(shipped(arch // 10, block_dim(dim), _BYTES[dtype]), dim, dtype)
+    for dim in (64, 96):
+        yield from cases(shipped(arch // 10, 128, 2), dim, "bf16")
     usual = list(cases(shipped(arch // 10, 128, 2), 128, "bf16"))
     for case in usual:
         yield replace(case, multiples=ROUND, note=f"{case.note} round")
@@ -138,77 +149,75 @@ def shipped_cases(arch: int) -> Iterator[Case]:
 
 
 def usual_cases(arch: int) -> Iterator[Case]:
-    """Those of 128 dimensions in half precision, with every kind of logits, heads and address."""
+    """Every kind of logits, heads and address; wide heads and float32 by softcap and address."""
     usual = list(cases(shipped(arch // 10, 128, 2), 128, "bf16"))
     yield from usual
-    capped = list(cases(shipped(arch // 10, 128, 2, softcap=True), 128, "bf16"))
-    for flags, some in (
-        (["WINDOW"], usual),
-        (["SOFTCAP"], capped),
-        (["WINDOW", "SOFTCAP"], capped),
-    ):
-        for case in some:
-            if len(flags) > 1 and not case.note.startswith("entropy"):
-                continue
-            constants = case.constants | dict.fromkeys(flags, True)
-            note = " ".join([case.note, *map(str.lower, flags)])
-            yield replace(case, constants=constants, note=note)
-    # Every head by itself, and heads that have keys of their own: nothing to share.
     for case in usual:
+        yield given(case, "window")
+        # Every head by itself, and heads that have keys of their own: nothing to share.
         for heads, note in ((1, "heads apart"), (32, "own keys")):
             if case.constants.get("SHARED", 1) > 1:
                 constants = case.constants | {"HEADS": heads, "SHARED": 1}
                 yield replace(case, constants=constants, note=f"{case.note} {note}")
-    # Tensors that descriptors cannot address; where there are none, nothing new.
-    for softcap in (False, True):
-        pointers = shipped(arch // 10, 128, 2, describable=False, softcap=softcap)
-        if pointers != shipped(arch // 10, 128, 2, softcap=softcap):
-            for case in cases(pointers, 128, "bf16"):
-                constants, note = case.constants | {"SOFTCAP": softcap}, f"{case.note} pointers"
-                yield replace(case, constants=constants, note=note + " softcap" * softcap)
+    seen = usual
+    for (dim, dtype), softcap, describable in itertools.product(
+        ((128, "bf16"), (256, "bf16"), (128, "fp32"), (256, "fp32")), (False, True), (True, False)
+    ):
+        chosen = shipped(arch // 10, dim, _BYTES[dtype], describable=describable, softcap=softcap)
+        for case in cases(chosen, dim, dtype):
+            case = given(case, "softcap") if softcap else case
+            if case not in seen:  # as where nothing is described, whatever can be
+                seen.append(case)
+                yield case
+                if softcap and case.note.startswith("entropy") and dim == 128:
+                    yield given(case, "window")
+
+
+def given(case: Case, name: str) -> Case:
+    """The same kernel, with a number that it was compiled without."""
+    return replace(case, absent=case.absent - {name}, note=f"{case.note} {name}")
 
 
 def cases(configuration: Configuration, dim: int, dtype: str) -> Iterator[Case]:
     """Log-sum-exp, entropy alone, all sums, and all sums with a workspace."""
-    common = {
-        "DIM": dim,
-        "BLOCK_DIM": block_dim(dim),
-        "CAUSAL": True,
-        "WINDOW": False,
-        "SOFTCAP": False,
-        "DESCRIPTORS": configuration.descriptors,
-        "UPCAST": False,
-    }
+    common = {"DIM": dim, "BLOCK_DIM": block_dim(dim), "CAUSAL": True}
+    # Descriptors know the strides.
+    absent = frozenset({"softcap", "window", "sinks"})
+    absent |= {"query_strides", "key_strides"} if configuration.descriptors else set()
+    address = " pointers" * (not configuration.descriptors)
     tiles = configuration.denominators
     yield Case(
         "log_sum_exp",
-        common
-        | {"BLOCK_ROWS": tiles.rows, "BLOCK_KEYS": tiles.keys}
-        | {"SINKS": False, "NEGATIVE": False},
+        common | {"BLOCK_ROWS": tiles.rows, "BLOCK_KEYS": tiles.keys},
         dtype,
         tiles.warps,
         tiles.stages,
-        f"D={dim} {dtype} {tiles}",
+        f"D={dim} {dtype} {tiles}{address}",
+        absent,
     )
-    for name, tiles, sums, store in (
-        ("entropy", configuration.weights, ENTROPY_ONLY, False),
-        ("sums", configuration.sums, EVERYTHING, False),
-        ("sums+workspace", configuration.sums, EVERYTHING, True),
+    for name, tiles, missing in (
+        ("entropy", configuration.weights, {"workspace", "fixed_k", "local_window"}),
+        ("sums", configuration.sums, {"workspace"}),
+        ("sums+workspace", configuration.sums, set()),
     ):
-        constants = common | sums | {"BLOCK_ROWS": tiles.rows, "BLOCK_KEYS": tiles.keys}
-        constants |= {"HEADS": 32, "SHARED": 4 if tiles.shared else 1, "STORE": store}
+        constants = common | {"BLOCK_ROWS": tiles.rows, "BLOCK_KEYS": tiles.keys}
+        constants |= {"HEADS": 32, "SHARED": 4 if tiles.shared else 1}
         constants |= {"OVERLAPPED": tiles.overlapped}
-        note = f"{name} D={dim} {dtype} {tiles}"
-        yield Case("mean_weights", constants, dtype, tiles.warps, tiles.stages, note)
+        note = f"{name} D={dim} {dtype} {tiles}{address}"
+        yield Case(
+            "mean_weights", constants, dtype, tiles.warps, tiles.stages, note, absent | missing
+        )
 
 
 def selection_case(configuration: Configuration, width: int) -> Case:
     """Top-k and four support sizes of rows of this width."""
     chosen = configuration.selection(width, 64)
-    constants = {"TARGETS": 5, "SLOTS": 8, "TOP_K": True, "CAUSAL": True, "WINDOW": False}
+    constants = {"TARGETS": 5, "SLOTS": 8, "CAUSAL": True}
     constants |= {"ROWS": chosen.rows, "BLOCK": chosen.block, "PIECES": chosen.pieces}
     note = f"keys={width} {chosen.rows}x{chosen.block} {chosen.warps}w"
-    return Case("selections", constants, warps=chosen.warps, note=note)
+    return Case(
+        "selections", constants, warps=chosen.warps, note=note, absent=frozenset({"window"})
+    )
 
 
 def sweep_cases(arch: int) -> Iterator[Case]:
@@ -227,7 +236,7 @@ def sweep_cases(arch: int) -> Iterator[Case]:
 
 
 def _input_type(name: str, case: Case) -> str:
-    if not case.constants["DESCRIPTORS"]:
+    if f"{name}_strides" not in case.absent:
         return f"*{case.dtype}"
     rows = case.constants["BLOCK_ROWS" if name == "query" else "BLOCK_KEYS"]
     return f"tensordesc<{case.dtype}[1,1,{rows},{case.constants['BLOCK_DIM']}]>"
@@ -291,7 +300,7 @@ def _scores(product: re.Match[str], case: Case) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, choices=sorted(SHARED_LIMIT), nargs="+", default=[90])
-    parser.add_argument("--usual", action="store_true", help="128 dimensions in bfloat16 alone")
+    parser.add_argument("--usual", action="store_true", help="without narrow heads and selections")
     parser.add_argument("--sweep", action="store_true", help="other tiles as well")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
