@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 
 from tokenweights.attention import triton_columns, triton_kernels
 from tokenweights.attention.triton_configuration import Configuration, Tiles, block_dim, shipped
+from tokenweights.attention.triton_received import column_tiles
 
 KERNELS = {
     "log_sum_exp": triton_kernels.log_sum_exp,
@@ -55,6 +56,8 @@ ROUND = frozenset({"query_slots", "all_rows", "sum_rows", "key_slots", "all_keys
 ONES = ROUND | {"group", "window", "fixed_k", "local_window", "top_k", "first", "last", "out_heads"}
 PRODUCT = re.compile(r"\b(?P<name>HGMMA|HMMA|UTC\w*MMA)\b(?:\.64x(?P<columns>\d+)x16)?")
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+# Wide heads and exact products, whose tiles are others.
+EDGES = ((256, "bf16"), (128, "fp32"), (256, "fp32"))
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ def usual_cases(arch: int) -> Iterator[Case]:
                 yield replace(case, constants=constants, note=f"{case.note} {note}")
     seen = usual
     for (dim, dtype), softcap, describable in itertools.product(
-        ((128, "bf16"), (256, "bf16"), (128, "fp32"), (256, "fp32")), (False, True), (True, False)
+        ((128, "bf16"), *EDGES), (False, True), (True, False)
     ):
         chosen = shipped(arch // 10, dim, _BYTES[dtype], describable=describable, softcap=softcap)
         for case in cases(chosen, dim, dtype):
@@ -207,6 +210,37 @@ def cases(configuration: Configuration, dim: int, dtype: str) -> Iterator[Case]:
         yield Case(
             "mean_weights", constants, dtype, tiles.warps, tiles.stages, note, absent | missing
         )
+
+
+def column_cases(arch: int) -> Iterator[Case]:
+    """The kernel of attention received, alike."""
+    seen: list[Case] = []
+    for (dim, dtype), softcap, describable in itertools.product(
+        ((128, "bf16"), *EDGES), (False, True), (True, False)
+    ):
+        chosen = shipped(arch // 10, dim, _BYTES[dtype], describable=describable, softcap=softcap)
+        case = _columns(chosen, dim, dtype)
+        case = given(case, "softcap") if softcap else case
+        if case not in seen:
+            seen.append(case)
+            yield case
+    usual, narrow = seen[0], shipped(arch // 10, 128, 2)
+    yield from (_columns(narrow, dim, "bf16") for dim in (64, 96))
+    yield from (given(usual, name) for name in ("window", "asked"))
+    yield replace(usual, constants=usual.constants | {"LARGEST": True}, note=f"{usual.note} max")
+    yield replace(usual, absent=usual.absent | {"first", "last"}, note=f"{usual.note} no horizon")
+    yield replace(usual, multiples=ROUND, note=f"{usual.note} round")
+    yield replace(usual, ones=ONES, note=f"{usual.note} ones")
+
+
+def _columns(configuration: Configuration, dim: int, dtype: str) -> Case:
+    tiles = column_tiles(configuration, _BYTES[dtype])
+    constants = {"DIM": dim, "BLOCK_DIM": block_dim(dim), "CAUSAL": True, "LARGEST": False}
+    constants |= {"HEADS": 32, "BLOCK_ROWS": tiles.rows, "BLOCK_KEYS": tiles.keys}
+    absent = frozenset({"softcap", "window", "asked"})
+    absent |= {"query_strides", "key_strides"} if configuration.descriptors else set()
+    note = f"D={dim} {dtype} {tiles}" + " pointers" * (not configuration.descriptors)
+    return Case("key_columns", constants, dtype, tiles.warps, tiles.stages, note, absent)
 
 
 def selection_case(configuration: Configuration, width: int) -> Case:
@@ -301,12 +335,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, choices=sorted(SHARED_LIMIT), nargs="+", default=[90])
     parser.add_argument("--usual", action="store_true", help="without narrow heads and selections")
+    parser.add_argument("--columns", action="store_true", help="attention received alone")
     parser.add_argument("--sweep", action="store_true", help="other tiles as well")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     chosen = shipped_cases
-    if arguments.sweep or arguments.usual:
-        chosen = sweep_cases if arguments.sweep else usual_cases
+    for asked, some in (
+        (arguments.usual, usual_cases),
+        (arguments.columns, column_cases),
+        (arguments.sweep, sweep_cases),
+    ):
+        chosen = some if asked else chosen
     rows = []
     for arch in arguments.arch:
         for case in chosen(arch):
