@@ -1,6 +1,7 @@
 """Ten steps of TRL's trainer with the embedded policy, where what TRL needs was carried."""
 
 import importlib.util
+import itertools
 import math
 import statistics
 import tempfile
@@ -82,5 +83,5 @@ def steps(run: Run) -> dict[str, float]:
         trainer.train()
     means = [log["token_weights/weight_mean"] for log in trainer.state.log_history if "loss" in log]
     assert len(means) == count and all(map(math.isfinite, means)), means
-    spent = [stop - start for start, stop in zip(ends, ends[1:], strict=False)]
+    spent = [stop - start for start, stop in itertools.pairwise(ends)]
     return {"steps": count, "first": spent[0], "median": statistics.median(spent[1:])}

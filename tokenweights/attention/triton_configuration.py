@@ -51,6 +51,7 @@ class Configuration:
         weights: Tiles of the head-averaged weights, for the entropy alone.
         sums: The same where more is summed or weights are written to a workspace.
         denominators: Tiles of the log-sum-exp.
+        columns: Tiles of attention received; None for what `column_tiles` makes of the others.
         descriptors: Load tiles by tensor descriptors (TMA) instead of pointers.
         largest_block: Most weights of a row that a selecting program holds.
         selected: Weights that a selecting program holds where rows are shorter.
@@ -59,6 +60,7 @@ class Configuration:
     weights: Tiles
     sums: Tiles
     denominators: Tiles
+    columns: Tiles | None = None
     descriptors: bool = False
     largest_block: int = LARGEST_BLOCK
     selected: int = 4096

@@ -23,7 +23,9 @@ _KERNELS: Any = triton_columns
 
 
 def column_tiles(configuration: Configuration, element_bytes: int) -> Tiles:
-    """The tiles of a configuration at which no architecture spills."""
+    """The tiles of a configuration, by default those at which no architecture spills."""
+    if configuration.columns is not None:
+        return configuration.columns
     if element_bytes == 4:
         return configuration.denominators
     tiles = replace(configuration.sums, stages=min(configuration.sums.stages, 2))
