@@ -69,6 +69,7 @@ def machine(run: Run) -> dict[str, Any]:
     }
     if run.device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(run.device)
+        found["capability"] = ".".join(map(str, torch.cuda.get_device_capability(run.device)))
     return found
 
 

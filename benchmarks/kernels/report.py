@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from tables import Measurement
 
 
-# Of products, where it is not one: denominators, which are verified by rows if they are given, rows,
-# and columns.
+# Of products, where it is not one: denominators, or rows that verify given ones; rows; columns.
 PASSES = {"entropy": 2, "received, lse given": 2, "received": 2, "entropy and received": 3}
 
 

@@ -18,8 +18,8 @@ from tokenweights.attention.triton_backend import triton_sweep
 from tokenweights.attention.triton_configuration import Configuration, Tiles, shipped_configuration
 from tokenweights.attention.triton_received import column_tiles
 
-# What a set of tiles serves, what has to be asked for to use it, and whether denominators are given:
-# given ones are verified by a pass of the rows, which columns do without.
+# What a set of tiles serves, what has to be asked for to use it, and whether denominators are
+# given. Those are verified by a pass of the rows, which columns do without.
 ROLES = {
     "weights": (("normalized",), True),
     "sums": (STATISTIC_KINDS, True),
