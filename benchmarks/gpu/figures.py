@@ -4,7 +4,7 @@ They are written by hand, so that the results of a machine can be drawn where no
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -21,6 +21,7 @@ text { font: 11px system-ui, sans-serif; } .title { font-weight: 600; font-size:
 .end { text-anchor: end; } .middle { text-anchor: middle; }
 path { fill: none; stroke-width: 1.8; } .thin { stroke-width: 1; }
 """
+Unit = Callable[[float], str]
 TOY = "toy run: no measurement"
 
 
@@ -51,21 +52,20 @@ def drawn(steps: dict[str, dict[str, Any]]) -> dict[str, str]:
     place = TOY if about["toy"] is not False else f"{about['device']}, commit {about['commit']}"
     found = {
         "gpu-times.svg": plot(
-            "Seconds per call, medians", place, lines(records, "p50"), unit=seconds, log=True
+            "Seconds per call, medians", place, lines(records, "p50"), unit=seconds, base=10.0
         ),
         "gpu-memory.svg": plot(
             "Peak memory beyond the inputs",
             place,
             lines(records, "peak_bytes"),
             unit=size,
-            log=True,
+            base=16.0,
         ),
         "gpu-ratios.svg": plot(
             "Time over that of the attention forward (SDPA flash)",
             place,
             ratios(records, "attention forward, SDPA flash"),
-            unit=lambda value: f"{value:.2g}",
-            log=False,
+            unit=lambda value: f"{value:.4g}",
         ),
     }
     return {name: text for name, text in found.items() if text}
@@ -126,14 +126,17 @@ def size(value: float) -> str:
     return f"{value:.3g} B"
 
 
-def plot(title: str, place: str, some: list[Line], *, unit, log: bool) -> str:
-    """One SVG text, empty without lines; names stand at the right ends of their lines."""
+def plot(title: str, place: str, some: list[Line], *, unit: Unit, base: float = 0.0) -> str:
+    """One SVG text, empty without lines; names stand at the right ends of their lines.
+
+    Ticks are powers of the base, or without one steps from zero.
+    """
     if not some:
         return ""
     tokens = sorted({t for line in some for t, _ in line.points})
     values = [v for line in some for _, v in line.points]
-    ticks = decades(values) if log else steps_from_zero(max(values))
-    scale = math.log if log else float
+    ticks = powers(values, base) if base else steps_from_zero(max(values))
+    scale = math.log if base else float
     low, high = scale(ticks[0]), scale(ticks[-1])
 
     def across(count: int) -> float:
@@ -178,11 +181,11 @@ def plot(title: str, place: str, some: list[Line], *, unit, log: bool) -> str:
     return "\n".join([head, f"<style>{STYLES}</style>", ground, *body, "</svg>", ""])
 
 
-def decades(values: Sequence[float]) -> list[float]:
-    """Powers of ten around the values, two at least."""
-    low = math.floor(math.log10(min(values)))
-    high = max(math.ceil(math.log10(max(values))), low + 1)
-    return [10.0**power for power in range(low, high + 1)]
+def powers(values: Sequence[float], base: float) -> list[float]:
+    """Powers of the base around the values, two at least."""
+    low = math.floor(math.log(min(values), base) + 1e-9)
+    high = max(math.ceil(math.log(max(values), base) - 1e-9), low + 1)
+    return [base**power for power in range(low, high + 1)]
 
 
 def steps_from_zero(most: float) -> list[float]:

@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ POINTERS = {
 # What a launch may find to be a multiple of 16, as with 16384 tokens, or to be 1.
 ROUND = frozenset({"query_slots", "all_rows", "sum_rows", "key_slots", "all_keys"})
 ONES = ROUND | {"group", "window", "fixed_k", "local_window", "top_k", "first", "last", "out_heads"}
+# In the assembler's language, and in the machine's.
+PRODUCTS = {"wgmma.mma_async": "HGMMA", "tcgen05.mma": "UTCHMMA", "mma.sync": "HMMA"}
 PRODUCT = re.compile(r"\b(?P<name>HGMMA|HMMA|UTC\w*MMA)\b(?:\.64x(?P<columns>\d+)x16)?")
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Wide heads and exact products, whose tiles are others.
@@ -70,6 +72,8 @@ class Case:
     warps: int = 4
     stages: int = 1
     note: str = ""
+    # Whether its loop is to be read, which takes as long as compiling it.
+    read: bool = False
     # A launch compiles anew for what is None, for numbers that are 1, and for multiples of 16.
     absent: frozenset[str] = frozenset()
     ones: frozenset[str] = frozenset()
@@ -87,7 +91,9 @@ class Usage:
         shared: Bytes of a block.
         blocks: How many blocks a multiprocessor holds.
         product: The tensor-core instruction; empty where there is none.
-        per_score: Instructions that threads issue for a score; None without such an instruction.
+        per_score: Instructions that threads issue for a score; None where no such loop was read.
+        overlap: Share of the loop's exponentials that are issued between a product's start and the
+            wait for it; None where no loop was read or no instruction waits (other than sm_90).
     """
 
     registers: int
@@ -96,7 +102,8 @@ class Usage:
     shared: int
     blocks: int
     product: str
-    per_score: float | None
+    per_score: float | None = None
+    overlap: float | None = None
 
     def fits(self, arch: int) -> bool:
         """No local memory, and no more shared memory than the device has."""
@@ -129,10 +136,15 @@ def usage(case: Case, arch: int) -> Usage:
     options = {"num_warps": case.warps, "num_stages": case.stages}
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, stack, local = _resources(_shown_by("cuobjdump", "--dump-resource-usage", binary))
-    code = _shown_by("nvdisasm", "-c", binary)
     shared = binary.metadata.shared
     blocks = _blocks(registers, shared, 32 * case.warps, arch)
-    return Usage(registers, stack, local, shared, blocks, *_tightest_loop(code, case))
+    product = next((new for old, new in PRODUCTS.items() if old in binary.asm["ptx"]), "")
+    found = Usage(registers, stack, local, shared, blocks, product)
+    if case.read and product:
+        code = _shown_by("nvdisasm", "-c", binary)
+        name, per_score, overlap = _tightest_loop(code, case)
+        found = replace(found, product=name, per_score=per_score, overlap=overlap)
+    return found
 
 
 def shipped_cases(arch: int) -> Iterator[Case]:
@@ -152,10 +164,15 @@ def shipped_cases(arch: int) -> Iterator[Case]:
 
 
 def usual_cases(arch: int) -> Iterator[Case]:
-    """Every kind of logits, heads and address; wide heads and float32 by softcap and address."""
+    """Every kind of logits, heads and address; wide heads and float32 by softcap and address.
+
+    All sums are tried with a workspace, which takes more registers than they do without.
+    """
     usual = list(cases(shipped(arch // 10, 128, 2), 128, "bf16"))
-    yield from usual
-    for case in usual:
+    yield from (replace(case, read=True) for case in usual)
+    if arch == 90:
+        yield replace(overlapped(arch), read=True)
+    for case in without_plain_sums(usual):
         yield given(case, "window")
         # Every head by itself, and heads that have keys of their own: nothing to share.
         for heads, note in ((1, "heads apart"), (32, "own keys")):
@@ -167,13 +184,25 @@ def usual_cases(arch: int) -> Iterator[Case]:
         ((128, "bf16"), *EDGES), (False, True), (True, False)
     ):
         chosen = shipped(arch // 10, dim, _BYTES[dtype], describable=describable, softcap=softcap)
-        for case in cases(chosen, dim, dtype):
+        for case in without_plain_sums(cases(chosen, dim, dtype)):
             case = given(case, "softcap") if softcap else case
             if case not in seen:  # as where nothing is described, whatever can be
                 seen.append(case)
                 yield case
-                if softcap and case.note.startswith("entropy") and dim == 128:
+                if softcap and case.note.startswith("entropy") and dtype == "bf16":
                     yield given(case, "window")
+
+
+def without_plain_sums(some: Iterable[Case]) -> Iterator[Case]:
+    """Without the sums that write no workspace."""
+    yield from (case for case in some if not case.note.startswith("sums D"))
+
+
+def overlapped(arch: int) -> Case:
+    """The entropy in the form that tuning tries where products run beside exponentials."""
+    base = shipped(arch // 10, 128, 2)
+    tiles = replace(base.weights, shared=False, overlapped=True)
+    return list(cases(replace(base, weights=tiles), 128, "bf16"))[1]
 
 
 def given(case: Case, name: str) -> Case:
@@ -218,7 +247,7 @@ def column_cases(arch: int) -> Iterator[Case]:
     for (dim, dtype), softcap, describable in itertools.product(
         ((128, "bf16"), *EDGES), (False, True), (True, False)
     ):
-        chosen = shipped(arch // 10, dim, _BYTES[dtype], describable=describable, softcap=softcap)
+        chosen = shipped(arch // 10, dim, _BYTES[dtype], describable=describable)
         case = _columns(chosen, dim, dtype)
         case = given(case, "softcap") if softcap else case
         if case not in seen:
@@ -261,7 +290,7 @@ def sweep_cases(arch: int) -> Iterator[Case]:
     shapes = [(64, 32, 4), (64, 64, 4), (64, 128, 4), (128, 32, 4), (128, 64, 4), (128, 32, 8)]
     shapes += [(128, 64, 8), (128, 128, 8), (64, 64, 8), (64, 128, 8)]
     base = shipped(arch // 10, 128, 2)
-    forms = ({}, {"shared": True}, {"overlapped": True}, {"shared": True, "overlapped": True})
+    forms = ({}, {"shared": True}, {"overlapped": True})
     for (rows, keys, warps), stages, dim in itertools.product(shapes, (1, 2, 3), (64, 128)):
         for form in forms:
             tiles = Tiles(rows, keys, warps, stages, **form)
@@ -297,8 +326,8 @@ def _blocks(registers: int, shared: int, threads: int, arch: int) -> int:
     return min(by_registers, SHARED_OF_MULTIPROCESSOR[arch] // (shared + 1024), 2048 // threads)
 
 
-def _tightest_loop(code: str, case: Case) -> tuple[str, float | None]:
-    """The product in it, and instructions per score."""
+def _tightest_loop(code: str, case: Case) -> tuple[str, float | None, float | None]:
+    """The product in it, instructions per score, and the share of exponentials under products."""
     lines, places = [], {}
     for line in code.splitlines():
         if label := re.match(r"(\.L_\w+):", line.strip()):
@@ -317,11 +346,21 @@ def _tightest_loop(code: str, case: Case) -> tuple[str, float | None]:
             if within[0]["name"] not in ("HGMMA", "HMMA"):
                 whole = case.constants["BLOCK_ROWS"] * case.constants["BLOCK_KEYS"]
                 each = whole / (32 * case.warps)
-            found.append(((end + 1 - start) / each, within[0]["name"]))
+            found.append(((end + 1 - start) / each, within[0]["name"], start, end + 1))
     if not found:
-        return "", None
-    least, name = min(found)
-    return name, round(least, 2)
+        return "", None, None
+    least, name, start, stop = min(found)
+    return name, round(least, 2), _overlap(lines[start:stop]) if name == "HGMMA" else None
+
+
+def _overlap(loop: list[str]) -> float:
+    """Share of the exponentials that stand between a product and the wait for it."""
+    running, under, all_of_them = False, 0, 0
+    for line in loop:
+        running = (running or "HGMMA" in line) and "WARPGROUP.DEPBAR" not in line
+        if "MUFU.EX2" in line:
+            all_of_them, under = all_of_them + 1, under + running
+    return round(under / max(all_of_them, 1), 2)
 
 
 def _scores(product: re.Match[str], case: Case) -> float:
@@ -349,7 +388,7 @@ def main() -> None:
     rows = []
     for arch in arguments.arch:
         for case in chosen(arch):
-            taken = usage(case, arch)
+            taken = usage(case if arguments.json else replace(case, read=True), arch)
             record = {
                 "triton": triton.__version__,
                 "arch": arch,
@@ -361,6 +400,7 @@ def main() -> None:
                 shown = f"{taken.registers:4} reg {taken.stack:5} stack {taken.shared:7} shared"
                 shown += f" {taken.blocks} blocks {taken.product:7}"
                 shown += f" {taken.per_score:5.2f} per score" if taken.per_score else ""
+                shown += f" {taken.overlap:4.2f} overlap" if taken.overlap else ""
                 verdict = "fits" if taken.fits(arch) else "DOES NOT FIT"
                 print(f"sm_{arch} {case.kernel:13}{case.note:50}{shown}  {verdict}", flush=True)
     if arguments.json:
