@@ -106,6 +106,8 @@ bench-gpu: $(READY)  ## Check, tune and time the attention kernels on this GPU, 
 # What a machine with a GPU lacks beside torch, triton, numpy and transformers, and for ten steps of
 # TRL. Wheels of pure Python serve every version of it, the others the one named here.
 GPU_PYTHON ?= 3.12
+WHEELS := build/gpu/wheels
+TRAINER_WHEELS := build/gpu/trainer-wheels
 CARRIED := einops jaxtyping wadler-lindig beartype pytest pytest-xdist execnet pluggy iniconfig \
 	hypothesis sortedcontainers packaging pygments
 TRAINER := trl accelerate datasets dill multiprocess psutil xxhash
@@ -115,18 +117,18 @@ CARRY = $(PYTHON) -m pip download --quiet --no-deps --only-binary :all:
 BINARY := --python-version $(GPU_PYTHON) --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64
 
 gpu-wheels:  ## Fill build/gpu/wheels with all that benchmarks/gpu.sh needs on a strange machine
-	@rm -rf build/gpu/wheels
-	@$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir build/gpu/wheels . integrations/lab integrations/trl
-	@$(CARRY) --platform any --implementation py --abi none --dest build/gpu/wheels $(CARRIED)
-	@$(CARRY) $(BINARY) --constraint constraints.txt --dest build/gpu/wheels $(TRAINER)
-	@printf '%s\n' tokenweights tokenweights-lab tokenweights-trl $(CARRIED) $(TRAINER) > build/gpu/wheels/carried.txt
-	@du -sh build/gpu/wheels
+	@rm -rf $(WHEELS)
+	@$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir $(WHEELS) . integrations/lab integrations/trl
+	@$(CARRY) --platform any --implementation py --abi none --dest $(WHEELS) $(CARRIED)
+	@$(CARRY) $(BINARY) --constraint constraints.txt --dest $(WHEELS) $(TRAINER)
+	@printf '%s\n' tokenweights tokenweights-lab tokenweights-trl $(CARRIED) $(TRAINER) > $(WHEELS)/carried.txt
+	@du -sh $(WHEELS)
 
 gpu-trainer-wheels:  ## Fill build/gpu/trainer-wheels with what only the step with TRL needs, 65 MiB
-	@rm -rf build/gpu/trainer-wheels
-	@$(CARRY) $(BINARY) --constraint constraints.txt --dest build/gpu/trainer-wheels $(LARGE)
-	@printf '%s\n' $(LARGE) > build/gpu/trainer-wheels/carried.txt
-	@du -sh build/gpu/trainer-wheels
+	@rm -rf $(TRAINER_WHEELS)
+	@$(CARRY) $(BINARY) --constraint constraints.txt --dest $(TRAINER_WHEELS) $(LARGE)
+	@printf '%s\n' $(LARGE) > $(TRAINER_WHEELS)/carried.txt
+	@du -sh $(TRAINER_WHEELS)
 
 gpu-results:  ## Put what benchmarks/gpu.sh left in runs/gpu into the tables
 	@$(PYTHON) benchmarks/gpu/results.py runs/gpu --record benchmarks/kernels/RESULTS.md

@@ -2,12 +2,20 @@
 
 import importlib.util
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+import zipfile
+from email.parser import Parser
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "gpu"
 
@@ -190,3 +198,50 @@ def test_the_recorded_results_are_of_no_gpu_yet_or_name_one():
     assert between == "No run has been recorded." or "commit " in between.splitlines()[0]
     assert not figures_there or "commit " in between.splitlines()[0]
     assert figures.TOY not in "".join(path.read_text() for path in figures_there)
+
+
+# What is carried to a machine that can fetch nothing.
+
+
+def needed(requirements):
+    """Names of requirements, without extras and other systems."""
+    found = [Requirement(line) for line in requirements or ()]
+    here = {"extra": "", "python_version": "3.12", "sys_platform": "linux"}
+    return {canonicalize_name(r.name) for r in found if not r.marker or r.marker.evaluate(here)}
+
+
+def brought_by(*names):
+    """The distributions that come along with these."""
+    found, waiting = set(), [canonicalize_name(name) for name in names]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            try:
+                waiting += needed(metadata.requires(name))
+            except metadata.PackageNotFoundError:  # of a GPU's torch
+                continue
+    return found
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_what_is_carried_is_small_and_lacks_only_what_the_machine_has(tmp_path):
+    command = ["make", "-s", "gpu-wheels", f"PYTHON={sys.executable}", f"WHEELS={tmp_path}/wheels"]
+    done = subprocess.run(command, cwd=FOLDER.parents[1], capture_output=True, text=True)
+    if "No matching distribution found" in done.stderr:
+        reason = "no package index can be reached"
+        pytest.fail(reason) if os.environ.get("REQUIRE_INDEX") else pytest.skip(reason)
+    assert done.returncode == 0, done.stderr[-3000:]
+    wheels = list((tmp_path / "wheels").glob("*.whl"))
+    assert sum(wheel.stat().st_size for wheel in wheels) < 20 * 2**20
+    carried = {canonicalize_name(wheel.name.split("-")[0]) for wheel in wheels}
+    asked = (tmp_path / "wheels" / "carried.txt").read_text().split()
+    assert carried == {canonicalize_name(name) for name in asked} and "trl" in carried
+    makefile = (FOLDER.parents[1] / "Makefile").read_text()
+    large = re.search(r"^LARGE := (.*)$", makefile, re.M).group(1).split()
+    there = carried | brought_by("torch", "triton", "transformers", "numpy") | set(large)
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as opened:
+            (name,) = (n for n in opened.namelist() if n.endswith(".dist-info/METADATA"))
+            requirements = Parser().parsestr(opened.read(name).decode()).get_all("Requires-Dist")
+        assert needed(requirements) <= there, (wheel.name, needed(requirements) - there)
