@@ -164,38 +164,36 @@ def shipped_cases(arch: int) -> Iterator[Case]:
 
 
 def usual_cases(arch: int) -> Iterator[Case]:
-    """Every kind of logits, heads and address; wide heads and float32 by softcap and address.
-
-    All sums are tried with a workspace, which takes more registers than they do without.
-    """
+    """Every kind of logits, heads and address; wide heads and float32 by softcap and address."""
     usual = list(cases(shipped(arch // 10, 128, 2), 128, "bf16"))
     yield from (replace(case, read=True) for case in usual)
     if arch == 90:
         yield replace(overlapped(arch), read=True)
-    for case in without_plain_sums(usual):
+    for case in usual:
         yield given(case, "window")
         # Every head by itself, and heads that have keys of their own: nothing to share.
         for heads, note in ((1, "heads apart"), (32, "own keys")):
-            if case.constants.get("SHARED", 1) > 1:
+            long = heads == 1 and case.note.startswith("entropy")
+            if case.constants.get("SHARED", 1) > 1 and not long:
                 constants = case.constants | {"HEADS": heads, "SHARED": 1}
                 yield replace(case, constants=constants, note=f"{case.note} {note}")
+    apart = shipped(arch // 10, 128, 2)
+    if apart.weights.shared:
+        case = list(cases(replace(apart, weights=apart.sums), 128, "bf16"))[1]
+        constants = case.constants | {"HEADS": 1, "SHARED": 1}
+        yield replace(case, constants=constants, note=f"{case.note} heads apart")
     seen = usual
     for (dim, dtype), softcap, describable in itertools.product(
         ((128, "bf16"), *EDGES), (False, True), (True, False)
     ):
         chosen = shipped(arch // 10, dim, _BYTES[dtype], describable=describable, softcap=softcap)
-        for case in without_plain_sums(cases(chosen, dim, dtype)):
+        for case in cases(chosen, dim, dtype):
             case = given(case, "softcap") if softcap else case
             if case not in seen:  # as where nothing is described, whatever can be
                 seen.append(case)
                 yield case
                 if softcap and case.note.startswith("entropy") and dtype == "bf16":
                     yield given(case, "window")
-
-
-def without_plain_sums(some: Iterable[Case]) -> Iterator[Case]:
-    """Without the sums that write no workspace."""
-    yield from (case for case in some if not case.note.startswith("sums D"))
 
 
 def overlapped(arch: int) -> Case:

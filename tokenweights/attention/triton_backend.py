@@ -287,7 +287,9 @@ class _Sweep:
 
     def _tiles_of(self, request: Request) -> Tiles:
         few = set(request.kinds) <= {"raw", "normalized", "row_mass"}
-        return self.configuration.weights if few else self.configuration.sums
+        weights, sums = self.configuration.weights, self.configuration.sums
+        # Long tiles of shared keys are for heads that can share them.
+        return weights if few and not (weights.shared and self.out_heads > 1) else sums
 
     def _launch(
         self,
