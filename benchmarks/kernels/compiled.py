@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,12 +72,12 @@ class Case:
     warps: int = 4
     stages: int = 1
     note: str = ""
-    # Whether its loop is to be read, which takes as long as compiling it.
-    read: bool = False
     # A launch compiles anew for what is None, for numbers that are 1, and for multiples of 16.
     absent: frozenset[str] = frozenset()
     ones: frozenset[str] = frozenset()
     multiples: frozenset[str] = frozenset()
+    # Whether its loop is to be read, which takes as long as compiling it.
+    read: bool = False
 
 
 @dataclass(frozen=True)

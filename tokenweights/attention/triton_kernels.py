@@ -268,7 +268,9 @@ def mean_weights(
         column = start + tl.arange(0, BLOCK_KEYS)
         distance, visible = _pairs(position, column, key_stop, window, CAUSAL)
         mean = tl.where(visible, mean * (1.0 / HEADS), 0.0)
+        term = mean * tl.log2(tl.maximum(mean, TINY))
         mass += tl.sum(mean, axis=1)
+        plogp += tl.sum(term, axis=1)
         if workspace is not None:
             # Rows are as wide as whole tiles, so no column has to be masked.
             place = (row * tl.load(item + 8))[:, None] + column[None, :]
@@ -279,8 +281,6 @@ def mean_weights(
             far += tl.sum(mean * distance, axis=1)
             local += tl.sum(tl.where(distance < local_window, mean, 0.0), axis=1)
             largest = tl.maximum(largest, tl.max(mean, axis=1))
-        term = mean * tl.log2(tl.maximum(mean, TINY))
-        plogp += tl.sum(term, axis=1)
         if fixed_k is not None:
             first = column[None, :] < (first_visible + fixed_k)[:, None]
             fixed_mass += tl.sum(tl.where(first, mean, 0.0), axis=1)
