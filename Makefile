@@ -20,7 +20,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup environments demo test test-versions test-megatron compatibility fuzz lint format bench bench-gpu gpu-wheels gpu-results paper paper-quick paper-results docs policy clean $(APART:%=test-%)
+.PHONY: help setup environments demo test test-versions test-megatron compatibility fuzz lint format bench bench-gpu gpu-wheels gpu-trainer-wheels gpu-results paper paper-quick paper-results docs policy clean $(APART:%=test-%)
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -106,18 +106,32 @@ bench-gpu: $(READY)  ## Check, tune and time the attention kernels on this GPU, 
 	@$(BIN)/python benchmarks/kernels/report.py --device cuda --all \
 		--record benchmarks/kernels/RESULTS.md
 
-# What a machine with a GPU lacks beside torch, triton, numpy and transformers.
+# What a machine with a GPU lacks beside torch, triton, numpy and transformers, and for ten steps of
+# TRL. Wheels of pure Python serve every version of it, the others the one named here.
+GPU_PYTHON ?= 3.12
+WHEELS := build/gpu/wheels
+TRAINER_WHEELS := build/gpu/trainer-wheels
 CARRIED := einops jaxtyping wadler-lindig beartype pytest pytest-xdist execnet pluggy iniconfig \
 	hypothesis sortedcontainers packaging pygments
+TRAINER := trl accelerate datasets dill multiprocess psutil xxhash
+# TRL imports these as well; they are too large for a folder that has to stay small.
+LARGE := pyarrow pandas python-dateutil six tzdata
+CARRY = $(PYTHON) -m pip download --quiet --no-deps --only-binary :all:
+BINARY := --python-version $(GPU_PYTHON) --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64
 
 gpu-wheels:  ## Fill build/gpu/wheels with all that benchmarks/gpu.sh needs on a strange machine
-	@rm -rf build/gpu/wheels
-	@$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir build/gpu/wheels .
-	@# Wheels of pure Python, for whichever version that machine has.
-	@$(PYTHON) -m pip download --quiet --no-deps --only-binary :all: --platform any \
-		--implementation py --abi none --dest build/gpu/wheels $(CARRIED)
-	@printf '%s\n' tokenweights $(CARRIED) > build/gpu/wheels/carried.txt
-	@du -sh build/gpu/wheels
+	@rm -rf $(WHEELS)
+	@$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir $(WHEELS) . integrations/lab integrations/trl
+	@$(CARRY) --platform any --implementation py --abi none --dest $(WHEELS) $(CARRIED)
+	@$(CARRY) $(BINARY) --constraint constraints.txt --dest $(WHEELS) $(TRAINER)
+	@printf '%s\n' tokenweights tokenweights-lab tokenweights-trl $(CARRIED) $(TRAINER) > $(WHEELS)/carried.txt
+	@du -sh $(WHEELS)
+
+gpu-trainer-wheels:  ## Fill build/gpu/trainer-wheels with what only the step with TRL needs, 65 MiB
+	@rm -rf $(TRAINER_WHEELS)
+	@$(CARRY) $(BINARY) --constraint constraints.txt --dest $(TRAINER_WHEELS) $(LARGE)
+	@printf '%s\n' $(LARGE) > $(TRAINER_WHEELS)/carried.txt
+	@du -sh $(TRAINER_WHEELS)
 
 gpu-results:  ## Put what benchmarks/gpu.sh left in runs/gpu into the tables
 	@$(PYTHON) benchmarks/gpu/results.py runs/gpu --record benchmarks/kernels/RESULTS.md

@@ -69,6 +69,7 @@ def machine(run: Run) -> dict[str, Any]:
     }
     if run.device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(run.device)
+        found["capability"] = ".".join(map(str, torch.cuda.get_device_capability(run.device)))
     return found
 
 
@@ -85,6 +86,8 @@ def commit() -> str:
 def take(parts: Parts, path: Path, about: dict[str, Any], budget: float) -> bool:
     """Run the parts that `path` does not hold, and write it after each.
 
+    Parts that failed or missed something are tried again: what they missed may have been brought.
+
     Args:
         parts: By name; each returns what JSON can hold.
         path: What was found, by name, beside what it belongs to.
@@ -98,7 +101,7 @@ def take(parts: Parts, path: Path, about: dict[str, Any], budget: float) -> bool
     kept = json.loads(path.read_text()) if path.exists() else {}
     found = kept["parts"] if kept.get("about") == about else {}
     for name, part in parts.items():
-        if name in found and "failed" not in found[name]:
+        if "found" in found.get(name, {}):
             continue
         if time.monotonic() - begin > budget:
             print(

@@ -20,6 +20,7 @@ def times(run: Run, tokens: int) -> list[dict]:
     sizes = Namespace(tokens=[tokens], heads=None, kv_heads=None, dim=None)
     seconds = 0.0 if run.toy else 1.0
     options = Namespace(**vars(sizes), device=run.device.type, toy=run.toy, seconds=seconds)
-    options.only = ["entropy", "all statistics", "attention forward"] if run.toy else None
+    names = ["entropy", "all statistics", "received", "attention forward"]
+    options.only = names if run.toy else None
     options.clock = 1.98e9
     return [vars(measurement) for measurement in measured(layers(options)[0], options)]

@@ -9,16 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from contenders import HORIZON
 from torch import Tensor
 
-from tokenweights import attention_entropy, attention_statistics
+from tokenweights import attention_entropy, attention_received, attention_statistics
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-5
 CHECKED_ROWS = 4
+# More than the horizon that is timed.
+COLUMN_ROWS = 64
 
 
-def kernel_cases(device: str, *, only: str | None) -> dict[str, int]:
+def kernel_cases(device: str, *, only: str | None, file: str = "triton_cases.py") -> dict[str, int]:
     """The kernels' own test cases on the device: every kernel, type and layout.
 
     On a CPU they run in Triton's interpreter. Each needs kernels of its own, which are compiled in
@@ -27,6 +30,7 @@ def kernel_cases(device: str, *, only: str | None) -> dict[str, int]:
     Args:
         device: `cpu` or `cuda`.
         only: pytest's `-k`; None for all.
+        file: Of `tests/attention`; those of attention received lie apart.
 
     Returns:
         How many passed, failed and were skipped.
@@ -43,7 +47,7 @@ def kernel_cases(device: str, *, only: str | None) -> dict[str, int]:
         options = ["-q", "-p", "no:cacheprovider", f"-n{processes}", f"--junitxml={report}"]
         if only is not None:
             options += ["-k", only]
-        command = [sys.executable, "-m", "pytest", "tests/attention/triton_cases.py", *options]
+        command = [sys.executable, "-m", "pytest", f"tests/attention/{file}", *options]
         run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if not report.exists():
             raise RuntimeError(f"the kernels' cases did not run:\n{run.stdout}{run.stderr}")
@@ -79,9 +83,21 @@ def check_entropy(name: str, function: Callable, query: Tensor, key: Tensor, lse
     """Another implementation's entropy; half-precision ones are coarse."""
     if name.startswith(("attention forward", "all statistics")):
         return
+    if "received" in name:
+        check_received(name, function, query, key, lse)
+        return
     last = query[:, :, -CHECKED_ROWS:]
     wanted = attention_entropy(last, key, backend="reference")
     error = (function(query, key, lse)[:, -CHECKED_ROWS:] - wanted).abs().max()
     # Those that round scores to the input's type have its precision.
     limit = TOLERANCE if name.startswith("entropy") or query.dtype == torch.float32 else 5e-3
     assert float(error) <= limit, (name, float(error))
+
+
+def check_received(name: str, function: Callable, query: Tensor, key: Tensor, lse: Tensor) -> None:
+    """What the last keys receive, all of it from the last queries."""
+    rows = slice(-min(query.shape[2], COLUMN_ROWS), None)
+    horizon = HORIZON if "horizon" in name else (None, None)
+    wanted = attention_received(query[:, :, rows], key, horizon=horizon, backend="reference")
+    error = (function(query, key, lse) - wanted)[:, rows].abs().max()
+    assert float(error) <= TOLERANCE, (name, float(error))

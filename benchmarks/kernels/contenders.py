@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tokenweights import attention_entropy, attention_statistics
+from tokenweights import Received, attention_entropy, attention_received, attention_statistics
 
 Contender = Callable[[Tensor, Tensor, Tensor], object]
 # Rows of the versions that work off a block at a time.
 BLOCK = 512
+# Distances of the queries that count for what a key receives.
+HORIZON = (10, 50)
 
 
 def contenders(device: str, backend: str, *, toy: bool = False) -> dict[str, Contender]:
@@ -30,6 +32,16 @@ def contenders(device: str, backend: str, *, toy: bool = False) -> dict[str, Con
         "entropy": lambda q, k, lse: attention_entropy(q, k, backend=backend),
         "all statistics, lse given": lambda q, k, lse: attention_statistics(
             q, k, lse=lse, backend=backend
+        ),
+        "received, lse given": lambda q, k, lse: attention_received(q, k, lse=lse, backend=backend),
+        "received": lambda q, k, lse: attention_received(q, k, backend=backend),
+        "received, horizon 10 to 50": lambda q, k, lse: attention_received(
+            q, k, horizon=HORIZON, backend=backend
+        ),
+        "entropy and received": lambda q, k, lse: (
+            attention_statistics(
+                q, k, kinds=("normalized",), received=Received(), backend=backend
+            ).received
         ),
         "eager, materialised": lambda q, k, lse: eager_entropy(q, k),
         "torch.compile": compiled_entropy,

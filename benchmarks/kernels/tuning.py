@@ -5,24 +5,30 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
-from contenders import log_sum_exp
+import torch
+from contenders import HORIZON, log_sum_exp
 from layer import Layer
 from timing import quantiles, seconds
 
 from tokenweights.attention.layout import padded_batch
+from tokenweights.attention.received import Received
 from tokenweights.attention.results import empty_results
 from tokenweights.attention.statistics import STATISTIC_KINDS, Logits, Request
 from tokenweights.attention.triton_backend import triton_sweep
 from tokenweights.attention.triton_configuration import Configuration, Tiles, shipped_configuration
+from tokenweights.attention.triton_received import column_tiles
 
-# What a set of tiles serves, and what has to be asked for to use it.
+# What a set of tiles serves, what has to be asked for to use it, and whether denominators are
+# given. Those are verified by a pass of the rows, which columns do without.
 ROLES = {
     "weights": (("normalized",), True),
     "sums": (STATISTIC_KINDS, True),
     "denominators": (("normalized",), False),
+    "columns": ((), False),
 }
 SHAPES = ((64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 8), (128, 128, 8), (64, 256, 8))
-FORMS = ({"shared": True}, {"overlapped": True}, {"shared": True, "overlapped": True})
+# Where keys are shared as well, the compiler waits for a product before any exponential.
+FORMS = ({"shared": True}, {"overlapped": True})
 
 
 def tuned(layer: Layer, budget: float, *, toy: bool) -> Iterator[dict[str, str | float | None]]:
@@ -38,8 +44,9 @@ def tuned(layer: Layer, budget: float, *, toy: bool) -> Iterator[dict[str, str |
     base = shipped_configuration(query, key)
     for role, (kinds, given) in ROLES.items():
         batch = padded_batch(query, key, None, lse if given else None)
-        for name, configuration in candidates(base, role, toy=toy):
-            request = Request(kinds, support_mass=(0.5, 0.8, 0.9, 0.95))
+        for name, configuration in candidates(base, role, query.element_size(), toy=toy):
+            received = Received(HORIZON) if role == "columns" else None
+            request = Request(kinds, support_mass=(0.5, 0.8, 0.9, 0.95), received=received)
             run = partial(sweep, layer, query, batch, request, configuration)
             record: dict[str, str | float | None] = {"role": role, "tiles": name, "ms": None}
             try:
@@ -49,10 +56,13 @@ def tuned(layer: Layer, budget: float, *, toy: bool) -> Iterator[dict[str, str |
             yield record
 
 
-def candidates(base: Configuration, role: str, *, toy: bool) -> Iterator[tuple[str, Configuration]]:
+def candidates(
+    base: Configuration, role: str, element_bytes: int, *, toy: bool
+) -> Iterator[tuple[str, Configuration]]:
     """The shipped tiles, then others in their place."""
+    base = replace(base, columns=column_tiles(base, element_bytes))
     yield f"shipped, {getattr(base, role)}", base
-    forms = ({},) if role == "denominators" else ({}, *FORMS)
+    forms = ({}, *FORMS) if role in ("weights", "sums") else ({},)
     if toy:
         shapes, stages, forms = ((32, 32, 1),), (1,), forms[-1:]
     else:
@@ -64,12 +74,15 @@ def candidates(base: Configuration, role: str, *, toy: bool) -> Iterator[tuple[s
 
 def sweep(layer: Layer, query, batch, request: Request, configuration: Configuration) -> None:
     """One call of the Triton backend."""
+    results = empty_results(request, (1, 1, layer.tokens), query)
+    if request.received is not None:
+        results["received"] = torch.zeros(1, 1, layer.tokens, device=query.device)
     triton_sweep(
         "tune",
         batch,
         request,
         Logits(layer.dim**-0.5),
-        empty_results(request, (1, 1, layer.tokens), query),
+        results,
         per_head=False,
         sinks=None,
         workspace_bytes=2**28,

@@ -119,6 +119,9 @@ def hold_to_bounds(records, arch):
     assert first["per_score"] <= bounds[0] and entropy["per_score"] <= bounds[1]
     if arch == 90:
         assert first["blocks"] >= 2 and entropy["blocks"] >= 2
+        # Exponentials of one head stand between the product of the next one and the wait for it.
+        assert entropy["overlap"] == 0
+        assert next(r for r in half if "overlapped" in r["note"])["overlap"] >= 0.25
 
 
 @with_triton

@@ -130,7 +130,11 @@ class _Sweep:
     ):
         self.request, self.logits, self.sinks = request, logits, sinks
         self.workspace_bytes, self.configuration = workspace_bytes, configuration
-        self.query, self.key = _last_axis_dense(batch.query), _last_axis_dense(batch.key)
+        self.query, self.key = _readable(batch.query), _readable(batch.key)
+        if logits.scale <= 0:
+            # The kernels take the largest product of a row before they scale it.
+            self.query = self.query * (-1 if logits.scale < 0 else 0)
+            self.logits = replace(logits, scale=-logits.scale or 1.0)
         rows, heads, self.query_slots, self.dim = self.query.shape
         self.device, self.heads, self.batch = self.query.device, heads, rows
         self.all_rows = rows * self.query_slots
@@ -188,7 +192,7 @@ class _Sweep:
         _KERNELS.log_sum_exp[(len(units), self.heads)](
             self._loaded(self.query, tiles.rows),
             self._loaded(self.key, tiles.keys),
-            lse if self.sinks is None else self.sinks,
+            self.sinks,
             lse,
             self.sequences,
             self._on_device(units),
@@ -197,8 +201,6 @@ class _Sweep:
             self.all_rows,
             self.group,
             *self._logit_parameters(),
-            NEGATIVE=self.logits.scale <= 0,
-            SINKS=self.sinks is not None,
             **self._constants(tiles),
         )
         return lse
@@ -241,13 +243,11 @@ class _Sweep:
                 self._on_device(chunk),
                 self.query_slots,
                 self.all_rows,
-                self.request.top_k,
-                self.logits.window or 0,
+                self.request.top_k if with_top_k else None,
+                self.logits.window,
                 TARGETS=targets,
                 SLOTS=slots,
-                TOP_K=with_top_k,
                 CAUSAL=self.logits.causal,
-                WINDOW=self.logits.window is not None,
                 ROWS=selection.rows,
                 BLOCK=selection.block,
                 PIECES=selection.pieces,
@@ -287,7 +287,9 @@ class _Sweep:
 
     def _tiles_of(self, request: Request) -> Tiles:
         few = set(request.kinds) <= {"raw", "normalized", "row_mass"}
-        return self.configuration.weights if few else self.configuration.sums
+        weights, sums = self.configuration.weights, self.configuration.sums
+        # Long tiles of shared keys are for heads that can share them.
+        return weights if few and not (weights.shared and self.out_heads > 1) else sums
 
     def _launch(
         self,
@@ -304,7 +306,7 @@ class _Sweep:
             self._loaded(self.key, tiles.keys),
             self.lse,
             sums,
-            sums if workspace is None else workspace,
+            workspace,
             self.sequences,
             self._on_device(items),
             *self._strides(),
@@ -313,15 +315,11 @@ class _Sweep:
             self.group,
             sums.shape[2],
             *self._logit_parameters(),
-            request.fixed_k,
-            request.local_window,
+            request.fixed_k if "fixed" in kinds else None,
+            request.local_window if kinds & LINEAR else None,
             HEADS=averaged,
             SHARED=self.group if tiles.shared and averaged % self.group == 0 else 1,
             OVERLAPPED=tiles.overlapped,
-            ENTROPY=bool(kinds & {"raw", "normalized"}),
-            LINEAR=bool(kinds & LINEAR),
-            FIXED="fixed" in kinds,
-            STORE=workspace is not None,
             **self._constants(tiles),
         )
 
@@ -362,11 +360,14 @@ class _Sweep:
         block = [1, 1, rows, block_dim(self.dim)]
         return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
 
-    def _strides(self) -> tuple[int, ...]:
-        return (*self.query.stride()[:3], *self.key.stride()[:3])
+    def _strides(self) -> tuple[tuple[int, ...] | None, ...]:
+        """None where descriptors know them."""
+        if self.configuration.descriptors:
+            return None, None
+        return self.query.stride()[:3], self.key.stride()[:3]
 
-    def _logit_parameters(self) -> tuple[float, float, int]:
-        return self.logits.scale, self.logits.softcap or 1.0, self.logits.window or 0
+    def _logit_parameters(self) -> tuple[float, float | None, int | None]:
+        return self.logits.scale, self.logits.softcap, self.logits.window
 
     def _constants(self, tiles: Tiles) -> dict[str, int | bool]:
         return {
@@ -375,11 +376,6 @@ class _Sweep:
             "BLOCK_KEYS": tiles.keys,
             "BLOCK_DIM": block_dim(self.dim),
             "CAUSAL": self.logits.causal,
-            "WINDOW": self.logits.window is not None,
-            "SOFTCAP": self.logits.softcap is not None,
-            "DESCRIPTORS": self.configuration.descriptors,
-            # The interpreter multiplies the bit patterns of bfloat16, not its values.
-            "UPCAST": _KERNELS.INTERPRETED and self.query.dtype == torch.bfloat16,
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,
         }
@@ -421,7 +417,11 @@ def _like(real: Tensor, value: Tensor) -> Tensor:
     return real if value.dim() == real.dim() else real[..., None]
 
 
-def _last_axis_dense(tensor: Tensor) -> Tensor:
+def _readable(tensor: Tensor) -> Tensor:
+    """With a dense last axis, in a type that kernels read."""
+    if _KERNELS.INTERPRETED and tensor.dtype == torch.bfloat16:
+        # The interpreter multiplies the bit patterns of bfloat16, not its values.
+        tensor = tensor.float()
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 

@@ -13,8 +13,8 @@ from tokenweights.attention.triton_kernels import (
     ITEM_COLUMNS,
     LOG2E,
     _logit,
+    _pairs,
     _tile,
-    _visible,
     _work,
 )
 
@@ -28,12 +28,8 @@ def key_columns(
     totals,
     sequences,
     items,
-    query_batch,
-    query_head,
-    query_token,
-    key_batch,
-    key_head,
-    key_token,
+    query_strides,
+    key_strides,
     query_slots,
     all_rows,
     key_slots,
@@ -51,80 +47,58 @@ def key_columns(
     BLOCK_KEYS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ASKED: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
     LARGEST: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """Sums over rows of the head-averaged weights, `output head key`; then the largest of them."""
-    first_row, row_stop, first_key, key_stop, batch, query_slot, key_slot, queries, keys = _work(
+    first_row, row_stop, first_key, key_stop, batch, query_slot, key_slot, before, _ = _work(
         items, sequences
     )
     out_head = tl.load(items + tl.program_id(0) * ITEM_COLUMNS + 6)
     row, column = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_KEYS)
+    slot, last_key = key_slot + first_key, key_stop - 1 - first_key
     rows = batch * query_slots + query_slot
-    denominators = lse + tl.cast(out_head * HEADS, tl.int64) * all_rows + rows
     total = tl.zeros([BLOCK_KEYS], tl.float32)
     largest = tl.zeros([BLOCK_KEYS], tl.float32)
     for start in range(first_row, row_stop, BLOCK_ROWS):
+        query_slot_here, last_row = query_slot + start, row_stop - 1 - start
         real = tl.minimum(start + row, row_stop - 1)
         mean = tl.zeros([BLOCK_ROWS, BLOCK_KEYS], tl.float32)
-        for head in range(0, HEADS):
+        for head in range(out_head * HEADS, (out_head + 1) * HEADS):
             k = _tile(
-                key,
-                batch,
-                (out_head * HEADS + head) // group,
-                key_slot + first_key,
-                key_stop - 1 - first_key,
-                key_batch,
-                key_head,
-                key_token,
-                BLOCK_KEYS,
-                DIM,
-                BLOCK_DIM,
-                DESCRIPTORS,
-                UPCAST,
+                key, key_strides, batch, head // group, slot, last_key, BLOCK_KEYS, DIM, BLOCK_DIM
             )
             q = _tile(
                 query,
+                query_strides,
                 batch,
-                out_head * HEADS + head,
-                query_slot + start,
-                row_stop - 1 - start,
-                query_batch,
-                query_head,
-                query_token,
+                head,
+                query_slot_here,
+                last_row,
                 BLOCK_ROWS,
                 DIM,
                 BLOCK_DIM,
-                DESCRIPTORS,
-                UPCAST,
             )
             score = tl.dot(q, tl.trans(k), input_precision="ieee")
-            shift = tl.load(denominators + tl.cast(head, tl.int64) * all_rows + real) * LOG2E
-            mean += tl.exp2(_logit(score, scale, softcap, SOFTCAP) - shift[:, None])
+            shift = tl.load(lse + tl.cast(head, tl.int64) * all_rows + rows + real) * LOG2E
+            mean += tl.exp2(_logit(score, scale, softcap) - shift[:, None])
         # One mask per tile, not per head; it also drops infinities of keys after the query.
-        place = first_key + column
-        distance = (keys - queries + start + row)[:, None] - place[None, :]
-        counted = _visible(distance, place[None, :], key_stop, window, CAUSAL, WINDOW)
-        counted &= (start + row < row_stop)[:, None]
-        if FIRST:
+        distance, counted = _pairs(
+            before + start + row, first_key + column, key_stop, window, CAUSAL
+        )
+        counted &= (row <= last_row)[:, None]
+        if first is not None:
             counted &= distance >= first
-        if LAST:
+        if last is not None:
             counted &= distance <= last
-        if ASKED:
+        if asked is not None:
             counted &= (tl.load(asked + rows + real) != 0)[:, None]
         mean = tl.where(counted, mean * (1.0 / HEADS), 0.0)
         total += tl.sum(mean, axis=0)
         if LARGEST:
             largest = tl.maximum(largest, tl.max(mean, axis=0))
-    out = totals + tl.cast(out_head, tl.int64) * all_keys + batch * key_slots + key_slot
-    written = column < key_stop - first_key
-    tl.store(out + first_key + column, total, mask=written)
+    out = totals + tl.cast(out_head, tl.int64) * all_keys + batch * key_slots + slot
+    written = column <= last_key
+    tl.store(out + column, total, mask=written)
     if LARGEST:
         plane = tl.cast(out_heads, tl.int64) * all_keys
-        tl.store(out + plane + first_key + column, largest, mask=written)
+        tl.store(out + plane + column, largest, mask=written)

@@ -51,6 +51,7 @@ class Configuration:
         weights: Tiles of the head-averaged weights, for the entropy alone.
         sums: The same where more is summed or weights are written to a workspace.
         denominators: Tiles of the log-sum-exp.
+        columns: Tiles of attention received; None for what `column_tiles` makes of the others.
         descriptors: Load tiles by tensor descriptors (TMA) instead of pointers.
         largest_block: Most weights of a row that a selecting program holds.
         selected: Weights that a selecting program holds where rows are shorter.
@@ -59,6 +60,7 @@ class Configuration:
     weights: Tiles
     sums: Tiles
     denominators: Tiles
+    columns: Tiles | None = None
     descriptors: bool = False
     largest_block: int = LARGEST_BLOCK
     selected: int = 4096
@@ -110,8 +112,9 @@ def shipped(
             weights = Tiles(64, 64, 4, 2, shared=True) if softcap else replace(weights, stages=1)
         return Configuration(weights, sums, long, descriptors=True)
     if major == 10:
-        sums = square if describable else Tiles(64, 32, 8, 2)
-        few = Tiles(64, 64, 4, 2) if wide else square
+        # With a softcap, Triton 3.7 spills a second stage of pointers, and 4 warps of wide heads.
+        sums = square if describable else Tiles(64, 32, 8, 1 if softcap and not wide else 2)
+        few = Tiles(64, 64, 4, 2) if wide and not softcap else square
         weights = square if wide or describable else Tiles(64, 64, 4, 1)
         return Configuration(weights, sums, few, descriptors=describable)
     large = square if wide and not (major == 9 and describable) else Tiles(128, 64, 8, 2)

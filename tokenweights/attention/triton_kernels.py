@@ -1,4 +1,4 @@
-"""Triton kernels of the attention statistics; the only file that imports triton.
+"""Triton kernels of the attention statistics.
 
 All sequences of a batch share a launch. A program reads its work from two int32 tables:
 
@@ -30,78 +30,68 @@ HIDDEN = tl.constexpr(-1.0e38)
 
 
 @triton.jit
-def _softcapped(score, scale, softcap):
-    """Base-2 logits `softcap * tanh(score * scale / softcap)`."""
-    ratio = score * (scale / softcap)
-    square = ratio * ratio
-    # 1 - 2 / (e^2x + 1) loses the digits of a small x; there the series is exact to float32.
-    series = ratio * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 - square * (17.0 / 315))))
-    quotient = 1.0 - 2.0 / (tl.exp2(ratio * (2 * LOG2E)) + 1.0)
-    return tl.where(square < 0.0625, series, quotient) * (softcap * LOG2E)
-
-
-@triton.jit
-def _logit(score, scale, softcap, SOFTCAP: tl.constexpr):
-    """Base-2 logits."""
-    if SOFTCAP:
-        logit = _softcapped(score, scale, softcap)
-    else:
+def _logit(score, scale, softcap):
+    """Base-2 logits, `softcap * tanh(score * scale / softcap)` where there is a softcap."""
+    if softcap is None:
         logit = score * (scale * LOG2E)
+    else:
+        ratio = score * (scale / softcap)
+        square = ratio * ratio
+        # 1 - 2 / (e^2x + 1) loses the digits of a small x; there the series is exact to float32.
+        series = ratio * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 - square * (17.0 / 315))))
+        quotient = 1.0 - 2.0 / (tl.exp2(ratio * (2 * LOG2E)) + 1.0)
+        logit = tl.where(square < 0.0625, series, quotient) * (softcap * LOG2E)
     return logit
 
 
 @triton.jit
 def _work(items, sequences):
-    """Rows and keys of this program, and batch row, slots, queries and keys of their sequence."""
+    """Rows and keys of this program; batch row, slots, keys before the queries, and all keys."""
     item = items + tl.program_id(0) * ITEM_COLUMNS
     sequence = sequences + tl.load(item) * SEQUENCE_COLUMNS
     rows = tl.load(item + 1), tl.load(item + 2), tl.load(item + 3), tl.load(item + 4)
     slots = tl.load(sequence), tl.load(sequence + 1), tl.load(sequence + 3)
-    return rows + slots + (tl.load(sequence + 2), tl.load(sequence + 4))
+    keys = tl.load(sequence + 4)
+    return rows + slots + (keys - tl.load(sequence + 2), keys)
 
 
 @triton.jit
 def _tile(
     tensor,
+    strides,
     batch,
     head,
     slot,
     last,
-    batch_stride,
-    head_stride,
-    token_stride,
     TOKENS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """Vectors of consecutive slots; by pointers, those after the first and `last` repeat it."""
-    if DESCRIPTORS:
+    if strides is None:
         tile = tensor.load([batch, head, slot, 0]).reshape(TOKENS, BLOCK_DIM)
     else:
-        start = tensor + tl.cast(batch, tl.int64) * batch_stride
-        start += tl.cast(head, tl.int64) * head_stride + tl.cast(slot, tl.int64) * token_stride
+        start = tensor + tl.cast(batch, tl.int64) * strides[0]
+        start += tl.cast(head, tl.int64) * strides[1] + tl.cast(slot, tl.int64) * strides[2]
         dim = tl.arange(0, BLOCK_DIM)[None, :]
-        start += tl.minimum(tl.arange(0, TOKENS), last)[:, None] * token_stride + dim
+        start += tl.minimum(tl.arange(0, TOKENS), last)[:, None] * strides[2] + dim
         if DIM == BLOCK_DIM:
             tile = tl.load(start)
         else:
             tile = tl.load(start, mask=dim < DIM, other=0.0)
-    if UPCAST:
-        tile = tile.to(tl.float32)
     return tile
 
 
 @triton.jit
-def _visible(distance, column, key_stop, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Which keys the queries at these distances see."""
-    visible = column < key_stop
+def _pairs(position, column, key_stop, window, CAUSAL: tl.constexpr):
+    """Distances from these keys to these queries, and whether the queries see them."""
+    distance = position[:, None] - column[None, :]
+    visible = column[None, :] < key_stop
     if CAUSAL:
         visible &= distance >= 0
-    if WINDOW:
+    if window is not None:
         visible &= distance < window
-    return visible
+    return distance, visible
 
 
 @triton.jit
@@ -112,12 +102,8 @@ def log_sum_exp(
     lse,
     sequences,
     items,
-    query_batch,
-    query_head,
-    query_token,
-    key_batch,
-    key_head,
-    key_token,
+    query_strides,
+    key_strides,
     query_slots,
     all_rows,
     group,
@@ -129,96 +115,62 @@ def log_sum_exp(
     BLOCK_KEYS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    NEGATIVE: tl.constexpr,
-    SINKS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """Natural log of the softmax denominators, `heads row`: one program per row block and head.
 
     Only tiles at the edge of the window and those at the diagonal, or with the last keys, are
-    masked: the tiles between have a loop of their own.
+    masked: the tiles between have a loop of their own. The scale is positive.
     """
-    first_row, row_stop, first_key, key_stop, batch, query_slot, key_slot, queries, keys = _work(
+    first_row, row_stop, first_key, key_stop, batch, query_slot, key_slot, before, keys = _work(
         items, sequences
     )
     head = tl.program_id(1)
     row = tl.arange(0, BLOCK_ROWS)
-    position = keys - queries + first_row + row
-    q = _tile(
-        query,
-        batch,
-        head,
-        query_slot + first_row,
-        row_stop - first_row - 1,
-        query_batch,
-        query_head,
-        query_token,
-        BLOCK_ROWS,
-        DIM,
-        BLOCK_DIM,
-        DESCRIPTORS,
-        UPCAST,
-    )
-    # Softcapped logits, and those that a negative scale turns around, are scaled one by one.
-    if SOFTCAP or NEGATIVE:
-        factor = 1.0
-    else:
-        factor = scale * LOG2E
+    slot, last = query_slot + first_row, row_stop - first_row - 1
+    position = before + first_row + row
+    q = _tile(query, query_strides, batch, head, slot, last, BLOCK_ROWS, DIM, BLOCK_DIM)
+    # Softcapped logits are scaled one by one.
+    factor = scale * LOG2E if softcap is None else 1.0
     edge, diagonal = first_key, key_stop
-    if WINDOW:
-        hidden = keys - queries + row_stop - window - first_key
-        edge = tl.minimum(
-            first_key + tl.cdiv(tl.maximum(hidden, 0), BLOCK_KEYS) * BLOCK_KEYS, key_stop
-        )
+    if window is not None:
+        hidden = tl.maximum(before + row_stop - window - first_key, 0)
+        edge = tl.minimum(first_key + tl.cdiv(hidden, BLOCK_KEYS) * BLOCK_KEYS, key_stop)
     if CAUSAL:
-        diagonal = tl.minimum(diagonal, keys - queries + first_row + 1)
+        diagonal = tl.minimum(diagonal, before + first_row + 1)
     diagonal = tl.maximum(edge, first_key + (diagonal - first_key) // BLOCK_KEYS * BLOCK_KEYS)
+    borders = first_key, edge, diagonal, key_stop
 
     largest = tl.full([BLOCK_ROWS], HIDDEN, tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
-    for stretch in tl.static_range(0 if WINDOW else 1, 3):
-        if stretch == 0:
-            begin, end = first_key, edge
-        elif stretch == 1:
-            begin, end = edge, diagonal
-        else:
-            begin, end = diagonal, key_stop
-        for start in range(begin, end, BLOCK_KEYS):
+    for stretch in tl.static_range(1 if window is None else 0, 3):
+        for start in range(borders[stretch], borders[stretch + 1], BLOCK_KEYS):
             k = _tile(
                 key,
+                key_strides,
                 batch,
                 head // group,
                 key_slot + start,
                 keys - 1 - start,
-                key_batch,
-                key_head,
-                key_token,
                 BLOCK_KEYS,
                 DIM,
                 BLOCK_DIM,
-                DESCRIPTORS,
-                UPCAST,
             )
             logit = tl.dot(q, tl.trans(k), input_precision="ieee")
-            if SOFTCAP or NEGATIVE:
-                logit = _logit(logit, scale, softcap, SOFTCAP)
+            if softcap is not None:
+                logit = _logit(logit, scale, softcap)
             if stretch != 1:
-                column = start + tl.arange(0, BLOCK_KEYS)[None, :]
-                distance = position[:, None] - column
-                visible = _visible(distance, column, key_stop, window, CAUSAL, WINDOW)
+                column = start + tl.arange(0, BLOCK_KEYS)
+                _, visible = _pairs(position, column, key_stop, window, CAUSAL)
                 logit = tl.where(visible, logit, HIDDEN)
             new = tl.maximum(largest, tl.max(logit, axis=1) * factor)
             power = tl.exp2(logit * factor - new[:, None])
             total = total * tl.exp2(largest - new) + tl.sum(power, axis=1)
             largest = new
-    if SINKS:
+    if sinks is not None:
         # A sink that overflows here leaves its head no weight, which is then exact.
         total += tl.exp2(tl.load(sinks + head) * LOG2E - largest)
-    out = tl.cast(head, tl.int64) * all_rows + batch * query_slots + query_slot + first_row + row
-    tl.store(lse + out, (largest + tl.log2(total)) * LN2, mask=row < row_stop - first_row)
+    out = tl.cast(head, tl.int64) * all_rows + batch * query_slots + slot + row
+    tl.store(lse + out, (largest + tl.log2(total)) * LN2, mask=row <= last)
 
 
 @triton.jit
@@ -230,12 +182,8 @@ def mean_weights(
     workspace,
     sequences,
     items,
-    query_batch,
-    query_head,
-    query_token,
-    key_batch,
-    key_head,
-    key_token,
+    query_strides,
+    key_strides,
     query_slots,
     all_rows,
     group,
@@ -253,137 +201,106 @@ def mean_weights(
     BLOCK_KEYS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    LINEAR: tl.constexpr,
-    FIXED: tl.constexpr,
-    STORE: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """Row sums over the head-averaged weights of a block of rows and a range of keys.
 
     `HEADS` heads are averaged, from `output head * HEADS` on. `SHARED` heads in a row have one key
     head and one load of its keys. `OVERLAPPED` takes the exponentials of a head while the product
-    of the next one runs. `STORE` writes the weights to the workspace.
+    of the next one runs. Weights are written to the workspace if there is one; a `local_window`
+    asks for distances, the largest weight and local mass, a `fixed_k` for sums over first keys.
     """
     item = items + tl.program_id(0) * ITEM_COLUMNS
-    first_row, row_stop, first_key, key_stop, batch, query_slot, key_slot, queries, keys = _work(
+    first_row, row_stop, first_key, key_stop, batch, query_slot, key_slot, before, keys = _work(
         items, sequences
     )
     part, out_head = tl.load(item + 5), tl.load(item + 6)
     row = tl.arange(0, BLOCK_ROWS)
-    live = row < row_stop - first_row
-    real = tl.minimum(row, row_stop - first_row - 1)
-    position = keys - queries + first_row + row
-    denominators = lse + tl.cast(out_head * HEADS, tl.int64) * all_rows
-    denominators += batch * query_slots + query_slot + first_row
-    if WINDOW:
+    slot, last = query_slot + first_row, row_stop - first_row - 1
+    live, real = row <= last, tl.minimum(row, last)
+    position = before + first_row + row
+    denominators = lse + batch * query_slots + slot
+    first_visible = tl.zeros([BLOCK_ROWS], tl.int32)
+    if window is not None:
         first_visible = tl.maximum(position - window + 1, 0)
-    else:
-        first_visible = tl.zeros([BLOCK_ROWS], tl.int32)
 
-    mass = tl.zeros([BLOCK_ROWS], tl.float32)
-    plogp = tl.zeros([BLOCK_ROWS], tl.float32)
-    far = tl.zeros([BLOCK_ROWS], tl.float32)
-    local = tl.zeros([BLOCK_ROWS], tl.float32)
-    largest = tl.zeros([BLOCK_ROWS], tl.float32)
-    fixed_mass = tl.zeros([BLOCK_ROWS], tl.float32)
-    fixed_plogp = tl.zeros([BLOCK_ROWS], tl.float32)
+    zero = tl.zeros([BLOCK_ROWS], tl.float32)
+    mass, plogp, far, local, largest, fixed_mass, fixed_plogp = (
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+    )
     for start in range(first_key, key_stop, BLOCK_KEYS):
         mean = tl.zeros([BLOCK_ROWS, BLOCK_KEYS], tl.float32)
         # What is overlapped lags by a head: before the first one there is no weight.
-        logit = tl.zeros([BLOCK_ROWS, BLOCK_KEYS], tl.float32)
-        shift = tl.full([BLOCK_ROWS], -HIDDEN, tl.float32)
+        lagging, shift = mean, tl.full([BLOCK_ROWS], -HIDDEN, tl.float32)
         for step in range(0, HEADS // SHARED):
             first_head = out_head * HEADS + step * SHARED
             k = tl.trans(
                 _tile(
                     key,
+                    key_strides,
                     batch,
                     first_head // group,
                     key_slot + start,
                     keys - 1 - start,
-                    key_batch,
-                    key_head,
-                    key_token,
                     BLOCK_KEYS,
                     DIM,
                     BLOCK_DIM,
-                    DESCRIPTORS,
-                    UPCAST,
                 )
             )
             for member in range(0, SHARED):
-                q = _tile(
-                    query,
-                    batch,
-                    first_head + member,
-                    query_slot + first_row,
-                    row_stop - first_row - 1,
-                    query_batch,
-                    query_head,
-                    query_token,
-                    BLOCK_ROWS,
-                    DIM,
-                    BLOCK_DIM,
-                    DESCRIPTORS,
-                    UPCAST,
-                )
+                head = first_head + member
+                q = _tile(query, query_strides, batch, head, slot, last, BLOCK_ROWS, DIM, BLOCK_DIM)
                 score = tl.dot(q, k, input_precision="ieee")
-                head = tl.cast(step * SHARED + member, tl.int64)
-                denominator = tl.load(denominators + head * all_rows + real) * LOG2E
+                place = denominators + tl.cast(head, tl.int64) * all_rows
+                denominator = tl.load(place + real) * LOG2E
                 if OVERLAPPED:
-                    mean += tl.exp2(_logit(logit, scale, softcap, SOFTCAP) - shift[:, None])
-                    logit, shift = score, denominator
-                else:
-                    score = _logit(score, scale, softcap, SOFTCAP)
-                    mean += tl.exp2(score - denominator[:, None])
+                    lagging, score = score, lagging
+                    shift, denominator = denominator, shift
+                mean += tl.exp2(_logit(score, scale, softcap) - denominator[:, None])
         if OVERLAPPED:
-            mean += tl.exp2(_logit(logit, scale, softcap, SOFTCAP) - shift[:, None])
+            mean += tl.exp2(_logit(lagging, scale, softcap) - shift[:, None])
         # One mask per tile, not per head; it also drops infinities of keys after the query.
         column = start + tl.arange(0, BLOCK_KEYS)
-        distance = position[:, None] - column[None, :]
-        visible = _visible(distance, column[None, :], key_stop, window, CAUSAL, WINDOW)
+        distance, visible = _pairs(position, column, key_stop, window, CAUSAL)
         mean = tl.where(visible, mean * (1.0 / HEADS), 0.0)
+        term = mean * tl.log2(tl.maximum(mean, TINY))
         mass += tl.sum(mean, axis=1)
-        if STORE:
+        plogp += tl.sum(term, axis=1)
+        if workspace is not None:
             # Rows are as wide as whole tiles, so no column has to be masked.
             place = (row * tl.load(item + 8))[:, None] + column[None, :]
             tl.store(workspace + tl.load(item + 7) + place, mean, mask=live[:, None])
-        if LINEAR:
+        if local_window is not None:
             if not CAUSAL:
                 distance = tl.abs(distance)
             far += tl.sum(mean * distance, axis=1)
             local += tl.sum(tl.where(distance < local_window, mean, 0.0), axis=1)
             largest = tl.maximum(largest, tl.max(mean, axis=1))
-        if ENTROPY or FIXED:
-            term = mean * tl.log2(tl.maximum(mean, TINY))
-            if ENTROPY:
-                plogp += tl.sum(term, axis=1)
-            if FIXED:
-                first = column[None, :] < (first_visible + fixed_k)[:, None]
-                fixed_mass += tl.sum(tl.where(first, mean, 0.0), axis=1)
-                fixed_plogp += tl.sum(tl.where(first, term, 0.0), axis=1)
+        if fixed_k is not None:
+            first = column[None, :] < (first_visible + fixed_k)[:, None]
+            fixed_mass += tl.sum(tl.where(first, mean, 0.0), axis=1)
+            fixed_plogp += tl.sum(tl.where(first, term, 0.0), axis=1)
 
     stride = tl.cast(sum_rows, tl.int64)
     found = sums + part * SUMS * stride + tl.load(item + 9) + real
     tl.store(found, mass, mask=live)
-    if ENTROPY:
-        tl.store(found + stride, plogp, mask=live)
-    if LINEAR:
+    tl.store(found + stride, plogp, mask=live)
+    if local_window is not None:
         tl.store(found + 2 * stride, far, mask=live)
         tl.store(found + 3 * stride, local, mask=live)
         tl.store(found + 4 * stride, largest, mask=live)
-    if FIXED:
+    if fixed_k is not None:
         tl.store(found + 5 * stride, fixed_mass, mask=live)
         tl.store(found + 6 * stride, fixed_plogp, mask=live)
     if part == 0:
+        count = tl.zeros([BLOCK_ROWS], tl.int32) + keys
         if CAUSAL:
             count = position - first_visible + 1
-        else:
-            count = tl.zeros([BLOCK_ROWS], tl.int32) + keys
         tl.store(found + 7 * stride, count.to(tl.float32), mask=live)
 
 
@@ -401,9 +318,7 @@ def selections(
     window,
     TARGETS: tl.constexpr,
     SLOTS: tl.constexpr,
-    TOP_K: tl.constexpr,
     CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     PIECES: tl.constexpr,
@@ -412,16 +327,13 @@ def selections(
 
     Non-negative floats are ordered as their bits are, so halving an interval of bit patterns finds
     the exact weight at which a count or a mass is reached; ties are counted, not listed. With
-    `TOP_K` the first target is the count. The others are what shares leave of the mass: the sum of
+    `top_k` the first target is the count. The others are what shares leave of the mass: the sum of
     the smallest weights, which rounds less than that of the largest.
     """
     item = items + tl.program_id(0) * ITEM_COLUMNS
-    sequence = sequences + tl.load(item) * SEQUENCE_COLUMNS
-    first_row, row_stop = tl.load(item + 1), tl.load(item + 2)
-    first_key, key_stop = tl.load(item + 3), tl.load(item + 4)
-    batch, query_slot, queries = tl.load(sequence), tl.load(sequence + 1), tl.load(sequence + 2)
-    keys = tl.load(sequence + 4)
-
+    first_row, row_stop, first_key, key_stop, batch, query_slot, _, before, keys = _work(
+        items, sequences
+    )
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     live = row < row_stop - first_row
     # A block of fewer rows than programs leaves some with nothing to do: they repeat the last row.
@@ -442,7 +354,7 @@ def selections(
         largest = tl.maximum(largest, tl.max(weight, axis=1))
     rest = tl.load(rests + slot)
     target = -rest * mass[:, None]
-    if TOP_K:
+    if top_k is not None:
         target = tl.where(slot == 0, tl.cast(top_k, tl.float32), target)
 
     low = tl.zeros([ROWS, SLOTS], tl.int32)
@@ -461,7 +373,7 @@ def selections(
             for index in tl.static_range(TARGETS):
                 bound = tl.sum(tl.where(slot == index, level, 0.0), axis=1)
                 kept = weight >= bound[:, None]
-                if TOP_K and index == 0:
+                if index == 0 and top_k is not None:
                     value = tl.sum(tl.where(kept, 1.0, 0.0), axis=1)
                 else:
                     value = -tl.sum(tl.where(kept, 0.0, weight), axis=1)
@@ -482,7 +394,7 @@ def selections(
             here = tl.sum(tl.where(slot == index, bound, 0.0), axis=1)
             more = tl.sum(tl.where(weight > here[:, None], 1.0, 0.0), axis=1)
             count += tl.where(slot == index, more[:, None], 0.0)
-            if TOP_K and index == 0:
+            if index == 0 and top_k is not None:
                 part = tl.where(weight > here[:, None], weight, 0.0)
                 plogp += tl.sum(part * tl.log2(tl.maximum(part, TINY)), axis=1)
             else:
@@ -493,10 +405,10 @@ def selections(
     out += tl.load(item + 6) * all_rows
     visible = tl.zeros([ROWS], tl.int32) + keys
     if CAUSAL:
-        visible = keys - queries + first_row + real + 1
-    if WINDOW:
+        visible = before + first_row + real + 1
+    if window is not None:
         visible = tl.minimum(visible, window)
-    if TOP_K:
+    if top_k is not None:
         ties = tl.cast(top_k, tl.float32) - tl.sum(tl.where(slot == 0, count, 0.0), axis=1)
         tie = tl.sum(tl.where(slot == 0, bound, 0.0), axis=1)
         kept_mass = tl.sum(tl.where(slot == 0, beyond, 0.0), axis=1) + ties * tie
@@ -512,7 +424,7 @@ def selections(
     size = tl.minimum(size, most_keys)
     wanted = slot
     shares_asked = TARGETS
-    if TOP_K:
+    if top_k is not None:
         wanted = slot - 1
         shares_asked = TARGETS - 1
     inside = live[:, None] & (wanted >= 0) & (wanted < shares_asked)

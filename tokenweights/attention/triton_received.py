@@ -23,7 +23,9 @@ _KERNELS: Any = triton_columns
 
 
 def column_tiles(configuration: Configuration, element_bytes: int) -> Tiles:
-    """The tiles of a configuration at which no architecture spills."""
+    """The tiles of a configuration, by default those at which no architecture spills."""
+    if configuration.columns is not None:
+        return configuration.columns
     if element_bytes == 4:
         return configuration.denominators
     tiles = replace(configuration.sums, stages=min(configuration.sums.stages, 2))
@@ -104,7 +106,7 @@ def triton_received(
         sweep._loaded(sweep.query, tiles.rows),
         sweep._loaded(sweep.key, tiles.keys),
         sweep.lse,
-        sweep.lse if asked is None else asked,
+        asked,
         totals,
         sweep.sequences,
         sweep._on_device(units),
@@ -116,12 +118,9 @@ def triton_received(
         sweep.out_heads,
         sweep.group,
         *sweep._logit_parameters(),
-        first or 0,
-        last or 0,
+        first,
+        last,
         HEADS=sweep.heads // sweep.out_heads,
-        ASKED=asked is not None,
-        FIRST=first is not None,
-        LAST=last is not None,
         LARGEST=largest,
         **sweep._constants(tiles),
     )
