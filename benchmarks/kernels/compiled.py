@@ -46,7 +46,7 @@ POINTERS = {
 DIVISIBLE = {"query_batch", "query_head", "query_token", "key_batch", "key_head", "key_token"}
 # What a launch may find to be a multiple of 16, as with 16384 tokens, or to be 1.
 ROUND = frozenset({"query_slots", "all_rows", "sum_rows"})
-ONES = ROUND | {"group", "window", "fixed_k", "local_window", "top_k"}
+ONES = ROUND | {"group", "window", "fixed_k", "local_window", "distance_bound", "top_k"}
 PRODUCT = re.compile(r"\b(?P<name>HGMMA|HMMA|UTC\w*MMA)\b(?:\.64x(?P<columns>\d+)x16)?")
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 EVERYTHING = {"ENTROPY": True, "LINEAR": True, "FIXED": True}

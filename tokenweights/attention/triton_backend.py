@@ -49,6 +49,8 @@ _KERNELS: Any = triton_kernels
 FAINT_MASS = 1e-30
 # With `fixed` alone, the given lse is verified on the last rows of each sequence.
 LAST_ROWS = 16
+# As far as a 32-bit number counts.
+NO_BOUND = 2**31 - 1
 LINEAR = {"mean_distance", "local_mass", "nonlocal_mass", "max_weight"}
 SELECTED = {"topk", "support_size"}
 
@@ -315,6 +317,7 @@ class _Sweep:
             *self._logit_parameters(),
             request.fixed_k,
             request.local_window,
+            NO_BOUND if request.distance_bound is None else request.distance_bound,
             HEADS=averaged,
             SHARED=self.group if tiles.shared and averaged % self.group == 0 else 1,
             OVERLAPPED=tiles.overlapped,

@@ -245,6 +245,7 @@ def mean_weights(
     window,
     fixed_k,
     local_window,
+    distance_bound,
     HEADS: tl.constexpr,
     SHARED: tl.constexpr,
     OVERLAPPED: tl.constexpr,
@@ -355,7 +356,7 @@ def mean_weights(
         if LINEAR:
             if not CAUSAL:
                 distance = tl.abs(distance)
-            far += tl.sum(mean * distance, axis=1)
+            far += tl.sum(mean * tl.minimum(distance, distance_bound), axis=1)
             local += tl.sum(tl.where(distance < local_window, mean, 0.0), axis=1)
             largest = tl.maximum(largest, tl.max(mean, axis=1))
         if ENTROPY or FIXED:
