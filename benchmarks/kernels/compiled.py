@@ -53,7 +53,8 @@ POINTERS = {
 }
 # What a launch may find to be a multiple of 16, as with 16384 tokens, or to be 1.
 ROUND = frozenset({"query_slots", "all_rows", "sum_rows", "key_slots", "all_keys"})
-ONES = ROUND | {"group", "window", "fixed_k", "local_window", "top_k", "first", "last", "out_heads"}
+ONES = ROUND | {"group", "window", "fixed_k", "local_window", "distance_bound", "top_k"}
+ONES |= {"first", "last", "out_heads"}
 # In the assembler's language, and in the machine's.
 PRODUCTS = {"wgmma.mma_async": "HGMMA", "tcgen05.mma": "UTCHMMA", "mma.sync": "HMMA"}
 PRODUCT = re.compile(r"\b(?P<name>HGMMA|HMMA|UTC\w*MMA)\b(?:\.64x(?P<columns>\d+)x16)?")
@@ -167,6 +168,7 @@ def usual_cases(arch: int) -> Iterator[Case]:
     if arch == 90:
         yield replace(overlapped(arch), read=True)
     yield from (given(case, "window") for case in usual[:2])
+    yield given(usual[2], "distance_bound")
     # Every head by itself, and heads that have keys of their own: nothing to share.
     apart = shipped(arch // 10, 128, 2)
     if apart.weights.shared:
@@ -203,7 +205,7 @@ def cases(configuration: Configuration, dim: int, dtype: str) -> Iterator[Case]:
     """Log-sum-exp, entropy alone, all sums, and all sums with a workspace."""
     common = {"DIM": dim, "BLOCK_DIM": block_dim(dim), "CAUSAL": True}
     # Descriptors know the strides.
-    absent = frozenset({"softcap", "window", "sinks"})
+    absent = frozenset({"softcap", "window", "sinks", "distance_bound"})
     absent |= {"query_strides", "key_strides"} if configuration.descriptors else set()
     address = " pointers" * (not configuration.descriptors)
     tiles = configuration.denominators

@@ -1,102 +1,125 @@
-"""Draws rows.svg and columns.svg: one attention map of the embedded policy, read in two directions.
+"""Draws `row.svg` and `column.svg`: where one token looks, and who looks back at one.
 
-`python docs/images/rows_and_columns.py` writes both anew.
+The numbers are those of the embedded policy on a problem of its task, answered by itself.
+
+Usage: python docs/images/rows_and_columns.py
 """
 
 from html import escape
 from pathlib import Path
 
 import torch
-from tokenweights_lab import load_policy, load_tokenizer
+from tokenweights_lab import load_policy, load_tokenizer, problems
 
 import tokenweights as tw
 
-PROMPT, RESPONSE, LAYER = "a+8b+8c+9?0>", r"a+8=8b+8=6c+9=5\boxed{65}", 2
-CELL, LEFT, BARS = 11, 24, 60
+LAYER, BOUND = 2, 10
+WIDTH, TOP, TALL = 860, 56, 110  # of the picture, above the bars, of the highest bar
 STYLE = """
-.NAME { --accent: #4051b5; max-width: 100%; height: auto; font: 9px ui-monospace, monospace; }
-.NAME { color: var(--md-default-fg-color, #24292f); }
-@media (prefers-color-scheme: dark) { .NAME { --accent: #8c9eff; color: #d0d7de; } }
-[data-md-color-scheme="default"] .NAME { --accent: #4051b5; color: inherit; }
-[data-md-color-scheme="slate"] .NAME { --accent: #8c9eff; color: inherit; }
-.NAME text { fill: currentColor; text-anchor: middle; }
-.NAME .say { font: 11px system-ui, sans-serif; text-anchor: start; }
-.NAME .cell, .NAME .bar { fill: var(--accent); }
-.NAME .chosen { fill: none; stroke: currentColor; stroke-width: 1.5; }
-.NAME .prompt { fill: currentColor; fill-opacity: 0.06; }
-"""
+    .attention { --ink: #24292f; --accent: #4051b5; --other: #8a4f7d; max-width: 100%; height: auto; font: 14px system-ui, sans-serif; color: var(--md-default-fg-color, var(--ink)); }
+    @media (prefers-color-scheme: dark) { .attention { --ink: #d0d7de; --accent: #8c9eff; --other: #d3a0c6; } }
+    [data-md-color-scheme="default"] .attention { --accent: #4051b5; --other: #8a4f7d; }
+    [data-md-color-scheme="slate"] .attention { --accent: #8c9eff; --other: #d3a0c6; }
+    .attention text { fill: currentColor; }
+    .attention .token { font: 13px ui-monospace, monospace; text-anchor: middle; }
+    .attention .prompt { opacity: 0.6; }
+    .attention .chosen { fill: var(--accent); font-weight: 700; }
+    .attention .mark { fill: none; stroke: var(--accent); stroke-width: 1.5; }
+    .attention .bar { fill: var(--other); }
+    .attention .line { stroke: currentColor; stroke-opacity: 0.35; }
+"""  # noqa: E501
 
 
-def attention() -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, head-averaged weights `query key`, entropy of each row and sum of each column."""
+def answered() -> tuple[list[str], int, torch.Tensor]:
+    """Tokens of a prompt and its greedy answer, the prompt's length, and the layer's weights."""
     model, tokenizer = load_policy(), load_tokenizer()
-    ids = [token for text in (PROMPT, RESPONSE) for token in tokenizer(text)["input_ids"]]
+    problem = problems("easy", 1, seed=0)[0]
+    prompt = torch.tensor([tokenizer(problem.prompt).input_ids])
+    whole = model.generate(prompt, do_sample=False, max_new_tokens=40, pad_token_id=0)
+    whole = whole[:, :-1]  # without the token that ends it
     with torch.no_grad(), tw.capture_attention(model, [LAYER]) as capture:
-        model(torch.tensor([ids]))
-    (seen,) = capture.calls[LAYER]
-    weights = tw.attention_weights(seen.query, seen.key)[0]
-    entropy = tw.attention_entropy(seen.query, seen.key)[0]
-    received = tw.attention_received(seen.query, seen.key, horizon=(1, None), reduction="sum")[0]
-    return tokenizer.convert_ids_to_tokens(ids), weights, entropy, received
+        model(whole)
+    (found,) = capture.calls[LAYER]
+    weights = tw.attention_weights(found.query, found.key, scale=found.scale)[0]
+    return [tokenizer.decode([token]) for token in whole[0]], prompt.shape[1], weights
 
 
-def drawing(name: str, say: str, parts: list[str], width: int, height: int) -> str:
-    """An SVG that takes the colours of the page it stands in."""
-    head = f'<svg class="{name}" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
-    head += f' width="{width}" role="img" aria-labelledby="{name}-title">'
-    title = f'<title id="{name}-title">{escape(say)}</title>'
-    style = f"<style>{STYLE.replace('NAME', name)}</style>"
-    return "\n".join([head, title, style, *parts, "</svg>\n"])
-
-
-def rectangle(kind: str, x: float, y: float, width: float, height: float, more: str = "") -> str:
-    """One rectangle of a class."""
-    size = f'width="{width:.1f}" height="{height:.1f}"'
-    return f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" {size}{more}/>'
-
-
-def main() -> None:
-    """Write both pictures."""
-    tokens, weights, entropy, received = attention()
-    first, count = len(PROMPT), len(tokens)
-    side, top = CELL * count, 30
-    shared = [rectangle("prompt", LEFT, top, CELL * first, side)]
-    for place, token in enumerate(tokens):
-        middle = place * CELL + CELL * 0.75
-        shared.append(f'<text x="{LEFT - 8}" y="{top + middle:.1f}">{escape(token)}</text>')
-        shared.append(f'<text x="{LEFT + middle - 3:.1f}" y="{top - 4}">{escape(token)}</text>')
-    for t, s in (weights > 0.01).nonzero().tolist():
-        opacity = f' fill-opacity="{float(weights[t, s]) ** 0.5:.2f}"'
-        x, y = LEFT + s * CELL, top + t * CELL
-        shared.append(rectangle("cell", x, y, CELL - 1, CELL - 1, opacity))
-
-    row = first + int(entropy[first:].argmin())
-    bars = [
-        rectangle("bar", LEFT + side + 6, top + t * CELL, BARS * float(value), CELL - 2)
-        for t, value in enumerate(entropy)
+def picture(
+    name: str, title: str, note: str, tokens: list[str], prompt: int, chosen: int, bars: list[float]
+) -> str:
+    """Bars over the tokens of a sequence, one of which is chosen."""
+    step, base, highest = WIDTH / len(tokens), TOP + TALL, max(bars)
+    parts = [
+        f'<svg class="attention" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} '
+        f'{base + 48}" width="{WIDTH}" role="img" aria-labelledby="attention-{name}">',
+        f'  <title id="attention-{name}">{escape(title)}. {escape(note)}</title>',
+        f"  <style>{STYLE}  </style>",
+        f'  <text x="0" y="18" font-weight="600">{escape(title)}</text>',
+        f'  <text x="0" y="38">{escape(note)}</text>',
+        f'  <path class="line" d="M0 {base}H{WIDTH}"/>',
     ]
-    chosen = rectangle("chosen", LEFT - 1, top + row * CELL - 1, CELL * (row + 1) + 1, CELL + 1)
-    say = f"Row: what “{tokens[row]}” looks at. Right: entropy of each row, here {entropy[row]:.2f}"
-    label = f'<text class="say" x="{LEFT}" y="12">{escape(say)}</text>'
-    width, height = LEFT + side + BARS + 8, top + side + 4
-    page = drawing("rows", say, [label, *shared, chosen, *bars], width, height)
-    Path(__file__).with_name("rows.svg").write_text(page)
-
-    column = first + int(received[first:].argmax())
-    scale = BARS / float(received.max())
-    bars = [
-        rectangle("bar", LEFT + s * CELL, top + side + 6, CELL - 2, scale * float(value))
-        for s, value in enumerate(received)
+    for place, (token, share) in enumerate(zip(tokens, bars, strict=True)):
+        left, tall = place * step, TALL * share / highest
+        shown = escape(token.replace("\n", "\u21b5").replace(" ", "\u00b7"))
+        kind = "chosen" if place == chosen else "prompt" if place < prompt else "answer"
+        if tall >= 0.5:
+            parts.append(
+                f'  <rect class="bar" x="{left + 1.5:.1f}" y="{base - tall:.1f}" '
+                f'width="{step - 3:.1f}" height="{tall:.1f}"/>'
+            )
+        middle = left + step / 2
+        parts.append(
+            f'  <text class="token {kind}" x="{middle:.1f}" y="{base + 18}">{shown}</text>'
+        )
+    left = chosen * step
+    parts += [
+        f'  <rect class="mark" x="{left:.1f}" y="{base + 4}" width="{step:.1f}" height="20"/>',
+        f'  <text class="prompt" x="0" y="{base + 42}">prompt</text>',
+        f'  <text class="prompt" x="{prompt * step:.1f}" y="{base + 42}">answer</text>',
+        "</svg>",
     ]
-    x, y = LEFT + column * CELL - 1, top + column * CELL - 1
-    chosen = rectangle("chosen", x, y, CELL + 1, CELL * (count - column) + 1)
-    say = f"Column: who looks back at “{tokens[column]}”. Below: sum of each column,"
-    say += f" here {received[column]:.2f}"
-    label = f'<text class="say" x="{LEFT}" y="12">{escape(say)}</text>'
-    width, height = LEFT + side + 8, top + side + BARS + 10
-    page = drawing("columns", say, [label, *shared, chosen, *bars], width, height)
-    Path(__file__).with_name("columns.svg").write_text(page)
+    return "\n".join(parts) + "\n"
+
+
+def pictures() -> dict[str, str]:
+    """Both pictures by the names of their files.
+
+    Of the token of the answer that looks back farthest, and of the one that gets most on average.
+    """
+    tokens, prompt, weights = answered()
+    size = len(tokens)
+    place = torch.arange(size)
+    far = (weights * (place[:, None] - place).clamp(max=BOUND)).sum(-1)
+    later = (place[:, None] > place) & (place[:, None] >= prompt)
+    received = (weights * later).sum(0) / later.sum(0).clamp(min=1)
+    # Tokens that have a past and a future in the answer.
+    inside = slice(prompt + 3, size - 12)
+    looks = int(far[inside].argmax()) + inside.start
+    source = int(received[inside].argmax()) + inside.start
+    row = weights[looks].tolist()
+    column = (weights[:, source] * later[:, source]).tolist()
+    entropy = (
+        -torch.special.xlogy(weights[looks], weights[looks]).sum()
+        / torch.tensor(float(looks + 1)).log()
+    )
+    said = {
+        "row": (
+            f"A row: where \u201c{tokens[looks]}\u201d looks",
+            f"Bars sum to 1. Entropy {entropy:.2f} of its maximum; distance {far[looks]:.1f} "
+            f"tokens on average, pairs counting at most {BOUND}.",
+        ),
+        "column": (
+            f"A column: who looks back at \u201c{tokens[source]}\u201d",
+            f"Bars sum to {sum(column):.2f}, the rest of each later row goes elsewhere. "
+            f"Mean over {int(later[:, source].sum())} later tokens: {received[source]:.3f}.",
+        ),
+    }
+    return {
+        f"{name}.svg": picture(name, *said[name], tokens, prompt, chosen, bars)
+        for name, chosen, bars in (("row", looks, row), ("column", source, column))
+    }
 
 
 if __name__ == "__main__":
-    main()
+    for name, text in pictures().items():
+        Path(__file__).with_name(name).write_text(text, encoding="utf-8")

@@ -11,8 +11,15 @@ from tokenweights.attention import (
     attention_entropy_varlen,
     attention_statistics,
     attention_weights,
+    packed_distance,
     packed_entropy,
+    packed_received,
+    sequence_parallel_distance,
     sequence_parallel_entropy,
+    sequence_parallel_received,
+    tensor_parallel_distance,
+    tensor_parallel_entropy,
+    tensor_parallel_received,
 )
 
 
@@ -73,8 +80,26 @@ def results(query, key, sinks):
     bounds = torch.tensor([0, 15, 40])
     rows = query[0].transpose(0, 1), key[0].transpose(0, 1)
     yield attention_entropy_varlen(*rows, cu_seqlens_q=bounds, cu_seqlens_k=bounds, sinks=sinks)
-    yield packed_entropy(*rows, torch.arange(40), sinks=sinks)
-    yield sequence_parallel_entropy(query, key, torch.arange(40), sinks=sinks)
+    places = torch.arange(40)
+    for entropy, distance, received, values in (
+        (packed_entropy, packed_distance, packed_received, (*rows, places)),
+        (
+            sequence_parallel_entropy,
+            sequence_parallel_distance,
+            sequence_parallel_received,
+            (query, key, places),
+        ),
+        (
+            tensor_parallel_entropy,
+            tensor_parallel_distance,
+            tensor_parallel_received,
+            (query, key),
+        ),
+    ):
+        yield entropy(*values, sinks=sinks)
+        yield distance(*values, sinks=sinks, bound=9)
+        for reduction in ("mean", "max"):
+            yield received(*values, sinks=sinks, horizon=(1, 30), reduction=reduction)
 
 
 @pytest.mark.parametrize("peaked", [False, True])

@@ -20,6 +20,7 @@ from tokenweights import TokenWeightsError
 from tokenweights.attention import (
     ENTROPY_KINDS,
     STATISTIC_KINDS,
+    attention_distance,
     attention_entropy,
     attention_entropy_varlen,
     attention_statistics,
@@ -98,6 +99,18 @@ def test_types_and_dimensions(dtype, kv_heads, dim):
 def test_other_head_dimensions(dim, dtype):
     query, key = normal(1, 2, 35, dim, dtype=dtype), normal(1, 1, 70, dim, seed=1, dtype=dtype)
     assert_agrees(query, key, kinds=SUMS)
+
+
+@pytest.mark.parametrize("bound", [1, 16, 50, 10_000])
+@pytest.mark.parametrize("arguments", [{}, {"window": 40}, {"causal": False}], ids=str)
+def test_distances_with_a_bound(bound, arguments):
+    query, key = normal(1, 4, QUERIES, 64), normal(1, 2, KEYS, 64, seed=1)
+    options = {"kinds": ("mean_distance", "local_mass"), "distance_bound": bound} | arguments
+    assert_agrees(query, key, **options)
+    far = attention_distance(query, key, bound=bound, backend="triton", **arguments)
+    expected = attention_distance(query, key, bound=bound, backend="reference", **arguments)
+    error = (far.double() - expected).abs() / expected.clamp_min(1.0)
+    assert float(error.max()) <= TOLERANCE
 
 
 @pytest.mark.parametrize("heads", ["none", "mean_entropy"])

@@ -396,6 +396,26 @@ def _covers_nothing(driver, token):
         assert shown[1] <= covered[0] + 1 or shown[0] >= covered[1] - 1, boxes
 
 
+@pytest.mark.parametrize("width", [1400, 390])
+@pytest.mark.parametrize("bar", [".trace-strip", ".trace-controls"])
+def test_marks_of_tokens_do_not_show_beside_a_bar_that_covers_them(opened, width, bar):
+    """Rings and outlines reach beyond the text; the bars that stay on the screen hide all of it."""
+    driver = opened(long_page(60), width=width, height=844)
+    all_of(driver, ".token")[-9].click()
+    left, text, reach = driver.execute_script(
+        """const token = document.querySelectorAll(".token")[0];
+        token.classList.add("found", "found-now");
+        const rings = [...getComputedStyle(token).boxShadow.matchAll(/([\\d.]+)px(?=,|$)/g)];
+        const reach = Math.max(...rings.map((ring) => Number(ring[1])));
+        const left = (e) => e.getBoundingClientRect().left;
+        const of = (selector) => left(document.querySelector(selector));
+        return [of(arguments[0]), of(".trace-tokens"), reach];""",
+        bar,
+    )
+    assert reach >= 6 and 0 <= left <= text - reach
+    assert overflowing(driver) == []
+
+
 def test_a_report_opens(opened, record):
     metrics = [{"step": step, "reward": step / 4} for step in range(4)]
     ratios = {f"gradient/decile_{number}": number / 45 for number in range(10)}

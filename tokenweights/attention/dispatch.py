@@ -74,7 +74,7 @@ def sweep(
     if not batch.sequences:
         return
     run = chunked_sweep
-    if backend == "triton" and _in_kernels(request) and _in_float32(batch, logits.scale):
+    if backend == "triton" and _in_float32(batch, logits.scale):
         # Imported when needed: triton is large, and not everywhere.
         from tokenweights.attention.triton_backend import triton_sweep as run
     run(
@@ -202,10 +202,6 @@ def packed_reference(
             columns, rows = map(float, mass)
             check_columns(function, columns, rows, asked_queries(sequence) * totals.shape[1])
             results["received"][sequence.slots.row][:, sequence.slots.key] = totals[0]
-
-
-def _in_kernels(request: Request) -> bool:
-    return request.distance_bound is None
 
 
 def _in_float32(batch: TokenBatch, scale: float) -> bool:

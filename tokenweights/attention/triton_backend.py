@@ -317,6 +317,7 @@ class _Sweep:
             *self._logit_parameters(),
             request.fixed_k if "fixed" in kinds else None,
             request.local_window if kinds & LINEAR else None,
+            request.distance_bound,
             HEADS=averaged,
             SHARED=self.group if tiles.shared and averaged % self.group == 0 else 1,
             OVERLAPPED=tiles.overlapped,

@@ -193,6 +193,7 @@ def mean_weights(
     window,
     fixed_k,
     local_window,
+    distance_bound,
     HEADS: tl.constexpr,
     SHARED: tl.constexpr,
     OVERLAPPED: tl.constexpr,
@@ -207,7 +208,8 @@ def mean_weights(
     `HEADS` heads are averaged, from `output head * HEADS` on. `SHARED` heads in a row have one key
     head and one load of its keys. `OVERLAPPED` takes the exponentials of a head while the product
     of the next one runs. Weights are written to the workspace if there is one; a `local_window`
-    asks for distances, the largest weight and local mass, a `fixed_k` for sums over first keys.
+    asks for distances, up to a `distance_bound`, the largest weight and local mass, a `fixed_k`
+    for sums over first keys.
     """
     item = items + tl.program_id(0) * ITEM_COLUMNS
     first_row, row_stop, first_key, key_stop, batch, query_slot, key_slot, before, keys = _work(
@@ -278,8 +280,10 @@ def mean_weights(
         if local_window is not None:
             if not CAUSAL:
                 distance = tl.abs(distance)
-            far += tl.sum(mean * distance, axis=1)
             local += tl.sum(tl.where(distance < local_window, mean, 0.0), axis=1)
+            if distance_bound is not None:
+                distance = tl.minimum(distance, distance_bound)
+            far += tl.sum(mean * distance, axis=1)
             largest = tl.maximum(largest, tl.max(mean, axis=1))
         if fixed_k is not None:
             first = column[None, :] < (first_visible + fixed_k)[:, None]
