@@ -56,6 +56,15 @@ def test_a_directory_becomes_one_page(folder, capsys):
     assert "Could not be read" not in page
 
 
+def test_probes_among_the_metrics_are_counted(folder, capsys):
+    probes = (folder / "gradient.jsonl").read_text(encoding="utf-8")
+    (folder / "gradient.jsonl").unlink()
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(probes)
+    assert main(["report", str(folder)]) == 0
+    assert "read   3 steps, 0 evaluations, 1 gradient probes" in capsys.readouterr().out
+
+
 def test_damaged_files_are_told_and_the_rest_is_shown(folder, capsys):
     tokens = folder / "tokens.jsonl"
     tokens.write_bytes(tokens.read_bytes()[:-20] + b"\n\xff\n")

@@ -48,7 +48,11 @@ def run(options: argparse.Namespace) -> int:
     counts = {
         "steps": len({line["step"] for line in found.metrics}),
         "evaluations": len(found.evaluations),
-        "gradient probes": len(found.gradients),
+        # Where they have no file of their own, they are among the metrics.
+        "gradient probes": sum(
+            any(name.startswith("gradient/") for name in line)
+            for line in found.gradients or found.metrics
+        ),
         "responses": len(found.records),
     }
     print("read   " + ", ".join(f"{count} {name}" for name, count in counts.items()))
