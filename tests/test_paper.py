@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("tokenweights_lab")
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))  # last: its folders have the names of some of ours
 
 from paper import arms, claims, collapse, comparison, data, records, report, running  # noqa: E402
 from paper.tasks import TASKS, text_of, token_ids  # noqa: E402

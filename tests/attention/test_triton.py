@@ -139,7 +139,8 @@ def test_the_whole_report_runs_at_toy_size(tmp_path):
         for step in ("agreement", "tuning", "results")
     )
     assert agreement == {"passed": 5, "failed": 0, "skipped": 0}
-    assert {record["role"] for record in tuning} == {"weights", "sums", "denominators"}
+    roles = {"weights", "sums", "denominators", "columns"}
+    assert {record["role"] for record in tuning} == roles
     assert all(record["ms"] for record in tuning)
     times = {record["name"]: record for record in times}
     assert times["entropy, lse given"]["of_floor"] > 0

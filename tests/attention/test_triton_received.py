@@ -32,7 +32,7 @@ def test_shipped_configurations_fit_the_device(arch):
     run = finished(["benchmarks/kernels/compiled.py", "--columns", "--json", "--arch", str(arch)])
     assert run.returncode == 0, run.stderr[-3000:]
     records = json.loads(run.stdout)
-    assert {record["kernel"] for record in records} == {"key_columns"} and len(records) > 10
+    assert {record["kernel"] for record in records} == {"key_columns"} and len(records) > 8
     for record in records:
         assert record["registers"] > 0 and record["fits"], record
         assert record["stack"] == 0 and record["local"] == 0, record
