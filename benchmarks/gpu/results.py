@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "kernels")]
+# Last: whoever imports this file may have folders of the same names as ours.
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "kernels")]
 from figures import drawn  # noqa: E402
 from tables import Measurement, ratio_lines, time_lines, tuning_lines  # noqa: E402
 
