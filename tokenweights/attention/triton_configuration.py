@@ -104,19 +104,20 @@ def shipped(
         return Configuration(products, products, few)
     wide = block > 128
     long, square = Tiles(64, 128, 4, 2), Tiles(64, 64, 8, 2)
+    columns = Tiles(64, 32, 4, 2) if major == 10 else None  # more keys spill
     if major >= 9 and describable and not wide:
         sums = Tiles(64, 64, 4, 2, shared=True) if major == 9 else Tiles(64, 64, 8, 3)
         weights = replace(long, shared=True)
         if major == 10:
             # A second stage spills in Triton 3.9, 128 keys with a softcap in 3.6.
             weights = Tiles(64, 64, 4, 2, shared=True) if softcap else replace(weights, stages=1)
-        return Configuration(weights, sums, long, descriptors=True)
+        return Configuration(weights, sums, long, descriptors=True, columns=columns)
     if major == 10:
         # With a softcap, Triton 3.7 spills a second stage of pointers, and 4 warps of wide heads.
         sums = square if describable else Tiles(64, 32, 8, 1 if softcap and not wide else 2)
         few = Tiles(64, 64, 4, 2) if wide and not softcap else square
         weights = square if wide or describable else Tiles(64, 64, 4, 1)
-        return Configuration(weights, sums, few, descriptors=describable)
+        return Configuration(weights, sums, few, descriptors=describable, columns=columns)
     large = square if wide and not (major == 9 and describable) else Tiles(128, 64, 8, 2)
     sums = large if wide or major == 9 else replace(square, shared=True)
     return Configuration(large, sums, large, descriptors=major == 9 and describable)

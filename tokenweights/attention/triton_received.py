@@ -28,10 +28,7 @@ def column_tiles(configuration: Configuration, element_bytes: int) -> Tiles:
         return configuration.columns
     if element_bytes == 4:
         return configuration.denominators
-    tiles = replace(configuration.sums, stages=min(configuration.sums.stages, 2))
-    # Where descriptors load small tiles, eight warps would have too few registers each.
-    small = tiles.rows * tiles.keys <= 64 * 64
-    return replace(tiles, warps=4) if configuration.descriptors and small else tiles
+    return replace(configuration.sums, stages=min(configuration.sums.stages, 2))
 
 
 def key_block_table(
