@@ -24,7 +24,9 @@ def loaded(name):
     spec = importlib.util.spec_from_file_location(f"gpu_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
+    path = list(sys.path)
     spec.loader.exec_module(module)
+    sys.path[:] = path  # its folder has modules with the names of ours, which ranks would take
     return module
 
 
