@@ -12,8 +12,8 @@ from typing import Any
 
 # Last: whoever imports this file may have folders of the same names as ours.
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "kernels")]
-from figures import drawn  # noqa: E402
-from tables import Measurement, ratio_lines, time_lines, tuning_lines  # noqa: E402
+from figures import drawn
+from tables import Measurement, ratio_lines, time_lines, tuning_lines
 
 BEGIN, END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
 
