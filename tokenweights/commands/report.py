@@ -48,11 +48,7 @@ def run(options: argparse.Namespace) -> int:
     counts = {
         "steps": len({line["step"] for line in found.metrics}),
         "evaluations": len(found.evaluations),
-        # Where they have no file of their own, they are among the metrics.
-        "gradient probes": sum(
-            any(name.startswith("gradient/") for name in line)
-            for line in found.gradients or found.metrics
-        ),
+        "gradient probes": len(found.gradient_probes),
         "responses": len(found.records),
     }
     print("read   " + ", ".join(f"{count} {name}" for name, count in counts.items()))

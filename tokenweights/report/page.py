@@ -125,9 +125,8 @@ def _sections(run: Run) -> list[_Section]:
                 lambda: figures.kinds_figure(run.entropies),
             )
         )
-    gradients = run.gradients or run.metrics
-    if any(name.startswith("gradient/") for line in gradients for name in line):
-        sections += _gradient_sections(gradients)
+    if run.gradient_probes:
+        sections += _gradient_sections(run.gradients or run.metrics)
     last = [record for record in run.records if record.step == run.records[-1].step]
     return [*sections, *(_token_sections(last) if last else [])]
 

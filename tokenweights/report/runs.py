@@ -72,6 +72,12 @@ class Run:
     entropies: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
     unreadable: Sequence[str] = ()
 
+    @property
+    def gradient_probes(self) -> list[Mapping[str, float]]:
+        """The lines with numbers of gradients; without a file of their own, of the metrics."""
+        lines = self.gradients or self.metrics
+        return [line for line in lines if any(name.startswith("gradient/") for name in line)]
+
 
 @typed
 def run_from_directory(
