@@ -8,6 +8,7 @@ apart. All else is `not resolved`, with the interval.
 """
 
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -61,8 +62,7 @@ class Pairs:
 
     def __call__(self, data: Data, warm_start: str) -> list[float]:
         """The differences on hard problems at the end."""
-        a, b = (data.values(warm_start, name, hard) for name in (self.arm, self.other))
-        return [a[seed] - self.times * b[seed] for seed in sorted(a) if seed in b]
+        return data.differences(warm_start, self.arm, self.other, hard, times=self.times)
 
 
 def _probes(value: Callable[[list[dict]], float]) -> Values:
@@ -82,14 +82,11 @@ def _series(probes: list[dict], group: str, name: str) -> list[float]:
 
 
 def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+    return statistics.fmean(values) if values else math.nan
 
 
 def _deviation(values: list[float]) -> float:
-    if len(values) < 2:
-        return math.nan
-    mean = _mean(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+    return statistics.pstdev(values) if len(values) > 1 else math.nan
 
 
 def _random_is_closest(probes: list[dict]) -> float:
@@ -237,9 +234,8 @@ def words_of(claim: Claim, found: Paired, p: float) -> str:
     return f"holds here {interval}" if found.mean > 0 else f"does not hold here {interval}"
 
 
-def in_design(claim: Claim, warm_start: str) -> bool:
-    """Whether the design has what a claim needs of a warm start."""
-    arms = {item.arm for item in design() if item.warm_start == warm_start}
+def in_design(claim: Claim, arms: set[str]) -> bool:
+    """Whether the arms of a warm start are those that a claim needs."""
     needed = claim.measured
     return not isinstance(needed, Pairs) or {needed.arm, needed.other} <= arms
 
@@ -262,9 +258,10 @@ def verdicts(data: Data, warm_start: str) -> list[Verdict]:
     found = [paired(claim.measured(data, warm_start)) for claim in CLAIMS]
     tested = [n for n, claim in enumerate(CLAIMS) if not claim.counted and found[n].count >= PAIRS]
     adjusted = dict(zip(tested, holm([found[n].p for n in tested]), strict=True))
+    arms = {item.arm for item in design() if item.warm_start == warm_start}
     made = []
     for number, claim in enumerate(CLAIMS):
-        if not in_design(claim, warm_start):
+        if not in_design(claim, arms):
             words = "cannot be tested here (arm not run on this warm start)"
         elif claim.counted:
             words = counted_words(data, warm_start, claim.counted)

@@ -85,10 +85,7 @@ def fisher_greater(hits: int, runs: int, other_hits: int, other_runs: int) -> fl
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Spearman's correlation of two lists, ties at their mean rank."""
-    a, b = _ranks(first), _ranks(second)
-    a, b = a - a.mean(), b - b.mean()
-    scale = (a.square().sum() * b.square().sum()).sqrt()
-    return (a * b).sum().item() / scale.item() if scale > 0 else math.nan
+    return torch.corrcoef(torch.stack([_ranks(first), _ranks(second)]))[0, 1].item()
 
 
 def _ranks(values: Sequence[float]) -> torch.Tensor:

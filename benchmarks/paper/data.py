@@ -53,12 +53,16 @@ class Data:
         found = self.runs.get(warm_start, {}).get(arm, {})
         return {seed: metric(record) for seed, record in sorted(found.items())}
 
-    def difference(
+    def differences(
         self, warm_start: str, arm: str, other: str, metric: Metric, *, times: float = 1.0
-    ) -> Paired:
+    ) -> list[float]:
         """An arm minus `times` another one, over the seeds that both have."""
         a, b = (self.values(warm_start, name, metric) for name in (arm, other))
-        return paired([a[seed] - times * b[seed] for seed in a if seed in b])
+        return [a[seed] - times * b[seed] for seed in a if seed in b]
+
+    def difference(self, warm_start: str, arm: str, other: str, metric: Metric) -> Paired:
+        """What the differences of two arms say."""
+        return paired(self.differences(warm_start, arm, other, metric))
 
     def collapses(self, warm_start: str, arm: str) -> tuple[int, int]:
         """Collapsed runs of an arm, and runs."""

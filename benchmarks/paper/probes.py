@@ -118,9 +118,8 @@ def attention_shares(policy: Any, step: Step, probe: int) -> Tensor:
     """Head-averaged attention of the row that decides each response token, `batch token key`."""
     model = load_policy(attn_implementation="eager")
     fast.write_policy(policy, model)
-    rollout, samples = step.rollout, step.rollout.samples
-    ids = torch.cat([rollout.prompts.repeat_interleave(samples, 0), rollout.tokens], 1)
-    real = torch.cat([rollout.real.repeat_interleave(samples, 0), rollout.mask], 1)
+    rollout = step.rollout
+    ids, real = rollout.sequences
     with torch.no_grad():
         output = model(ids, attention_mask=real.long(), output_attentions=True, use_cache=False)
     start = rollout.prompts.shape[1] - 1
@@ -131,7 +130,6 @@ class Watch:
     """Collects probes at five points of a training."""
 
     def __init__(self, warm_start: str, settings: Settings):
-        self.probe = task_of(warm_start).probe
         self.task = task_of(warm_start)
         self.at = sorted({round(settings.steps * part / 4) for part in range(5)})
         self.found: list[dict[str, Any]] = []
@@ -139,10 +137,10 @@ class Watch:
     def __call__(self, policy: Any, step: Step) -> None:
         if step.number not in self.at:
             return
-        scores = step.rollout.attention[self.probe]
-        found: dict[str, Any] = {"step": step.number, "entropies": entropies(step, self.probe)}
+        scores = step.rollout.attention[self.task.probe]
+        found: dict[str, Any] = {"step": step.number, "entropies": entropies(step, self.task.probe)}
         found["roles"] = roles_of(step, self.task, scores)
-        found["support"] = support(policy, step, self.probe)
+        found["support"] = support(policy, step, self.task.probe)
         if (step.advantages != 0).any():
             found["gradients"] = gradients(policy, step, scores)
         self.found.append(found)

@@ -163,15 +163,17 @@ def run_all(
     Returns:
         The number of items that were run here.
     """
-    ran = 0
+    ran, done = 0, finished(folder)
     provenance()
-    for item in items:
-        made = settings(item)
-        name, done = item_key(item, made), finished(folder)
+    names = [item_key(item, settings(item)) for item in items]
+    for item, name in zip(items, names, strict=True):
+        if name in done:
+            continue
+        done = finished(folder)  # other processes add to it
         if name in done or not claimed(name, claims):
             continue
-        have = sum(item_key(each, settings(each)) in done for each in items)
-        progress(have, len(items), item)
+        made = settings(item)
+        progress(sum(each in done for each in names), len(items), item)
         try:
             append(record_of(item, made), folder / item.file)
         finally:

@@ -1,7 +1,5 @@
 """One run: a warm start, an arm, a seed; and what its record holds."""
 
-import importlib.util
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +11,7 @@ from torch import Tensor
 
 import tokenweights as tw
 from paper.arms import Arm
-from paper.engine import ROOT, fast
+from paper.engine import fast, loaded
 from paper.tasks import TASKS, Question, Task, text_of, token_ids
 from paper.warm_start import digest, warm_started
 from tokenweights.recipes.attention import AttentionEntropy
@@ -120,22 +118,9 @@ class Readings:
                 "sampler_log_probs": rollout.log_probs,  # the policy samples itself
             }
         fast.write_policy(self.policy, self.model)
-        engine, samples = _plain_engine(), rollout.samples
-        ids = torch.cat([rollout.prompts.repeat_interleave(samples, 0), rollout.tokens], 1)
-        real = torch.cat([rollout.real.repeat_interleave(samples, 0), rollout.mask], 1)
-        said = engine.Responses(ids, real, rollout.prompts.shape[1], [])
+        engine = loaded("engine")
+        said = engine.Responses(*rollout.sequences, rollout.prompts.shape[1], [])
         return engine.columns(self.model, said, self.recipe)
-
-
-def _plain_engine() -> Any:
-    if "loop_engine" not in sys.modules:
-        path = ROOT / "integrations" / "loop" / "engine.py"
-        spec = importlib.util.spec_from_file_location("loop_engine", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["loop_engine"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["loop_engine"]
 
 
 @dataclass(frozen=True)

@@ -126,8 +126,7 @@ def gather_evenly(policy, phase: Phase, layer: int) -> Iterator[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=phase.rates[0], weight_decay=0.0)
     for step in range(len(phase.rates)):
         rollout = rollout_of(phase.pairs(step))
-        ids = torch.cat([rollout.prompts, rollout.tokens], 1)
-        real = torch.cat([rollout.real, rollout.mask], 1)
+        ids, real = rollout.sequences
         output = model(ids, attention_mask=real.long(), output_attentions=True, use_cache=False)
         start = rollout.prompts.shape[1] - 1
         log_probs = output.logits[:, start:-1].log_softmax(-1)

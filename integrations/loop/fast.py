@@ -97,6 +97,15 @@ class Rollout:
         """Responses to a prompt."""
         return len(self.tokens) // len(self.prompts)
 
+    @property
+    def sequences(self) -> tuple[Tensor, Tensor]:
+        """Token ids of each response after its prompt, and where they are real."""
+        pairs = (self.prompts, self.tokens), (self.real, self.mask)
+        ids, real = (
+            torch.cat([asked.repeat_interleave(self.samples, 0), said], 1) for asked, said in pairs
+        )
+        return ids, real
+
 
 def policy_of(model: Any) -> Policy:
     """The weights of a transformers Qwen3, copied and fused."""
