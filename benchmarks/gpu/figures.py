@@ -22,6 +22,7 @@ text { font: 11px system-ui, sans-serif; } .title { font-weight: 600; font-size:
 path { fill: none; stroke-width: 1.8; } .thin { stroke-width: 1; }
 """
 Unit = Callable[[float], str]
+OURS = ("entropy", "all statistics", "received")  # how names of the library's own begin
 TOY = "toy run: no measurement"
 
 
@@ -79,7 +80,7 @@ def lines(records: Sequence[dict[str, Any]], field: str) -> list[Line]:
             (r["tokens"], r[field]) for r in records if r["name"] == name and r.get(field)
         )
         if points:
-            dashed = not name.startswith(("entropy", "all statistics", "received"))
+            dashed = not name.startswith(OURS)
             found.append(Line(name, tuple(points), color(name), dashed))
     return found
 
@@ -91,7 +92,7 @@ def ratios(records: Sequence[dict[str, Any]], base: str) -> list[Line]:
         return []
     found = []
     for name, points in times.items():
-        if name.startswith(("entropy", "all statistics", "received")):
+        if name.startswith(OURS):
             both = [(t, v / times[base][t]) for t, v in points.items() if t in times[base]]
             if both:
                 found.append(Line(name, tuple(both), color(name)))

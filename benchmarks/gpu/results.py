@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# Last: whoever imports this file may have folders of the same names as ours.
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "kernels")]
 from figures import drawn
 from tables import Measurement, ratio_lines, time_lines, tuning_lines

@@ -59,8 +59,14 @@ ONES |= {"first", "last", "out_heads"}
 PRODUCTS = {"wgmma.mma_async": "HGMMA", "tcgen05.mma": "UTCHMMA", "mma.sync": "HMMA"}
 PRODUCT = re.compile(r"\b(?P<name>HGMMA|HMMA|UTC\w*MMA)\b(?:\.64x(?P<columns>\d+)x16)?")
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-# Wide heads and exact products, whose tiles are others.
-EDGES = ((256, "bf16"), (128, "fp32"))
+# Wide heads and exact products, whose tiles are others, in their plain and their dearest form:
+# dimension, type, softcap, and whether descriptors can address the tensors.
+EDGES = (
+    (256, "bf16", False, True),
+    (256, "bf16", True, False),
+    (128, "fp32", False, True),
+    (128, "fp32", True, False),
+)
 
 
 @dataclass(frozen=True)
@@ -163,24 +169,24 @@ def shipped_cases(arch: int) -> Iterator[Case]:
 
 def usual_cases(arch: int) -> Iterator[Case]:
     """Every kind of logits, heads and address; for wide heads and float32 the two extremes."""
-    usual = list(cases(shipped(arch // 10, 128, 2), 128, "bf16"))
+    base = shipped(arch // 10, 128, 2)
+    usual = list(cases(base, 128, "bf16"))
     yield from (replace(case, read=True) for case in usual)
     if arch == 90:
         yield replace(overlapped(arch), read=True)
     yield from (given(case, "window") for case in usual[:2])
     yield given(usual[2], "distance_bound")
     # Every head by itself, and heads that have keys of their own: nothing to share.
-    apart = shipped(arch // 10, 128, 2)
-    if apart.weights.shared:
-        yield replace(usual[1], constants=usual[1].constants | {"SHARED": 1}, note="own keys")
-        case = list(cases(replace(apart, weights=apart.sums), 128, "bf16"))[1]
-        yield replace(
-            case, constants=case.constants | {"HEADS": 1, "SHARED": 1}, note="heads apart"
-        )
+    if base.weights.shared:
+        apart = list(cases(replace(base, weights=base.sums), 128, "bf16"))[1]
+        for case, changes, note in (
+            (usual[1], {"SHARED": 1}, "own keys"),
+            (apart, {"HEADS": 1, "SHARED": 1}, "heads apart"),
+        ):
+            yield replace(case, constants=case.constants | changes, note=f"{case.note} {note}")
     seen = usual
     kinds = [(128, "bf16", False, False), (128, "bf16", True, True), (128, "bf16", True, False)]
-    kinds += [(*edge, softcap, not softcap) for edge in EDGES for softcap in (False, True)]
-    for dim, dtype, softcap, describable in kinds:
+    for dim, dtype, softcap, describable in (*kinds, *EDGES):
         chosen = shipped(arch // 10, dim, _BYTES[dtype], describable=describable, softcap=softcap)
         for case in list(cases(chosen, dim, dtype))[: 3 if dim == 128 and dtype == "bf16" else 2]:
             case = given(case, "softcap") if softcap else case
@@ -235,9 +241,8 @@ def cases(configuration: Configuration, dim: int, dtype: str) -> Iterator[Case]:
 def column_cases(arch: int) -> Iterator[Case]:
     """The kernel of attention received, alike."""
     kinds = [(128, "bf16", False, True), (128, "bf16", True, False)]
-    kinds += [(*edge, softcap, not softcap) for edge in EDGES for softcap in (False, True)]
     seen: list[Case] = []
-    for dim, dtype, softcap, describable in kinds:
+    for dim, dtype, softcap, describable in (*kinds, *EDGES):
         chosen = shipped(arch // 10, dim, _BYTES[dtype], describable=describable)
         case = _columns(chosen, dim, dtype)
         case = given(case, "softcap") if softcap else case

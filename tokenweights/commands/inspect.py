@@ -153,8 +153,9 @@ def run(options: argparse.Namespace) -> int:
         )
     if made is not None:
         read = response_readings(model, ids, made, response_length=len(response_ids))
-        weighing = {"step": options.step, "advantage": options.advantage, "readings": read}
-        records = weighted_records(records, made, **weighing)
+        records = weighted_records(
+            records, made, step=options.step, advantage=options.advantage, readings=read
+        )
     agreement = _agreement(records)
     folder = options.output
     folder.mkdir(parents=True, exist_ok=True)
