@@ -37,22 +37,16 @@ def design() -> list[Item]:
 
     extra = [arm.name for arm in (*SELECTIVE, *CONTROLS, *SOFT, *LAYERS) if arm.name not in CORE]
     compared = [arm.name for arm in (*FIELD, *NEW)]
-    names = ("totals-0", "votes-0", "totals-1", "tripled-0")
+    names = ("totals-0", "votes-0", "tripled-0", "totals-1")
     return [
-        *(Item(name, FIRST, seed, probed=True) for seed in range(2) for name in names),
-        *runs("totals-0", CORE),
-        *probes("totals-0", range(2)),
-        *runs("votes-0", CORE),
-        *probes("votes-0", range(2)),
-        *runs("totals-1", CORE),
-        *probes("totals-1", range(2)),
+        *(Item(name, FIRST, seed, probed=True) for name in names for seed in range(2)),
+        *(item for name in names for item in (*runs(name, CORE), *probes(name, range(2)))),
         *(Item("totals-0", "explorer20", seed) for seed in range(5, 8)),
-        *runs("tripled-0", CORE),
-        *probes("tripled-0", range(2)),
-        *runs("totals-0", extra),
         *runs("votes-0", compared),
-        *runs("totals-0", compared),
+        *runs("tripled-0", compared),
+        *runs("totals-0", extra),
         *(item for name in names for item in probes(name, range(2, 5))),
+        *runs("totals-0", compared),
     ]
 
 
