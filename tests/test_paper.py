@@ -128,7 +128,7 @@ def test_alignment_leaves_the_policy_as_it_is():
 
 def test_the_design_is_of_its_size():
     items = running.design()
-    assert len(set(items)) == len(items) <= 730
+    assert len(set(items)) == len(items) <= 900
     names = {item.arm for item in items} - {running.FIRST}
     assert names <= set(arms.ARMS) and {item.warm_start for item in items} == set(NAMES)
     assert sum(item.arm == "explorer20" and item.warm_start == "totals-0" for item in items) == 8
