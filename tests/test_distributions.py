@@ -78,12 +78,24 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 APART = ("tokenweights_verl", "tokenweights_openrlhf")
 
 
+def lend_torch(packages: Path) -> None:
+    """Puts the torch of the tests among an environment's packages; pip cannot remove it."""
+    own = metadata.distribution("torch")
+    place = Path(str(own.locate_file("")))
+    for name in ("torch", "torchgen", "functorch"):
+        (packages / name).symlink_to(place / name)
+    told = packages / f"torch-{own.version}.dist-info"
+    told.mkdir()
+    told.joinpath("METADATA").write_text(own.read_text("METADATA") or "")
+
+
 class Environment:
     """An environment of its own, in a folder outside the repository."""
 
     def __init__(self, folder: Path):
         self.folder, self.bin, self.wheels = folder, folder / "env" / "bin", folder / "wheels"
         venv.create(folder / "env", with_pip=True)
+        lend_torch(next((folder / "env" / "lib").glob("python*/site-packages")))
         done = self.pip("wheel", "--no-deps", "--wheel-dir", self.wheels, *FOLDERS)
         if "No matching distribution found for hatchling" in done.stderr:
             reason = "no package index can be reached"
@@ -107,7 +119,8 @@ class Environment:
         return self.run(self.bin / "python", "-m", "pip", *arguments, *options)
 
     def install(self, *arguments: object) -> None:
-        done = self.pip("install", TORCH, "--find-links", self.wheels, *arguments)
+        # Bytecode is made of what is imported, not of all that is there.
+        done = self.pip("install", "--no-compile", TORCH, "--find-links", self.wheels, *arguments)
         assert done.returncode == 0, done.stderr[-3000:]
 
     def python(self, source: str, *switches: str) -> str:

@@ -6,7 +6,7 @@ VeRL imports this module in every process that has `ENVIRONMENT`.
 import logging
 import os
 from contextlib import nullcontext
-from functools import wraps
+from functools import partialmethod, wraps
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -137,6 +137,13 @@ def _copy_what_is_kept():
     fsdp_utils.fsdp2_sharded_save_to_cpu = copied
 
 
+def _ask_more_often():
+    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+
+    # For a rollout of half a second VeRL would wait two seconds.
+    ReplayBuffer.__init__ = partialmethod(ReplayBuffer.__init__, poll_interval=0.1)
+
+
 def _register_engine():
     from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 
@@ -148,6 +155,7 @@ def _register_engine():
 if os.environ.get("VERL_PLATFORM") == "cpu":
     _undo_refusals()
     _copy_what_is_kept()
+    _ask_more_often()
     _register_engine()
     import cpu_rollout
 

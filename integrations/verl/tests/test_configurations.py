@@ -6,7 +6,7 @@ from importlib.resources import files
 import pytest
 import tokenweights as tw
 import yaml
-from configured import composed
+from configured import composed, with_recipe
 from omegaconf import OmegaConf
 from test_recipes import REFUSED
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
@@ -68,7 +68,7 @@ def test_every_key_is_one_that_verl_reads(name):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_fits(recipe):
     for experiment in EXPERIMENTS:
-        config = composed(f"+experiment={experiment}", f"token_weights.recipe={recipe}")
+        config = with_recipe(recipe, f"+experiment={experiment}")
         assert token_weights_config(config).token_recipe == tw.recipe(recipe)
 
 

@@ -9,7 +9,7 @@ import pytest
 import tokenweights as tw
 import torch
 from batches import nested
-from configured import composed
+from configured import composed, with_recipe
 from cpu_platform import ENVIRONMENT
 from tensordict import TensorDict
 from test_trainer import run
@@ -63,7 +63,7 @@ def test_each_named_recipe_is_trained_or_refused():
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_the_plainest_configuration_serves_most(name):
-    plain = composed(f"token_weights.recipe={name}", f"{SAMPLER}=false", f"{REFERENCE}=false")
+    plain = with_recipe(name, f"{SAMPLER}=false", f"{REFERENCE}=false")
     assert token_weights_config(plain).token_recipe == tw.recipe(name)
 
 

@@ -20,7 +20,7 @@ from tokenweights_lab import load_policy, load_tokenizer
 
 HERE = Path(__file__).parent
 RECIPE = "token_weights.recipe={name: low2high, warmup_steps: 8}"
-STEPS = 10
+STEPS, STOP = 10, 6
 
 
 def run(folder, steps, ranks, *more, recipe=RECIPE, modules="cpu_platform", timeout=1500):
@@ -57,7 +57,7 @@ def run(folder, steps, ranks, *more, recipe=RECIPE, modules="cpu_platform", time
 
 
 @cache
-def trained(ranks, folder):
+def trained(ranks, folder, steps):
     """The metrics of each step, or the failure: a run that failed is not repeated."""
     written = (
         f"token_weights.token_records={folder / 'tokens.jsonl'}",
@@ -66,11 +66,9 @@ def trained(ranks, folder):
         "token_weights.metrics_file=run/metrics.jsonl",  # in the folder where the command runs
     )
     try:
-        if ranks == 2:
-            return run(folder, STEPS, 2, *written)
-        # It ends after six steps; a second process goes on from the checkpoint.
-        first = run(folder, 6, 1, *written, "trainer.save_freq=6")
-        return {**first, **run(folder, STEPS, 1, *written)}
+        return run(
+            folder, steps, ranks, *written, f"trainer.save_freq={STOP if steps == STOP else -1}"
+        )
     except (AssertionError, subprocess.TimeoutExpired) as error:
         return error
 
@@ -79,19 +77,24 @@ def trained(ranks, folder):
 def runs(tmp_path_factory):
     folders = {ranks: tmp_path_factory.mktemp(f"ranks{ranks}") for ranks in (1, 2)}
 
-    def of(ranks):
-        metrics = trained(ranks, folders[ranks])
-        if isinstance(metrics, Exception):
-            pytest.fail(str(metrics))
+    def of(ranks, steps=STEPS):
+        # One rank ends early, and a second process goes on from the checkpoint.
+        parts = [STOP, steps] if ranks == 1 and steps > STOP else [steps]
+        metrics = {}
+        for part in parts:
+            found = trained(ranks, folders[ranks], part)
+            if isinstance(found, Exception):
+                pytest.fail(str(found))
+            metrics |= found
         return folders[ranks], metrics
 
     return of
 
 
 @pytest.mark.versions
-def test_two_steps(tmp_path):
-    metrics = run(tmp_path, 2, 1)
-    assert sorted(metrics) == [1, 2]
+def test_the_first_steps(runs):
+    _, metrics = runs(1, STOP)
+    assert sorted(metrics) == list(range(1, STOP + 1))
     for step, values in metrics.items():
         assert values["token_weights/endpoint_high"] == pytest.approx((step - 1) / 8)
         assert 0 < values["token_weights/weight_mean"] < 1
