@@ -233,9 +233,10 @@ ENGINE_METRICS: dict[str, Metric] = {
 
 def engines_table(data: Data) -> list[str]:
     """Runs through TRL against the engine's of the same arm, as two groups."""
-    lines = head("arm", "what", "TRL", "engine", "TRL - engine", "verdict")
+    lines = head("arm", "what", "TRL", "engine", "TRL - engine", "verdict", "seed by seed")
     for arm in THROUGH_TRL:
-        groups = [runs.get("totals-0", {}).get(arm, {}).values() for runs in (data.trl, data.runs)]
+        groups = [runs.get("totals-0", {}).get(arm, {}) for runs in (data.trl, data.runs)]
+        shared = sorted(groups[0].keys() & groups[1].keys())
         counts = [len(group) for group in groups]
         missing = [
             f"{there} of {len(wanted)} runs {name}"
@@ -245,13 +246,15 @@ def engines_table(data: Data) -> list[str]:
             if there < len(wanted)
         ]
         for what, metric in ENGINE_METRICS.items():
-            values = [[metric(run) for run in group] for group in groups]
+            values = [[metric(run) for run in group.values()] for group in groups]
+            pairs = [metric(groups[0][seed]) - metric(groups[1][seed]) for seed in shared]
+            each = ", ".join(f"{pair:+.3f}" for pair in pairs) or "-"
             shown, verdict = "-", f"not compared yet ({', '.join(missing)})"
             if not missing:
                 found = welch(*values)
                 shown = f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
                 verdict = "agrees" if found.low <= 0 <= found.high else "differs"
-            lines.append(row(arm, what, *map(spread, values), shown, verdict))
+            lines.append(row(arm, what, *map(spread, values), shown, verdict, each))
     return lines
 
 
@@ -420,7 +423,8 @@ NOTES = {
     "held-out problems are the engine's, the draws are TRL's own. They enter no other table. "
     f"{len(TRL_SEEDS)} runs stand against the engine's {len(SEEDS)} as two groups, with Welch's "
     "95 % interval of the difference of their means; `agrees` says that it holds zero, not that "
-    "the difference is zero, and where nothing differs one interval in twenty misses zero.",
+    "the difference is zero, and where nothing differs one interval in twenty misses zero. The "
+    "last column, which no verdict uses, is TRL less the engine at the same prompts.",
     "gradients": "Cosine and projection under the all-token mean, norm under the selected-token "
     "mean.",
 }
