@@ -242,6 +242,104 @@ def test_collapses_by_hand():
     assert collapse.collapse({**steady, "reward": [0.0] * 4 + [-0.4] * 4}) == "reward fell"
 
 
+def through(arm="low2high", seed=1, **changes):
+    return records.Item("votes-0", arm, seed, engine="trl", **changes)
+
+
+def test_a_run_through_trl_has_the_record_of_the_same_run(tmp_path):
+    pytest.importorskip("tokenweights_trl")
+    item = records.Item("votes-0", "low2high", 1)
+    assert run([item, through()], tmp_path) == 2
+    assert run([item, through()], tmp_path) == 0
+    own, its = records.read(tmp_path)
+    if own.get("engine") == "trl":
+        own, its = its, own
+    assert its["engine"] == "trl" and "engine" not in own and its["key"] != own["key"]
+    assert own["status"] == its["status"] == "finished"
+    assert set(own) - {"roles"} == set(its) - {"engine"}
+    for name in ("settings", "recipe", "seed", "warm_start_digest"):
+        assert own[name] == its[name]
+    assert [set(each) for each in own["evaluations"]] == [set(each) for each in its["evaluations"]]
+    for name, values in own["history"].items():
+        assert len(its["history"][name]) == len(values) == QUICK.steps
+    assert "trl" in its["versions"] and (tmp_path / "trl.jsonl").exists()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # `train` leaves them out itself
+def test_trl_asks_what_the_engine_asks_and_warms_up_alike(tmp_path):
+    pytest.importorskip("tokenweights_trl")
+    from paper import through_trl
+    from tokenweights_lab import load_policy, load_tokenizer
+
+    policy, task = warm_started("votes-0"), TASKS["votes"]
+    made = (load_policy(), task, arms.ARMS["full"], 3, QUICK, str(tmp_path))
+    trainer, notes = through_trl.trainer_of(*made)
+    wanted = [
+        [question.prompt for question in step.asked for _ in range(QUICK.samples)]
+        for step in (rolled_out(policy, task, QUICK, n, seed=3) for n in range(QUICK.steps))
+    ]
+    batches = [[row["prompt"] for row in batch] for batch in trainer.get_train_dataloader()]
+    assert batches == wanted
+    first = wanted[0]
+    assert load_tokenizer()(first).input_ids == [token_ids(prompt) for prompt in first]
+    rates = []
+    for _ in range(4):
+        rates += trainer.lr_scheduler.get_last_lr()
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert rates == pytest.approx([QUICK.rate * part for part in (1 / 3, 2 / 3, 1, 1)])
+    with pytest.raises(ValueError, match="other prompts"):
+        notes.rewards(prompts=wanted[1], completion_ids=[[1]] * len(first))
+
+
+def test_runs_through_trl_are_skipped_where_it_is_not_installed(tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "paper.through_trl", raising=False)
+    monkeypatch.setitem(sys.modules, "tokenweights_trl", None)
+    assert run([through(), records.Item("votes-0", "full", 1)], tmp_path) == 1
+    assert [record["arm"] for record in records.read(tmp_path)] == ["full"]
+    said = capsys.readouterr().err
+    assert "skipped: low2high 1 through TRL" in said and "tokenweights_trl" in said
+
+
+def written(folder, arm, seed, hard, **more):
+    """A record that was not measured, of a run that took two steps."""
+    item = records.Item("totals-0", arm, seed, **more)
+    history = {"reward": [0.0, 2 * hard], "length": [40.0, 50.0]}
+    record = {**item.values(), "key": f"{arm} {seed} {more}", "status": "finished"}
+    record |= {"history": history, "evaluations": [{"hard": hard}]}
+    records.append(record, folder / item.file)
+
+
+def test_runs_through_trl_enter_no_comparison_of_arms(tmp_path):
+    written(tmp_path, "full", 0, 0.5)
+    written(tmp_path, "full", 0, 0.9, engine="trl")
+    written(tmp_path, "anchor20", 0, 0.75)
+    written(tmp_path, "anchor20", 1, 0.9, engine="trl")
+    found = data.data_of(tmp_path, every=True)
+    assert found.values("totals-0", "full", data.hard) == {0: 0.5}
+    assert found.differences("totals-0", "anchor20", "full", data.hard) == [0.25]
+    assert found.trl["totals-0"]["anchor20"].keys() == {1}
+
+
+def test_the_table_of_both_engines_by_hand(tmp_path):
+    for seed, hard in enumerate([0.4, 0.5, 0.5, 0.5, 0.6]):
+        written(tmp_path, "full", seed, hard)
+        written(tmp_path, "anchor20", seed, hard)
+        if seed < 3:
+            written(tmp_path, "full", seed, hard + 0.1, engine="trl")
+            written(tmp_path, "anchor20", seed, hard + 0.4, engine="trl")
+    lines = report.engines_table(data.data_of(tmp_path, every=True))
+    # Means 0.5667 and 0.5; variances of the means 0.01/9 and 0.005/5; degrees of freedom
+    # 0.002111^2 / (0.001111^2/2 + 0.001^2/4) = 5.14, so t = 2.571 and the reach is 0.1181.
+    assert "| full | hard at the end | 0.567 ± 0.058 | 0.500 ± 0.071 |" in lines[2]
+    assert lines[2].endswith("| +0.067 (-0.051 to +0.185) | agrees | +0.100, +0.100, +0.100 |")
+    assert "| +0.067 (-0.051 to +0.185) | agrees |" in lines[3]
+    assert "| 45.000 ± 0.000 | 45.000 ± 0.000 | +0.000 (+0.000 to +0.000) | agrees |" in lines[4]
+    assert "| +0.367 (+0.249 to +0.485) | differs |" in lines[5]
+    missing = "not compared yet (0 of 3 runs through TRL, 0 of 5 runs of the engine)"
+    assert f"| low2high | hard at the end | - | - | - | {missing} | - |" in lines
+
+
 def test_the_quick_form_says_that_it_is_one(tmp_path):
     items = [records.Item("votes-0", "full", 0), records.Item("votes-0", "full", 0, probed=True)]
     assert run(items, tmp_path) == 2

@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run what has no record yet, then write the tables")
     run.add_argument("--quick", action="store_true", help="a smoke test: few steps, no verdicts")
-    run.add_argument("--only", help="only this warm start, such as totals-0")
+    run.add_argument("--only", help="only this warm start or engine: totals-0, or trl")
     commands.add_parser("results", help="write RESULTS.md and the figures from the records")
     one = commands.add_parser("show", help="print one table, or write one figure")
     one.add_argument("name", choices=[*TABLES, *FIGURES])
@@ -42,11 +42,11 @@ def main(arguments: list[str] | None = None) -> None:
         make(given.name)
     else:
         for item in design():
-            print(item.warm_start, item.arm, item.seed, "probed" if item.probed else "")
+            print(item.warm_start, item.arm, item.seed, _how(item))
 
 
 def _run(only: str | None) -> None:
-    items = [item for item in design() if only in (None, item.warm_start)]
+    items = [item for item in design() if only in (None, item.warm_start, item.engine)]
     with tqdm(total=len(items), unit="run", dynamic_ncols=True) as bar:
         run_all(items, progress=_shown(bar))
     _write()
@@ -55,10 +55,16 @@ def _run(only: str | None) -> None:
 def _shown(bar: tqdm):
     def progress(done: int, total: int, item: Item | None) -> None:
         bar.n = done
-        bar.set_postfix_str(f"{item.warm_start} {item.arm} {item.seed}" if item else "")
+        bar.set_postfix_str(
+            f"{item.warm_start} {item.arm} {item.seed} {_how(item)}" if item else ""
+        )
         bar.refresh()
 
     return progress
+
+
+def _how(item: Item) -> str:
+    return "probed" if item.probed else "through TRL" if item.engine == "trl" else ""
 
 
 def _quick() -> None:

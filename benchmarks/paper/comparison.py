@@ -1,4 +1,4 @@
-"""Paired comparisons: mean, interval, a paired t test, and Holm's correction."""
+"""Comparisons: paired ones with interval and t test, Welch's of two groups, Holm's correction."""
 
 import math
 from collections.abc import Sequence
@@ -60,6 +60,46 @@ def paired(differences: Sequence[float]) -> Paired:
         mean = values.mean().item()
         p = t_tail(mean / spread, count - 1) if spread > 0 else float(mean == 0)
     return Paired(count, interval.mean, interval.low, interval.high, p)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The difference of two means, and its interval.
+
+    Attributes:
+        mean: First mean less the second.
+        low: Lower end of Welch's interval.
+        high: Its upper end.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+
+def welch(first: Sequence[float], second: Sequence[float]) -> Difference:
+    """The difference of the means of two groups, at least two values in each.
+
+    Degrees of freedom are rounded down, which widens the interval.
+    """
+    groups = [torch.tensor(values, dtype=torch.float64) for values in (first, second)]
+    mean = (groups[0].mean() - groups[1].mean()).item()
+    parts = [(values.var() / len(values)).item() for values in groups]
+    if not sum(parts):
+        return Difference(mean, mean, mean)
+    terms = [part**2 / (len(values) - 1) for part, values in zip(parts, groups, strict=True)]
+    reach = t_quantile(int(sum(parts) ** 2 / sum(terms) + 1e-9)) * math.sqrt(sum(parts))
+    return Difference(mean, mean - reach, mean + reach)
+
+
+def t_quantile(freedom: int) -> float:
+    """The t that is exceeded on either side with a probability of 1 less `CONFIDENCE`."""
+    low, high = 0.0, 1e3
+    for _ in range(60):
+        middle = (low + high) / 2
+        beyond = t_tail(middle, freedom) > 1 - CONFIDENCE
+        low, high = (middle, high) if beyond else (low, middle)
+    return high
 
 
 def holm(values: Sequence[float]) -> list[float]:

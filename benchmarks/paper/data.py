@@ -38,6 +38,7 @@ class Data:
         runs: By warm start, arm and seed.
         probes: By warm start and seed.
         first: By warm start and seed.
+        trl: Runs that TRL trained, by warm start, arm and seed; in no comparison of arms.
         failed: Records of runs that failed.
         records: All records.
     """
@@ -45,6 +46,7 @@ class Data:
     runs: dict[str, dict[str, dict[int, dict[str, Any]]]] = field(default_factory=dict)
     probes: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
     first: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    trl: dict[str, dict[str, dict[int, dict[str, Any]]]] = field(default_factory=dict)
     failed: list[dict[str, Any]] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)
 
@@ -105,6 +107,8 @@ def data_of(folder: Path, *, every: bool = False) -> Data:
             data.failed.append(record)
         elif arm == FIRST:
             data.first.setdefault(warm_start, {})[seed] = record
+        elif record.get("engine") == "trl":
+            data.trl.setdefault(warm_start, {}).setdefault(arm, {})[seed] = record
         elif record["probed"]:
             data.probes.setdefault(warm_start, {})[seed] = record
         else:

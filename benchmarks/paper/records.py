@@ -22,17 +22,26 @@ class Item:
         arm: Name of the arm.
         seed: Of the run.
         probed: Whether the probes run along the training; its own record then.
+        engine: What trains, `fast` or `trl`.
     """
 
     warm_start: str
     arm: str
     seed: int
     probed: bool = False
+    engine: str = "fast"
 
     @property
     def file(self) -> str:
         """Name of the file that holds its record."""
+        if self.engine != "fast":
+            return f"{self.engine}.jsonl"
         return f"{self.warm_start}{'-probes' if self.probed else ''}.jsonl"
+
+    def values(self) -> dict[str, Any]:
+        """The attributes as a record holds them; the usual engine goes without saying."""
+        found = asdict(self)
+        return found if self.engine != "fast" else {k: found[k] for k in found if k != "engine"}
 
 
 def settings_of(item: Item) -> Settings:
@@ -49,7 +58,7 @@ def configuration(item: Item, settings: Settings) -> dict[str, Any]:
 
 def key(item: Item, settings: Settings) -> str:
     """A digest that two runs share if one would repeat the other."""
-    values = {**asdict(item), **configuration(item, settings)}
+    values = {**item.values(), **configuration(item, settings)}
     text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

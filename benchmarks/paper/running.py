@@ -1,13 +1,16 @@
 """What is run, the most informative first, and how a run becomes a record."""
 
 import functools
+import importlib
 import os
 import platform
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,8 @@ from paper.training import Settings, train
 SEEDS = range(5)
 CLAIMS = ROOT / "build" / "paper" / "running"
 FIRST = "first gradients"  # stands for an arm in the record of all arms' first gradients
+THROUGH_TRL = ("full", "anchor20", "low2high")  # arms that are trained by TRL, too
+TRL_SEEDS = range(3)
 
 
 def design() -> list[Item]:
@@ -35,12 +40,17 @@ def design() -> list[Item]:
     def probes(warm_start: str, seeds: Any) -> Iterator[Item]:
         return (Item(warm_start, "full", seed, probed=True) for seed in seeds)
 
+    def again(warm_start: str) -> Iterator[Item]:
+        pairs = ((name, seed) for seed in TRL_SEEDS for name in THROUGH_TRL)
+        return (Item(warm_start, name, seed, engine="trl") for name, seed in pairs)
+
     extra = [arm.name for arm in (*SELECTIVE, *CONTROLS, *SOFT, *LAYERS) if arm.name not in CORE]
     compared = [arm.name for arm in (*FIELD, *NEW)]
     names = ("totals-0", "votes-0", "tripled-0", "totals-1")
     return [
         *(Item(name, FIRST, seed, probed=True) for name in names for seed in range(2)),
-        *(item for name in names for item in (*runs(name, CORE), *probes(name, range(2)))),
+        *(*runs("totals-0", CORE), *again("totals-0"), *probes("totals-0", range(2))),
+        *(item for name in names[1:] for item in (*runs(name, CORE), *probes(name, range(2)))),
         *(Item("totals-0", "explorer20", seed) for seed in range(5, 8)),
         *runs("votes-0", compared),
         *runs("tripled-0", compared),
@@ -71,14 +81,15 @@ def measured(item: Item, settings: Settings) -> dict[str, Any]:
         clock = time.process_time()
         found = first_gradients(item.warm_start, item.seed, settings)
         return {"first": found, "cpu_seconds": round(time.process_time() - clock, 2)}
-    run = probed if item.probed else train
+    run = through_trl() if item.engine == "trl" else probed if item.probed else train
     return run(item.warm_start, ARMS[item.arm], item.seed, settings)
 
 
 def record_of(item: Item, settings: Settings) -> dict[str, Any]:
     """Runs an item; its record, with the error in it if it fails."""
     started, made = time.time(), {} if item.arm == FIRST else configuration(item, settings)
-    record = {**asdict(item), "key": item_key(item, settings), **made, **provenance()}
+    record = {**item.values(), "key": item_key(item, settings), **made}
+    record |= provenance(item.engine)
     try:
         record |= {"status": "finished", **measured(item, settings)}
     except Exception as error:  # a failed run is a record too, and stops no other
@@ -94,21 +105,39 @@ def item_key(item: Item, settings: Settings) -> str:
     return key(item, settings)
 
 
+def lacking(item: Item) -> str:
+    """Why an item cannot be run here; empty if it can."""
+    try:
+        if item.engine == "trl":
+            through_trl()
+    except ImportError as error:
+        return str(error)
+    return ""
+
+
+def through_trl() -> Callable[..., dict[str, Any]]:
+    """Trains through TRL, which is imported only here: not everyone has it."""
+    return importlib.import_module("paper.through_trl").train
+
+
 @functools.cache
-def provenance() -> dict[str, Any]:
+def provenance(engine: str = "fast") -> dict[str, Any]:
     """Commit, versions and threads of this process; the code is that of its start."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
-    sources = ("tokenweights", "integrations/lab/src", "integrations/loop", "benchmarks/paper/*.py")
+    sources = ["tokenweights", "integrations/lab/src", "integrations/loop", "benchmarks/paper/*.py"]
     versions = {
         "tokenweights": tw.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
+    if engine == "trl":
+        sources.append("integrations/trl/src")
+        versions["trl"] = version("trl")
     return {
         "commit": git("rev-parse", "--short=12", "HEAD") or None,
         "modified": bool(git("status", "--porcelain", "--", *sources)),
@@ -158,13 +187,20 @@ def run_all(
         The number of items that were run here.
     """
     ran, done = 0, finished(folder)
-    provenance()
     names = [item_key(item, settings(item)) for item in items]
+    for item, name in zip(items, names, strict=True):
+        if name not in done and not lacking(item):
+            provenance(item.engine)
     for item, name in zip(items, names, strict=True):
         if name in done:
             continue
         done = finished(folder)  # other processes add to it
-        if name in done or not claimed(name, claims):
+        if name in done:
+            continue
+        if reason := lacking(item):
+            print(f"skipped: {item.arm} {item.seed} through TRL, {reason}", file=sys.stderr)
+            continue
+        if not claimed(name, claims):
             continue
         made = settings(item)
         progress(sum(each in done for each in names), len(items), item)

@@ -53,6 +53,11 @@ def task_of(warm_start: str) -> Task:
     return TASKS[warm_start.partition("-")[0]]
 
 
+def warm_up(number: int) -> float:
+    """The part of the learning rate that a step has."""
+    return min(1, (number + 1) / 3)
+
+
 def responses(rollout: Any) -> list[str]:
     """The responses as text."""
     return [text_of(row) for row in rollout.tokens.tolist()]
@@ -265,12 +270,12 @@ def train(
         optimizer.zero_grad()
         fast.accumulate_gradient(policy, step.rollout, step.advantages * weights)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters, 1.0)
-        optimizer.param_groups[0]["lr"] = settings.rate * min(1, (number + 1) / 3)
+        optimizer.param_groups[0]["lr"] = settings.rate * warm_up(number)
         optimizer.step()
         _note(history, step, norm.item())
         if number + 1 in settings.evaluated:
             last = number + 1 == settings.steps
-            found = _evaluations(policy, task, settings, seed=seed, last=last)
+            found = accuracies(policy, task, settings, seed=seed, last=last)
             evaluations.append({"step": number + 1, **found})
     if watch is not None:
         watch(policy, rolled_out(policy, task, settings, settings.steps, seed=seed, **read))
@@ -283,7 +288,7 @@ def train(
     }
 
 
-def _evaluations(
+def accuracies(
     policy: Any, task: Task, settings: Settings, *, seed: int, last: bool
 ) -> dict[str, float]:
     """Accuracy on hard problems; at the end also on easy ones, and without a nucleus."""
