@@ -67,6 +67,7 @@ def overrides(folder: Path, steps: int, ranks: int):
         f"{rollout}.tensor_model_parallel_size": 1,
         f"{rollout}.free_cache_engine": False,
         f"{rollout}.calculate_log_probs": False,
+        f"{rollout}.max_num_seqs": 1_000_000,  # all are answered at once, see cpu_rollout.py
         f"{rollout}.log_prob_use_dynamic_bsz": True,
         f"{rollout}.log_prob_max_token_len_per_gpu": 4096,
         f"{rollout}.agent.num_workers": 1,
