@@ -52,7 +52,7 @@ SATURATED = (
 
 def row(*cells: object) -> str:
     """A line of a table."""
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 def head(*cells: str) -> list[str]:
