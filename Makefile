@@ -19,8 +19,6 @@ export HF_HUB_OFFLINE  := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Python compiles what is imported; pip would compile all that is installed, minutes of it.
-PIP_OPTIONS := --quiet --no-compile
 
 .PHONY: help setup environments demo test test-versions test-megatron compatibility fuzz lint format bench bench-gpu gpu-wheels gpu-trainer-wheels gpu-results paper paper-quick paper-results docs policy clean $(APART:%=test-%)
 .DEFAULT_GOAL := help
@@ -34,7 +32,7 @@ $(READY): constraints.txt pyproject.toml integrations/lab/pyproject.toml integra
 	@echo "Setting up $(VENV) (a few minutes the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed to run the adapters") if sys.version_info < (3, 11) else None'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install $(PIP_OPTIONS) --constraint constraints.txt \
+	@$(BIN)/pip install --quiet --constraint constraints.txt \
 		--editable '.[capture,report,test,lint,docs]' \
 		--editable integrations/lab --editable 'integrations/trl[test]'
 	@touch $@
@@ -42,9 +40,9 @@ $(READY): constraints.txt pyproject.toml integrations/lab/pyproject.toml integra
 .venv-%/.ready: integrations/%/constraints.txt integrations/%/pyproject.toml pyproject.toml
 	@echo "Setting up .venv-$* (a few minutes the first time)"
 	@test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
-	@.venv-$*/bin/pip install $(PIP_OPTIONS) --constraint integrations/$*/constraints.txt \
+	@.venv-$*/bin/pip install --quiet --constraint integrations/$*/constraints.txt \
 		--editable . --editable integrations/lab --editable 'integrations/$*[test]'
-	@if test -e integrations/$*/no-deps.txt; then .venv-$*/bin/pip install $(PIP_OPTIONS) --no-deps \
+	@if test -e integrations/$*/no-deps.txt; then .venv-$*/bin/pip install --quiet --no-deps \
 		--no-build-isolation --requirement integrations/$*/no-deps.txt; fi
 	@touch $@
 
@@ -56,13 +54,13 @@ build/versions/openrlhf/.ready: .venv-openrlhf/.ready
 build/versions/megatron/.ready: constraints-megatron.txt $(READY)
 	@echo "Setting up build/versions/megatron"
 	@rm -rf $(@D)
-	@$(BIN)/pip install $(PIP_OPTIONS) --no-deps --target $(@D) --requirement $<
+	@$(BIN)/pip install --quiet --no-deps --target $(@D) --requirement $<
 	@touch $@
 
 build/versions/%/.ready: integrations/%/constraints-gpu.txt
 	@echo "Setting up build/versions/$*"
 	@rm -rf $(@D)
-	@PATH="$(abspath .venv-$*/bin):$(abspath $(BIN)):$$PATH" python -m pip install $(PIP_OPTIONS) --no-deps \
+	@PATH="$(abspath .venv-$*/bin):$(abspath $(BIN)):$$PATH" python -m pip install --quiet --no-deps \
 		--target $(@D) --requirement $<
 	@touch $@
 

@@ -104,7 +104,8 @@ class Environment:
 
     def run(self, *command: object) -> subprocess.CompletedProcess:
         """The end of a command, run outside the repository and without its paths."""
-        clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        ours = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
+        clean = {name: value for name, value in os.environ.items() if name not in ours}
         return subprocess.run(
             [str(part) for part in command],
             cwd=self.folder,
