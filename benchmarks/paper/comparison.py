@@ -62,22 +62,7 @@ def paired(differences: Sequence[float]) -> Paired:
     return Paired(count, interval.mean, interval.low, interval.high, p)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """The difference of two means, and its interval.
-
-    Attributes:
-        mean: First mean less the second.
-        low: Lower end of Welch's interval.
-        high: Its upper end.
-    """
-
-    mean: float
-    low: float
-    high: float
-
-
-def welch(first: Sequence[float], second: Sequence[float]) -> Difference:
+def welch(first: Sequence[float], second: Sequence[float]) -> tw.Interval:
     """The difference of the means of two groups, at least two values in each.
 
     Degrees of freedom are rounded down, which widens the interval.
@@ -86,10 +71,10 @@ def welch(first: Sequence[float], second: Sequence[float]) -> Difference:
     mean = (groups[0].mean() - groups[1].mean()).item()
     parts = [(values.var() / len(values)).item() for values in groups]
     if not sum(parts):
-        return Difference(mean, mean, mean)
+        return tw.Interval(mean, mean, mean)
     terms = [part**2 / (len(values) - 1) for part, values in zip(parts, groups, strict=True)]
     reach = t_quantile(int(sum(parts) ** 2 / sum(terms) + 1e-9)) * math.sqrt(sum(parts))
-    return Difference(mean, mean - reach, mean + reach)
+    return tw.Interval(mean, mean - reach, mean + reach)
 
 
 def t_quantile(freedom: int) -> float:

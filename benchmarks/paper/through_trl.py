@@ -13,8 +13,8 @@ from transformers import PrinterCallback, TrainerCallback
 
 from paper.arms import Arm
 from paper.engine import fast
-from paper.tasks import Question, Task, text_of
-from paper.training import TOP_P, Settings, accuracies, rewards_of, task_of, warm_up
+from paper.tasks import Task, text_of
+from paper.training import TOP_P, Settings, accuracies, asked_at, rewards_of, task_of, warm_up
 from paper.warm_start import digest, warm_started
 
 
@@ -30,7 +30,8 @@ class Notes(TrainerCallback):
 
     def rewards(self, prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
         """The rewards of the next rollout, whose prompts must be those of the engine's step."""
-        asked = questions(self.task, self.settings, len(self.history["reward"]), self.seed)
+        number = len(self.history["reward"])
+        asked = asked_at(self.task, self.settings, number, seed=self.seed)
         wanted = [question.prompt for question in asked for _ in range(self.settings.samples)]
         if prompts != wanted:
             raise ValueError("TRL's rollout has other prompts than the engine's")
@@ -55,18 +56,12 @@ class Notes(TrainerCallback):
             self.history["gradient"].append(float(logs["grad_norm"]))
 
 
-def questions(task: Task, settings: Settings, number: int, seed: int) -> list[Question]:
-    """The questions of a step."""
-    first = number * settings.prompts
-    return task.questions("train", settings.prompts, seed=seed, start=first)
-
-
 def trainer_of(
     model: Any, task: Task, arm: Arm, seed: int, settings: Settings, folder: str
 ) -> tuple[TokenWeightsGRPOTrainer, Notes]:
     """A trainer of a run, and what it notes."""
     notes = Notes(model, task, settings, seed)
-    steps = [questions(task, settings, number, seed) for number in range(settings.steps)]
+    steps = [asked_at(task, settings, number, seed=seed) for number in range(settings.steps)]
     arguments = TokenWeightsGRPOConfig(
         output_dir=folder,
         recipe=arm.recipe(task.probe, settings.steps).to_dict(),

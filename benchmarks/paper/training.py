@@ -58,6 +58,12 @@ def warm_up(number: int) -> float:
     return min(1, (number + 1) / 3)
 
 
+def asked_at(task: Task, settings: Settings, number: int, *, seed: int) -> list[Question]:
+    """The questions of a step."""
+    first = number * settings.prompts
+    return task.questions("train", settings.prompts, seed=seed, start=first)
+
+
 def responses(rollout: Any) -> list[str]:
     """The responses as text."""
     return [text_of(row) for row in rollout.tokens.tolist()]
@@ -164,8 +170,7 @@ def rolled_out(
     entropy: bool = False,
 ) -> Step:
     """The rollout of a step; prompts and draws depend on seed and step only."""
-    first = number * settings.prompts
-    asked = task.questions("train", settings.prompts, seed=seed, start=first)
+    asked = asked_at(task, settings, number, seed=seed)
     rollout = fast.sampled(
         policy,
         [token_ids(question.prompt) for question in asked],
