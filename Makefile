@@ -20,7 +20,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup environments demo test test-versions test-megatron compatibility fuzz lint format bench bench-gpu gpu-wheels gpu-trainer-wheels gpu-results paper paper-quick paper-results docs policy clean $(APART:%=test-%)
+.PHONY: help setup environments demo test test-versions test-megatron compatibility fuzz lint format bench bench-gpu gpu-wheels gpu-trainer-wheels gpu-results paper paper-results docs policy clean $(APART:%=test-%)
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -141,9 +141,6 @@ docs: $(READY)  ## Build the documentation site into site/, warnings being error
 
 paper: $(READY)  ## Run the paper's experiments that have no record yet (QUICK=1: a smoke test)
 	@$(BIN)/python benchmarks/paper run $(if $(QUICK),--quick)
-
-paper-quick: $(READY)  ## Smoke test of the paper's experiments: a few minutes, no verdicts
-	@$(BIN)/python benchmarks/paper run --quick
 
 paper-results: $(READY)  ## Write benchmarks/paper/RESULTS.md and its figures from the records
 	@$(BIN)/python benchmarks/paper results

@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-# Benchmarks and the report share `contenders.py`.
-sys.path.insert(0, str(Path(__file__).with_name("kernels")))
+HERE = Path(__file__).parent
+# Benchmarks and the report share `contenders.py`; all say what machine they ran on.
+sys.path[:0] = [str(HERE / "kernels"), str(HERE)]
+
+from machine import processor  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -37,13 +40,3 @@ def recorded_environment(request, single_thread):
             torch=torch.__version__,
             threads=torch.get_num_threads(),
         )
-
-
-def processor():
-    """The model name of the CPU, as far as the system tells it."""
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +49,7 @@ def items():
 
 def run(items, folder):
     return running.run_all(
-        items, folder=folder, settings=lambda item: QUICK, claims=folder / "running"
+        items, folder=folder, settings=lambda item: QUICK, locks=folder / "running"
     )
 
 
@@ -89,11 +90,21 @@ def test_a_failed_run_is_recorded_and_stops_no_other(tmp_path, items, monkeypatc
 
 
 def test_what_another_process_runs_is_left_to_it(tmp_path, items):
-    name = running.item_key(items[0], QUICK)
-    (tmp_path / "running").mkdir()
-    (tmp_path / "running" / name).write_text("1")  # a process that lives
-    assert run(items, tmp_path) == 2
-    (tmp_path / "running" / name).write_text("999999999")  # one that does not
+    lock = tmp_path / "running" / running.item_key(items[0], QUICK)
+    holder = f"""
+import fcntl, pathlib, sys
+path = pathlib.Path({str(lock)!r})
+path.parent.mkdir()
+file = path.open("a")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", holder], **pipes) as other:
+        assert other.stdout.readline() == b"locked\n"
+        assert run(items, tmp_path) == 2
+        other.kill()  # without a word, as a crash would
     assert run(items, tmp_path) == 1
 
 
@@ -221,6 +232,7 @@ def test_verdicts_by_hand():
     up = comparison.paired([0.1, 0.12, 0.11, 0.09, 0.1])
     assert claims.words_of(claim, up, 0.01).startswith("holds here")
     assert claims.words_of(claim, up, 0.2).startswith("not resolved")
+    assert claims.words_of(claim, up, 0.2).endswith("(+0.096 to +0.114, p 0.200)")
     down = comparison.paired([-0.1, -0.12, -0.11, -0.09, -0.1])
     assert claims.words_of(claim, down, 0.01).startswith("does not hold here")
     assert (
@@ -231,6 +243,13 @@ def test_verdicts_by_hand():
     assert claims.words_of(alike, near, 0.9).startswith("holds here")
     assert claims.words_of(alike, up, 0.01).startswith("does not hold here")
     assert claims.words_of(alike, up, 0.2).startswith("not resolved")
+
+
+def test_the_time_that_runs_took_by_hand():
+    spans = [("10:00", 3600), ("10:30", 3600), ("10:10", 60), ("13:00", 1800)]
+    found = [{"started": f"2026-01-01T{at}:00+00:00", "wall_seconds": s} for at, s in spans]
+    shown = report.wall([*found, {"wall_seconds": 5.0}])
+    assert shown == "Runs were under way for 2.00 hours (4 of 5 records say when)."
 
 
 def test_collapses_by_hand():

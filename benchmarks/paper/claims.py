@@ -223,15 +223,14 @@ def words_of(claim: Claim, found: Paired, p: float) -> str:
     """The verdict on a claim, from its values and its corrected p-value."""
     if found.count < PAIRS:
         return f"not resolved ({found.count} of {PAIRS} pairs)"
-    interval = f"({found.low:+.3f} to {found.high:+.3f})"
+    shown = f"({found.low:+.3f} to {found.high:+.3f}, p {p:.3f})"
     apart = p < LEVEL and not found.low <= 0 <= found.high
-    if claim.alike:
-        if -MARGIN <= found.low and found.high <= MARGIN:
-            return f"holds here {interval}"
-        return f"does not hold here {interval}" if apart else f"not resolved {interval}"
+    if claim.alike and -MARGIN <= found.low and found.high <= MARGIN:
+        return f"holds here {shown}"
     if not apart:
-        return f"not resolved {interval}"
-    return f"holds here {interval}" if found.mean > 0 else f"does not hold here {interval}"
+        return f"not resolved {shown}"
+    holds = found.mean > 0 and not claim.alike
+    return f"{'holds' if holds else 'does not hold'} here {shown}"
 
 
 def in_design(claim: Claim, arms: set[str]) -> bool:

@@ -1,8 +1,11 @@
 """The commands: run, tables, one table or figure, and warm starts."""
 
 import argparse
+import multiprocessing
+import os
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -23,6 +26,12 @@ def main(arguments: list[str] | None = None) -> None:
     run = commands.add_parser("run", help="run what has no record yet, then write the tables")
     run.add_argument("--quick", action="store_true", help="a smoke test: few steps, no verdicts")
     run.add_argument("--only", help="only this warm start or engine: totals-0, or trl")
+    run.add_argument(
+        "--processes",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="processes that share the runs, one thread each; one for every core by default",
+    )
     commands.add_parser("results", help="write RESULTS.md and the figures from the records")
     one = commands.add_parser("show", help="print one table, or write one figure")
     one.add_argument("name", choices=[*TABLES, *FIGURES])
@@ -30,10 +39,9 @@ def main(arguments: list[str] | None = None) -> None:
     start.add_argument("name", choices=[*MADE])
     commands.add_parser("list", help="print what there is to run")
     given = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    disable_progress_bar()  # of loading two hundred thousand parameters
+    _alone()
     if given.command == "run":
-        _quick() if given.quick else _run(given.only)
+        _quick() if given.quick else _run(given.only, given.processes)
     elif given.command == "results":
         _write()
     elif given.command == "show":
@@ -45,11 +53,38 @@ def main(arguments: list[str] | None = None) -> None:
             print(item.warm_start, item.arm, item.seed, _how(item))
 
 
-def _run(only: str | None) -> None:
-    items = [item for item in design() if only in (None, item.warm_start, item.engine)]
-    with tqdm(total=len(items), unit="run", dynamic_ncols=True) as bar:
-        run_all(items, progress=_shown(bar))
+def _alone() -> None:
+    """One thread, and no bars but ours."""
+    torch.set_num_threads(1)
+    disable_progress_bar()  # of loading two hundred thousand parameters
+
+
+def _run(only: str | None, processes: int) -> None:
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    others = [context.Process(target=_share, args=(only,)) for _ in range(processes - 1)]
+    for other in others:
+        other.start()
+    try:
+        with tqdm(total=len(_items(only)), unit="run", dynamic_ncols=True) as bar:
+            run_all(_items(only), progress=_shown(bar))
+        for other in others:
+            other.join()
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
+    if any(other.exitcode for other in others):
+        print("a process died; the same command runs what it left", file=sys.stderr)
     _write()
+
+
+def _items(only: str | None) -> list[Item]:
+    return [item for item in design() if only in (None, item.warm_start, item.engine)]
+
+
+def _share(only: str | None) -> None:
+    """What the other processes do: the same, without a word."""
+    _alone()
+    with suppress(KeyboardInterrupt):
+        run_all(_items(only))
 
 
 def _shown(bar: tqdm):
@@ -75,7 +110,7 @@ def _quick() -> None:
             items,
             folder=path,
             settings=quick_settings,
-            claims=path / "running",
+            locks=path / "running",
             progress=_shown(bar),
         )
         print("smoke only, no verdicts\n")

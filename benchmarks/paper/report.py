@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 from paper.arms import ARMS, CORE, FIELD, NEW, REFUSED, Arm
@@ -355,9 +356,15 @@ def provenance_table(data: Data) -> list[str]:
     wanted = len(design())
     records = data.records
     seconds = sum(record.get("cpu_seconds", 0.0) for record in records)
+    machines = Counter(
+        f"{found['cpu']}, {found['cores']} cores" if found else "unknown"
+        for found in (record.get("machine") for record in records)
+    )
     lines = [
         f"{len(records)} of {wanted} items of the design have a record, {len(data.failed)} of them "
-        f"failed; {seconds / 3600:.2f} CPU hours.",
+        f"failed; {seconds / 3600:.2f} CPU hours. {wall(records)} Records by machine: "
+        + "; ".join(f"{name} ({count})" for name, count in machines.most_common())
+        + ".",
         "",
         *head("warm start", "weights", "records", "CPU seconds a run", "commits", "torch"),
     ]
@@ -377,6 +384,21 @@ def provenance_table(data: Data) -> list[str]:
         lines += ["", f"Failed: {record['warm_start']}, {record['arm']}, seed {record['seed']}: "
                   f"`{record['error']}`."]  # fmt: skip
     return lines
+
+
+def wall(records: list[dict]) -> str:
+    """How long runs were under way, from those that say when they began."""
+    spans = sorted(
+        (datetime.fromisoformat(record["started"]).timestamp(), record["wall_seconds"])
+        for record in records
+        if "started" in record
+    )
+    total, until = 0.0, -math.inf
+    for begin, seconds in spans:
+        total += max(0.0, begin + seconds - max(begin, until))
+        until = max(until, begin + seconds)
+    known = f"{len(spans)} of {len(records)} records say when"
+    return f"Runs were under way for {total / 3600:.2f} hours ({known})."
 
 
 def _arms(name: str) -> Callable[[Data], list[str]]:
@@ -402,7 +424,9 @@ TABLES: dict[str, tuple[str, Callable[[Data], list[str]]]] = {
 NOTES = {
     "claims": f"Verdicts are those of `claims.py`: {PAIRS} pairs at least, Holm's correction over "
     f"the claims of a warm start, a margin of {MARGIN} for claims that two arms are alike. The "
-    "interval is that of the difference, or of the quantity that the claim says is above zero. "
+    "interval is that of the difference, or of the quantity that the claim says is above zero, "
+    "over pairs and too narrow at five of them; p is the paired t test's after the correction, so "
+    "an interval may leave out zero where p is not small. "
     "The paper's accuracies are percents on its benchmarks; ours are shares on another task, and "
     "only signs can be compared.",
     "arms-totals-0": "Mean and standard deviation over seeds; differences are paired by seed, with "

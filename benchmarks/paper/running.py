@@ -1,5 +1,6 @@
 """What is run, the most informative first, and how a run becomes a record."""
 
+import fcntl
 import functools
 import importlib
 import os
@@ -9,13 +10,16 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from machine import processor
 
 import tokenweights as tw
 from paper.arms import ARMS, CONTROLS, CORE, FIELD, LAYERS, NEW, SELECTIVE, SOFT
@@ -25,7 +29,7 @@ from paper.records import FOLDER, Item, append, configuration, key, read, settin
 from paper.training import Settings, train
 
 SEEDS = range(5)
-CLAIMS = ROOT / "build" / "paper" / "running"
+LOCKS = ROOT / "build" / "paper" / "running"
 FIRST = "first gradients"  # stands for an arm in the record of all arms' first gradients
 THROUGH_TRL = ("full", "anchor20", "low2high")  # arms that are trained by TRL, too
 TRL_SEEDS = range(3)
@@ -87,15 +91,16 @@ def measured(item: Item, settings: Settings) -> dict[str, Any]:
 
 def record_of(item: Item, settings: Settings) -> dict[str, Any]:
     """Runs an item; its record, with the error in it if it fails."""
-    started, made = time.time(), {} if item.arm == FIRST else configuration(item, settings)
-    record = {**item.values(), "key": item_key(item, settings), **made}
+    clock, made = time.monotonic(), {} if item.arm == FIRST else configuration(item, settings)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    record = {**item.values(), "key": item_key(item, settings), "started": started, **made}
     record |= provenance(item.engine)
     try:
         record |= {"status": "finished", **measured(item, settings)}
     except Exception as error:  # a failed run is a record too, and stops no other
         last = traceback.format_exc().strip().splitlines()[-3:]
         record |= {"status": "failed", "error": repr(error)[:300], "trace": last}
-    return record | {"wall_seconds": round(time.time() - started, 1)}
+    return record | {"wall_seconds": round(time.monotonic() - clock, 1)}
 
 
 def item_key(item: Item, settings: Settings) -> str:
@@ -122,7 +127,7 @@ def through_trl() -> Callable[..., dict[str, Any]]:
 
 @functools.cache
 def provenance(engine: str = "fast") -> dict[str, Any]:
-    """Commit, versions and threads of this process; the code is that of its start."""
+    """Commit, versions, machine and threads of this process; the code is that of its start."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
@@ -142,6 +147,7 @@ def provenance(engine: str = "fast") -> dict[str, Any]:
         "commit": git("rev-parse", "--short=12", "HEAD") or None,
         "modified": bool(git("status", "--porcelain", "--", *sources)),
         "versions": versions,
+        "machine": {"cpu": processor(), "cores": os.cpu_count()},
         "threads": torch.get_num_threads(),
     }
 
@@ -151,19 +157,17 @@ def finished(folder: Path) -> set[str]:
     return {record["key"] for record in read(folder)}
 
 
-def claimed(name: str, folder: Path) -> bool:
-    """Whether this process takes an item; not if a living one has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name
-    try:
-        with path.open("x") as file:
-            file.write(str(os.getpid()))
-    except FileExistsError:
-        owner = path.read_text().strip()
-        if owner.isdigit() and Path(f"/proc/{owner}").exists():
-            return False
-        path.write_text(str(os.getpid()))
-    return True
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Whether this process has a lock; it ends with the process, however that ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def run_all(
@@ -171,7 +175,7 @@ def run_all(
     *,
     folder: Path = FOLDER,
     settings: Callable[[Item], Settings] = settings_of,
-    claims: Path = CLAIMS,
+    locks: Path = LOCKS,
     progress: Callable[[int, int, Item | None], None] = lambda done, total, item: None,
 ) -> int:
     """Runs what has no record yet; several processes share the work.
@@ -180,7 +184,7 @@ def run_all(
         items: What to run, in order.
         folder: Where records are and go.
         settings: The settings of an item.
-        claims: Where processes say what they are running.
+        locks: Where processes lock what they are running.
         progress: Called with the items that are done, their number, and the next one.
 
     Returns:
@@ -194,20 +198,17 @@ def run_all(
     for item, name in zip(items, names, strict=True):
         if name in done:
             continue
-        done = finished(folder)  # other processes add to it
-        if name in done:
-            continue
         if reason := lacking(item):
             print(f"skipped: {item.arm} {item.seed} through TRL, {reason}", file=sys.stderr)
             continue
-        if not claimed(name, claims):
-            continue
-        made = settings(item)
-        progress(sum(each in done for each in names), len(items), item)
-        try:
+        with locked(locks / name) as mine:
+            done = finished(folder)  # other processes add to it
+            if not mine or name in done:
+                continue
+            made = settings(item)
+            progress(sum(each in done for each in names), len(items), item)
             append(record_of(item, made), folder / item.file)
-        finally:
-            (claims / name).unlink(missing_ok=True)
         ran += 1
-    progress(len(items), len(items), None)
+    done = finished(folder)
+    progress(sum(each in done for each in names), len(items), None)
     return ran
