@@ -24,7 +24,7 @@ class Arm:
             rule that this module's `training` builds itself, named in `special`.
         family: The table it stands in.
         special: `adaptive` for progress that waits while rewards fall; `alignment` for weights from
-            every token's inner product with the gradient.
+            every token's inner product with the gradient; `untrained` for the warm start itself.
         equal_mass: Whether its weights have mean 1.
     """
 
@@ -71,6 +71,7 @@ def _ranked(probe: int, steps: int) -> Spec:
     return {"rule": rule, "signal": signal, "match_mass": True}
 
 
+UNTRAINED = Arm("untrained", _named("full"), "selective", special="untrained")
 SELECTIVE = (
     _hard("full", family="selective"),
     _hard("random20", family="selective"),
@@ -130,7 +131,7 @@ NEW = (
     Arm("alignment top20", _alignment, "new", special="alignment"),
 )
 
-ARMS = {arm.name: arm for arm in (*SELECTIVE, *CONTROLS, *SOFT, *LAYERS, *FIELD, *NEW)}
+ARMS = {arm.name: arm for arm in (UNTRAINED, *SELECTIVE, *CONTROLS, *SOFT, *LAYERS, *FIELD, *NEW)}
 
 REFUSED = {
     "loss_low20, loss_high20": "at the one update of a rollout the ratio is 1, so |loss| is |A|, "

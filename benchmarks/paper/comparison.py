@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 import tokenweights as tw
 
 CONFIDENCE, RESAMPLES = 0.95, 4000
+DIGITS = 2e-4  # records hold four of them
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Paired:
         low: Lower end of the bootstrap interval over pairs.
         high: Its upper end.
         p: Two-sided p-value of the paired t test; 1 where there are fewer than three pairs.
+        reach: Half of Student's interval around the mean; infinite with a single pair.
+        constant: Whether all differences are the same, as far as the records' digits go.
     """
 
     count: int
@@ -28,6 +31,8 @@ class Paired:
     low: float
     high: float
     p: float
+    reach: float = math.inf
+    constant: bool = False
 
 
 def t_tail(t: float, freedom: int) -> float:
@@ -54,12 +59,16 @@ def paired(differences: Sequence[float]) -> Paired:
         return Paired(0, math.nan, math.nan, math.nan, 1.0)
     values = torch.tensor(differences, dtype=torch.float64)
     interval = tw.bootstrap_interval(values, confidence=CONFIDENCE, resamples=RESAMPLES, seed=0)
-    p = 1.0
-    if count >= 3:
-        spread = values.std().item() / math.sqrt(count)
-        mean = values.mean().item()
-        p = t_tail(mean / spread, count - 1) if spread > 0 else float(mean == 0)
-    return Paired(count, interval.mean, interval.low, interval.high, p)
+    found = Paired(count, interval.mean, interval.low, interval.high, 1.0)
+    if count < 2:
+        return found
+    spread = values.std().item() / math.sqrt(count)
+    constant = (values.max() - values.min()).item() <= DIGITS
+    found = replace(found, reach=t_quantile(count - 1) * spread, constant=constant)
+    if count < 3:
+        return found
+    p = t_tail(found.mean / spread, count - 1) if spread > 0 else float(found.mean == 0)
+    return replace(found, p=p)
 
 
 def welch(first: Sequence[float], second: Sequence[float]) -> tw.Interval:

@@ -24,6 +24,11 @@ def easy(record: dict[str, Any]) -> float:
     return record["evaluations"][-1]["easy"]
 
 
+def average(record: dict[str, Any]) -> float:
+    """Mean of easy and hard accuracy at the end."""
+    return (easy(record) + hard(record)) / 2
+
+
 def area(record: dict[str, Any]) -> float:
     """Mean accuracy on hard problems over the evaluations: the area under the curve."""
     values = [each["hard"] for each in record["evaluations"]]
@@ -74,7 +79,8 @@ class Data:
     def decisive(self, warm_start: str, arm: str, roles: tuple[str, ...]) -> float | None:
         """Share of an arm's weight on decisive tokens over its trainings; None without a run."""
         found = self.runs.get(warm_start, {}).get(arm, {}).values()
-        shares = [sum(run["roles"]["weight"].get(role, 0.0) for role in roles) for run in found]
+        weights = [run["roles"]["weight"] for run in found if run["roles"]["weight"]]
+        shares = [sum(weight.get(role, 0.0) for role in roles) for weight in weights]
         return sum(shares) / len(shares) if shares else None
 
     def at_start(self, warm_start: str, arm: str, name: str) -> float | None:

@@ -68,11 +68,14 @@ def _tenths(axes: Any, data: Data, warm_start: str) -> None:
     steps = sorted(columns)
     means = [[sum(each) / len(each) for each in zip(*columns[s], strict=True)] for s in steps]
     table = [list(each) for each in zip(*means, strict=True)]
-    shown = axes.imshow(table, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-0.7, vmax=0.7)
+    shown = axes.imshow(table, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-1, vmax=1)
     axes.set_xticks(range(len(steps)), steps)
     axes.set_yticks(range(0, 10, 3))
+    axes.set_ylabel("tenth by attention entropy", fontsize=6)
     axes.set_xlabel("update", fontsize=7)
-    axes.figure.colorbar(shown, ax=axes, fraction=0.05).ax.tick_params(labelsize=6)
+    bar = axes.figure.colorbar(shown, ax=axes, fraction=0.05)
+    bar.ax.tick_params(labelsize=6)
+    bar.set_label("projection", fontsize=6)
 
 
 def _curves(axes: Any, data: Data, warm_start: str) -> None:

@@ -1,7 +1,7 @@
 """What is looked at along a training: gradients, entropies, layers, roles.
 
-Subsets are those of the task's probe layer: anchors are the two lowest tenths of each response by
-attention entropy, explorers the two highest ones.
+Subsets are those of the task's probe layer, and those that the masks train: anchors are the lowest
+fifth of each response by attention entropy, explorers the highest one.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from tokenweights_lab import load_policy
 from torch import Tensor
 
 import tokenweights as tw
-from paper.arms import ARMS, Arm
+from paper.arms import ARMS, UNTRAINED, Arm
 from paper.engine import fast
 from paper.training import (
     Settings,
@@ -48,36 +48,37 @@ def rounded(values: dict[str, float]) -> dict[str, float]:
     return {name: None if v != v else round(v, 4) for name, v in values.items()}
 
 
+def subsets(scores: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Anchors and explorers."""
+    return {
+        "anchor": tw.bottom_fraction(scores, mask, fraction=0.2),
+        "explorer": tw.top_fraction(scores, mask, fraction=0.2),
+    }
+
+
 def gradients(policy: Any, step: Step, scores: Tensor) -> dict[str, Any]:
     """Geometry of random tokens, anchors and explorers, and the projection of every tenth."""
     mask, losses = step.rollout.mask, token_losses(policy, step)
     tenths = tw.quantile_bins(scores, mask, bins=TENTHS)
-    chosen = tw.random_fraction(mask, fraction=0.2, seed=step.number)
     groups = tw.group_gradients(losses, tenths, policy.parameters, mask=mask)
-    random = tw.group_gradients(losses, torch.where(chosen, 0, -1), policy.parameters, mask=mask)
+    chosen = subsets(scores, mask)
+    chosen["random"] = tw.random_fraction(mask, fraction=0.2, seed=step.number)
     count = mask.sum().item()
-
-    def of(parts: list[int]) -> dict[str, float]:
-        total = tuple(map(sum, zip(*(groups.groups[part] for part in parts), strict=True)))
-        held = torch.isin(tenths, torch.tensor(parts)) & mask
-        return geometry(total, groups.total, held.sum().item() / count)
-
+    found: dict[str, Any] = {}
+    for name, held in chosen.items():
+        own = tw.group_gradients(losses, torch.where(held, 0, -1), policy.parameters, mask=mask)
+        found[name] = geometry(own.groups[0], groups.total, held.sum().item() / count)
     projections = [tw.gradient_geometry(part, groups.total) for part in groups.groups]
-    share = (chosen & mask).sum().item() / count
-    return {
-        "anchor": of([0, 1]),
-        "explorer": of([8, 9]),
-        "random": geometry(random.groups[0], random.total, share),
-        "tenths": [round(each.projection_ratio, 4) for each in projections],
-    }
+    found["tenths"] = [round(each.projection_ratio, 4) for each in projections]
+    shares = [(tenths == part).sum().item() / count for part in range(TENTHS)]
+    found["tenth_shares"] = [round(share, 4) for share in shares]
+    return found
 
 
 def entropies(step: Step, probe: int) -> dict[str, Any]:
     """Dynamics by group, relation to the predictive entropy, and agreement of the layers."""
     mask, scores = step.rollout.mask, step.rollout.attention[probe]
-    tenths = tw.quantile_bins(scores, mask, bins=TENTHS)
-    anchors, explorers = (tenths <= 1) & mask, (tenths >= 8) & mask
-    dynamics = tw.group_dynamics(scores, [anchors, explorers, mask])
+    dynamics = tw.group_dynamics(scores, [*subsets(scores, mask).values(), mask])
     predictive = step.rollout.predictive_entropy
     layers = torch.stack([step.rollout.attention[n] for n in sorted(step.rollout.attention)])
     agreement = tw.layer_agreement(layers, mask)
@@ -97,15 +98,30 @@ def entropies(step: Step, probe: int) -> dict[str, Any]:
     }
 
 
+QUADRANTS = ("certain, concentrated", "uncertain, concentrated", "certain, diffuse",
+             "uncertain, diffuse")  # fmt: skip
+
+
+def quadrants(step: Step, task: Any, probe: int) -> dict[str, dict[str, float]]:
+    """Shares of the roles in each quadrant of predictive and attention entropy (Eq. 22)."""
+    mask = step.rollout.mask
+    found = tw.median_quadrants(
+        step.rollout.predictive_entropy, step.rollout.attention[probe], mask
+    )
+    roles = role_masks(task, step.texts, mask)
+    return {
+        name: rounded(
+            {role: ((found == place) & held).sum().item() / max(1, (found == place).sum().item())
+             for role, held in roles.items()}
+        )
+        for place, name in enumerate(QUADRANTS)
+    }  # fmt: skip
+
+
 def support(policy: Any, step: Step, probe: int) -> dict[str, list[float]]:
     """Keys that hold half and nine tenths of the attention of anchors, explorers and all tokens."""
     shares, mask = attention_shares(policy, step, probe), step.rollout.mask
-    scores = step.rollout.attention[probe]
-    groups = [
-        tw.bottom_fraction(scores, mask, fraction=0.2),
-        tw.top_fraction(scores, mask, fraction=0.2),
-        mask,
-    ]
+    groups = [*subsets(step.rollout.attention[probe], mask).values(), mask]
     reached = shares.sort(-1, descending=True).values.cumsum(-1)
     found = {}
     for mass in (0.5, 0.9):
@@ -140,6 +156,7 @@ class Watch:
         scores = step.rollout.attention[self.task.probe]
         found: dict[str, Any] = {"step": step.number, "entropies": entropies(step, self.task.probe)}
         found["roles"] = roles_of(step, self.task, scores)
+        found["quadrants"] = quadrants(step, self.task, self.task.probe)
         found["support"] = support(policy, step, self.task.probe)
         if (step.advantages != 0).any():
             found["gradients"] = gradients(policy, step, scores)
@@ -149,8 +166,7 @@ class Watch:
 def roles_of(step: Step, task: Any, scores: Tensor) -> dict[str, dict[str, float]]:
     """By role: share of the tokens, of anchors, of explorers, and of the predictive entropy."""
     mask = step.rollout.mask
-    low = tw.bottom_fraction(scores, mask, fraction=0.2)
-    high = tw.top_fraction(scores, mask, fraction=0.2)
+    low, high = subsets(scores, mask).values()
     predictive = torch.where(mask, step.rollout.predictive_entropy, 0.0)
     found = {}
     for role, held in role_masks(task, step.texts, mask).items():
@@ -181,7 +197,9 @@ def first_gradients(warm_start: str, seed: int, settings: Settings) -> dict[str,
     masks = role_masks(task, step.texts, mask)
     # A rule that moves the policy and back would break a graph that is there already.
     weighed = {
-        arm.name: Weigher(policy, arm, task.probe, settings.steps)(step) for arm in ARMS.values()
+        arm.name: Weigher(policy, arm, task.probe, settings.steps)(step)
+        for arm in ARMS.values()
+        if arm is not UNTRAINED
     }
     losses = token_losses(policy, step)
 

@@ -3,14 +3,15 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from paper.arms import ARMS
+from paper.arms import ARMS, UNTRAINED
 from paper.training import SETTINGS, Settings, task_of
 
 FOLDER = Path(__file__).parent / "runs"
+PROBES = 2  # of their definition; another one makes their runs anew
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,17 @@ class Item:
 
 
 def settings_of(item: Item) -> Settings:
-    """The settings of its task."""
-    return SETTINGS[task_of(item.warm_start).name]
+    """The settings of its task; without updates where nothing is trained."""
+    made = SETTINGS[task_of(item.warm_start).name]
+    return replace(made, steps=0, evaluated=(0,)) if item.arm == UNTRAINED.name else made
 
 
 def configuration(item: Item, settings: Settings) -> dict[str, Any]:
     """All that decides a run beside the code: settings, and the recipe as plain values."""
     arm, task = ARMS[item.arm], task_of(item.warm_start)
     made = arm.recipe(task.probe, settings.steps).to_dict()
-    return {"settings": asdict(settings), "recipe": made, "special": arm.special}
+    found = {"settings": asdict(settings), "recipe": made, "special": arm.special}
+    return found | ({"probes_version": PROBES} if item.probed else {})
 
 
 def key(item: Item, settings: Settings) -> str:

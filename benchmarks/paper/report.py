@@ -6,82 +6,28 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-from paper.arms import ARMS, CORE, FIELD, NEW, REFUSED, Arm
-from paper.claims import CLAIMS, MARGIN, PAIRS, verdicts
-from paper.collapse import FALL, LONG, SHORT, UNBOXED, WINDOW, collapse
-from paper.comparison import Paired, holm, welch
+from paper.arms import ARMS, REFUSED, UNTRAINED
+from paper.claims import CLAIMS, MARGIN, MASKS, verdicts
+from paper.collapse import collapse
+from paper.comparison import rank_correlation, welch
 from paper.data import WARM_STARTS, Data, Metric, area, data_of, easy, hard
 from paper.figures import FIGURES
+from paper.probe_tables import (
+    dispersion_table,
+    entropies_table,
+    gradients_table,
+    quadrants_table,
+    support_table,
+    tenths_table,
+)
+from paper.prose import INTRODUCTION, NOT_LEARNED, NOTES, PAPER, SATURATED
+from paper.rules import judged
 from paper.running import SEEDS, THROUGH_TRL, TRL_SEEDS, design
+from paper.summary import summary
+from paper.tables import head, number, row, signed, spread
 from paper.training import SETTINGS, task_of
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
-
-# What the paper reports of an arm, on its own benchmarks.
-PAPER = {
-    "full": "43.55; 34.39 ± 0.47",
-    "random20": "42.60",
-    "explorer20": "5 of 8 collapse",
-    "paper low2high": "37.15 ± 0.77",
-    "predictive_high20": "34.35",
-}
-
-# What did not learn in the pilots, and is in no table below.
-NOT_LEARNED = (
-    "register programs with shuffled symbols: the look-up of a value stayed at 0.45 after 2,700 "
-    "supervised steps",
-    "linked chains with decoys: 0.02 on easy problems after 1,200 supervised steps",
-    "running totals from a policy of careful solutions only, whose mistakes are copying and "
-    "adding: no gain in 90 to 120 updates at rates from 1e-4 to 1e-3, and a collapse at 1e-3",
-    "votes whose verdicts were wrong at random in 40 % of a warm start at a rate of 1e-3: the "
-    "policy forgot how to count, and 24 updates did not move it",
-    "votes over 11 to 23 signs: learned, but in five of six warm starts no layer had the verdict "
-    "among its explorers",
-    "tripled totals of 2 to 4 terms with a box of two totals: easy problems stayed at 0.25 over 40 "
-    "updates at 1e-4 and fell at 3e-4",
-    "tripled totals from a warm start at chance (0.10): no gain in 40 updates",
-    "tripled totals over all signed digits (200 contexts): 0.40 to 0.43 on easy problems in 40 "
-    "updates at 1e-4, too little to compare rules by",
-)
-
-
-SATURATED = (
-    "At a rate of 3e-5 uniform weights reached 0.84 on hard running totals at the end (seed 0); "
-    "2e-5 was taken before any arm was compared, so that nothing saturates."
-)
-
-
-def row(*cells: object) -> str:
-    """A line of a table."""
-    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
-
-
-def head(*cells: str) -> list[str]:
-    """The first two lines of a table."""
-    return [row(*cells), row(*("---" for _ in cells))]
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A number, or a dash where there is none."""
-    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
-
-
-def signed(found: Paired) -> str:
-    """A mean difference and its interval."""
-    if found.count < 2:
-        return "-"
-    return f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation over seeds."""
-    if not values:
-        return "-"
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return f"{mean:.3f}"
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    return f"{mean:.3f} ± {deviation:.3f}"
 
 
 def claims_table(data: Data) -> list[str]:
@@ -90,9 +36,8 @@ def claims_table(data: Data) -> list[str]:
     columns = [verdicts(data, name) for name in WARM_STARTS]
     for place, claim in enumerate(CLAIMS):
         words = [column[place].words for column in columns]
-        lines.append(
-            row(f"**{claim.name}**: {claim.says}", claim.where, claim.paper or "-", *words)
-        )
+        name = f"**{claim.name}**{'†' if claim.later else ''}: {claim.says}"
+        lines.append(row(name, claim.where, claim.paper or "-", *words))
     return lines
 
 
@@ -100,8 +45,9 @@ def arms_table(data: Data, warm_start: str) -> list[str]:
     """Every arm of a warm start that has runs."""
     decisive = task_of(warm_start).decisive
     lines = head(
-        "arm", "seeds", "hard", "hard - full", "area", "easy", "hard, top-p 1", "collapsed",
-        "weight on decisive tokens", "first cosine", "first projection", "the paper's number",
+        "arm", "seeds", "hard", "hard - full", "gain kept", "area", "easy", "hard, top-p 1",
+        "collapsed", "weight on decisive tokens", "first cosine", "first projection",
+        "the paper's number",
     )  # fmt: skip
     for arm in ARMS.values():
         values = list(data.values(warm_start, arm.name, hard).values())
@@ -116,17 +62,30 @@ def arms_table(data: Data, warm_start: str) -> list[str]:
                 len(values),
                 spread(values),
                 "-" if arm.name == "full" else signed(against),
+                number(gain_kept(data, warm_start, arm.name), 2),
                 spread(list(data.values(warm_start, arm.name, area).values())),
                 spread(list(data.values(warm_start, arm.name, easy).values())),
                 spread(list(whole.values())),
                 f"{hits} of {runs}",
-                number(data.decisive(warm_start, arm.name, decisive), 2),
+                "-"
+                if arm is UNTRAINED
+                else number(data.decisive(warm_start, arm.name, decisive), 2),
                 number(data.at_start(warm_start, arm.name, "cosine"), 2),
                 number(data.at_start(warm_start, arm.name, "projection"), 2),
                 PAPER.get(arm.name, "-"),
             )
         )
     return lines if len(lines) > 2 else ["No run yet."]
+
+
+def gain_kept(data: Data, warm_start: str, arm: str) -> float | None:
+    """An arm's gain in hard accuracy as a share of that of full training; None if unknown."""
+    columns = [data.values(warm_start, name, hard) for name in (arm, "full", UNTRAINED.name)]
+    seeds = set.intersection(*map(set, columns))
+    if not seeds or arm == UNTRAINED.name:
+        return None
+    mine, full, before = (sum(column[seed] for seed in seeds) for column in columns)
+    return (mine - before) / (full - before) if full != before else None
 
 
 def roles_table(data: Data) -> list[str]:
@@ -150,7 +109,27 @@ def roles_table(data: Data) -> list[str]:
             cells += [mean("table", role, "entropy"), mean("projection", role)]
             marked = "yes" if role in task_of(name).decisive else ""
             lines.append(row(name, role, marked, *(number(cell, 2) for cell in cells)))
-    return lines if len(lines) > 2 else ["No record yet."]
+    if len(lines) == 2:
+        return ["No record yet."]
+    return [*lines, "", "Rank correlation of an arm's weight on decisive tokens with its hard "
+            f"accuracy at the end, over hard masks and over all arms: {'; '.join(_ordered(data))}. "
+            "Where it is weaker over all arms it matters which decisive tokens are trained, and "
+            "when."]  # fmt: skip
+
+
+def _ordered(data: Data) -> list[str]:
+    """How far weight on decisive tokens orders arms, by warm start."""
+    said = []
+    for name in WARM_STARTS:
+        arms = {arm: runs for arm, runs in data.runs.get(name, {}).items() if arm != UNTRAINED.name}
+        decisive = task_of(name).decisive
+        found = []
+        for chosen in ([arm for arm in arms if arm in MASKS], list(arms)):
+            weights = [data.decisive(name, arm, decisive) or 0.0 for arm in chosen]
+            ends = [sum(map(hard, arms[arm].values())) / len(arms[arm]) for arm in chosen]
+            found.append(rank_correlation(weights, ends) if len(chosen) > 2 else math.nan)
+        said.append(f"{name} {number(found[0], 2)} and {number(found[1], 2)}")
+    return said
 
 
 def selected_table(data: Data) -> list[str]:
@@ -185,40 +164,15 @@ def field_table(data: Data) -> list[str]:
     """The field's rules and the new ones against uniform weights, at equal mass."""
     lines = []
     for name in WARM_STARTS:
-        runs = data.runs.get(name, {})
-        arms = [arm for arm in (*FIELD, *NEW, *_paper_rules()) if arm.name in runs]
-        found = [data.difference(name, arm.name, "full", area) for arm in arms]
-        enough = [place for place, each in enumerate(found) if each.count >= PAIRS]
-        adjusted = dict(zip(enough, holm([found[place].p for place in enough]), strict=True))
-        if not arms:
+        found = judged(data, name)
+        if not found:
             continue
         lines += ["", f"`{name}`:", ""]
         lines += head("rule", "pairs", "area - full", "p after Holm", "verdict")
-        for place, arm in enumerate(arms):
-            p = adjusted.get(place)
-            lines.append(
-                row(
-                    arm.name,
-                    found[place].count,
-                    signed(found[place]),
-                    number(p),
-                    _better(found[place], p),
-                )
-            )
+        for each in found:
+            cells = (each.found.count, signed(each.found), number(each.p), each.words)
+            lines.append(row(each.rule, *cells))
     return lines or ["No run yet."]
-
-
-def _paper_rules() -> list[Arm]:
-    names = [name for name in CORE if name != "full" and ARMS[name].equal_mass]
-    return [ARMS[name] for name in names]
-
-
-def _better(found: Paired, p: float | None) -> str:
-    if p is None:
-        return f"not resolved ({found.count} of {PAIRS} pairs)"
-    if p >= 0.05 or found.low <= 0 <= found.high:
-        return "not resolved"
-    return "better than uniform here" if found.mean > 0 else "worse than uniform here"
 
 
 def _over_steps(name: str) -> Metric:
@@ -259,58 +213,12 @@ def engines_table(data: Data) -> list[str]:
     return lines
 
 
-def _probe_rows(data: Data, cells: Callable[[dict], list[str]]) -> list[str]:
-    lines = []
-    for name in WARM_STARTS:
-        for seed, record in sorted(data.probes.get(name, {}).items()):
-            for probe in record["probes"]:
-                lines.append(row(name, seed, probe["step"], *cells(probe)))
-    return lines
-
-
-def gradients_table(data: Data) -> list[str]:
-    """Geometry of the subsets along the probed trainings."""
-    names = [f"{group} {value}" for group in ("random", "anchor", "explorer")
-             for value in ("cosine", "norm", "projection")]  # fmt: skip
-
-    def cells(probe: dict) -> list[str]:
-        found = probe.get("gradients", {})
-        return [number(found.get(n.split()[0], {}).get(n.split()[1]), 2) for n in names]
-
-    return [*head("warm start", "seed", "step", *names), *_probe_rows(data, cells)]
-
-
-def tenths_table(data: Data) -> list[str]:
-    """Projection of every tenth by attention entropy, lowest first."""
-
-    def cells(probe: dict) -> list[str]:
-        tenths = probe.get("gradients", {}).get("tenths", [None] * 10)
-        return [number(value, 2) for value in tenths]
-
-    return [*head("warm start", "seed", "step", *map(str, range(10))), *_probe_rows(data, cells)]
-
-
-def entropies_table(data: Data) -> list[str]:
-    """Entropy by group, its relation to predictive entropy, support, and the layers' agreement."""
-    names = (
-        "anchors", "explorers", "all tokens", "deviation of all", "predictive", "correlation",
-        "keys for 0.9: anchors", "explorers ", "layers: anchors", "explorers", "ranks",
-    )  # fmt: skip
-
-    def cells(probe: dict) -> list[str]:
-        found, keys = probe["entropies"], probe["support"]["0.9"]
-        values = [*found["mean"], found["deviation"][2], found["predictive"], found["correlation"]]
-        layers = [found["layers"][name] for name in ("anchors", "explorers", "ranks")]
-        return [number(value, 2) for value in (*values, keys[0], keys[1], *layers)]
-
-    return [*head("warm start", "seed", "step", *names), *_probe_rows(data, cells)]
-
-
 def tasks_table(data: Data) -> list[str]:
     """The tasks, their settings, and what uniform weights learn on them."""
     lines = head(
-        "warm start", "decided by", "updates", "rollout", "rate", "probed layer",
+        "warm start", "decided by", "updates", "rollout", "rate", "probed layer", "hard, untrained",
         "hard at the evaluations, uniform weights", "reward, first and last four steps",
+        "margin as a share of the gain",
     )  # fmt: skip
     for name in WARM_STARTS:
         task, runs = task_of(name), list(data.runs.get(name, {}).get("full", {}).values())
@@ -323,9 +231,14 @@ def tasks_table(data: Data) -> list[str]:
             values = [sum(run["history"]["reward"][part]) / 4 for run in runs]
             ends.append(spread(values))
         rollout = f"{made.prompts} x {made.samples}"
+        before = list(data.values(name, UNTRAINED.name, hard).values())
+        after = list(data.values(name, "full", hard).values())
+        share = None
+        if before and after:
+            share = MARGIN / (sum(after) / len(after) - sum(before) / len(before))
         lines.append(
-            row(name, task.about, made.steps, rollout, f"{made.rate:g}", task.probe,
-                "; ".join(curve), ", ".join(ends))
+            row(name, task.about, made.steps, rollout, f"{made.rate:g}", task.probe, spread(before),
+                "; ".join(curve), ", ".join(ends), number(share, 2))
         )  # fmt: skip
     return lines
 
@@ -339,15 +252,22 @@ def refused_table(data: Data) -> list[str]:
     lines.append(
         row("clipping, and all that depends on the ratio", f"cannot be tested here ({reason})")
     )
-    reason = "Adam cancels a constant factor of the gradient"
-    words = (
-        f"cannot be tested here ({reason}); the arms `... all` differ by the clip of the norm only"
+    reason = (
+        "Adam cancels a constant factor of the gradient: the arms `... all` end exactly where "
+        "their twins do"
     )
-    lines.append(row("selected against all-token denominators as a step size", words))
+    lines.append(
+        row("selected against all-token denominators (G.2)", f"cannot be tested here ({reason})")
+    )
     reason = "four layers and two hundred thousand parameters"
     lines.append(
         row("transfer to other models, and layers as depths", f"cannot be tested here ({reason})")
     )
+    reason = "24 to 40 updates are too few"
+    what = "the anchors' plateau over a long training (3.2), gradual degeneration (G.3)"
+    lines.append(row(what, f"cannot be tested here ({reason})"))
+    lines.append(row("other definitions of the entropy, spatial span (H, I)", "not measured"))
+    lines.append(row("maps and traces of single responses (F.2, H.3)", "pictures, no claim"))
     return lines
 
 
@@ -398,7 +318,7 @@ def wall(records: list[dict]) -> str:
         total += max(0.0, begin + seconds - max(begin, until))
         until = max(until, begin + seconds)
     known = f"{len(spans)} of {len(records)} records say when"
-    return f"Runs were under way for {total / 3600:.2f} hours ({known})."
+    return f"Runs were under way for {total / 3600:.2f} hours ({known})." if spans else ""
 
 
 def _arms(name: str) -> Callable[[Data], list[str]]:
@@ -406,6 +326,7 @@ def _arms(name: str) -> Callable[[Data], list[str]]:
 
 
 TABLES: dict[str, tuple[str, Callable[[Data], list[str]]]] = {
+    "summary": ("In short", summary),
     "claims": ("Claims", claims_table),
     "tasks": ("Tasks, and that they can be learned", tasks_table),
     "roles": ("Token roles at the warm starts", roles_table),
@@ -414,44 +335,19 @@ TABLES: dict[str, tuple[str, Callable[[Data], list[str]]]] = {
     "field": ("The field's rules and new ones, at equal mass", field_table),
     "weights": ("Which tokens each rule weights", selected_table),
     "gradients": ("Gradient geometry along training", gradients_table),
+    "dispersion": ("Dispersion of the cosine", dispersion_table),
     "tenths": ("Projection by tenths of attention entropy", tenths_table),
-    "entropies": ("Entropies, support and layers along training", entropies_table),
+    "entropies": ("Entropies and layers along training", entropies_table),
+    "support": ("Support, and who the groups are, along training", support_table),
+    "quadrants": ("Quadrants of predictive and attention entropy", quadrants_table),
     "engines": ("The same runs through TRL", engines_table),
     "refused": ("What cannot be tested here", refused_table),
     "provenance": ("Where the numbers come from", provenance_table),
 }
 
-NOTES = {
-    "claims": f"Verdicts are those of `claims.py`: {PAIRS} pairs at least, Holm's correction over "
-    f"the claims of a warm start, a margin of {MARGIN} for claims that two arms are alike. The "
-    "interval is that of the difference, or of the quantity that the claim says is above zero, "
-    "over pairs and too narrow at five of them; p is the paired t test's after the correction, so "
-    "an interval may leave out zero where p is not small. "
-    "The paper's accuracies are percents on its benchmarks; ours are shares on another task, and "
-    "only signs can be compared.",
-    "arms-totals-0": "Mean and standard deviation over seeds; differences are paired by seed, with "
-    "a 95 % bootstrap interval over pairs, which is too narrow at five pairs. `hard` is mean@4 on "
-    "held-out problems at top-p 0.7. The last three numbers say where a rule puts its weight: on "
-    "decisive tokens over the training, and how its gradient lies towards that of all tokens at "
-    "the warm start.",
-    "explorers": f"A run has collapsed if, of its last {WINDOW} steps against its first {WINDOW}, "
-    f"responses are shorter than {SHORT} or longer than {LONG} of what they were, {UNBOXED:.0%} "
-    f"have no answer, or the mean reward has fallen by more than {FALL}.",
-    "field": "Area under the curve of hard accuracy against uniform weights, Holm's correction "
-    "over the rules of a warm start.",
-    "roles": "Shares of a role among all tokens, anchors and explorers of the probed layer, its "
-    "share of the predictive entropy, and its part of the full gradient's projection. This is what "
-    "orders the arms: a rule trains as well as the decisive tokens it keeps.",
-    "engines": f"`{'`, `'.join(THROUGH_TRL)}` on `totals-0`, seeds 0 to {max(TRL_SEEDS)}, trained "
-    "by `TokenWeightsGRPOTrainer` (`through_trl.py`): warm start, prompts, rewards, settings and "
-    "held-out problems are the engine's, the draws are TRL's own. They enter no other table. "
-    f"{len(TRL_SEEDS)} runs stand against the engine's {len(SEEDS)} as two groups, with Welch's "
-    "95 % interval of the difference of their means; `agrees` says that it holds zero, not that "
-    "the difference is zero, and where nothing differs one interval in twenty misses zero. The "
-    "last column, which no verdict uses, is TRL less the engine at the same prompts.",
-    "gradients": "Cosine and projection under the all-token mean, norm under the selected-token "
-    "mean.",
-}
+# What says something of a few short runs.
+QUICK = {"roles", "weights", *(f"arms-{name}" for name in WARM_STARTS), "gradients", "dispersion",
+         "tenths", "entropies", "support", "quadrants", "explorers", "provenance"}  # fmt: skip
 
 
 def results(folder: Path, *, only: str | None = None, quick: bool = False) -> str:
@@ -474,26 +370,18 @@ def results(folder: Path, *, only: str | None = None, quick: bool = False) -> st
     else:
         lines += [INTRODUCTION, ""]
     for name, (title, table) in TABLES.items():
-        if quick and name in ("claims", "field", "tasks", "engines", "refused"):
+        if quick and name not in QUICK:
             continue
         lines += [f"## {title}", ""]
         lines += [NOTES[name], ""] if name in NOTES else []
         lines += [*table(data), ""]
         if name == "tasks":
-            lines += ["What failed to learn, and was given up:", ""]
+            lines += [
+                "What failed to learn, and was given up, from pilots that have no records:",
+                "",
+            ]
             lines += [*(f"- {each}" for each in NOT_LEARNED), ""]
             lines += [SATURATED, ""]
         if not quick:
             lines += [f"![{title}](figures/{FIGURES[name].file})", ""] if name in FIGURES else []
     return "\n".join(lines).rstrip() + "\n"
-
-
-INTRODUCTION = """\
-Generated by `python benchmarks/paper results` from the records in `runs/`; do not edit. Every run
-is in the records, failed ones included, with its seed, commit, configuration and versions.
-
-A policy of 200,384 parameters on synthetic tasks says nothing about a model of eight billion: the
-tables say which of the paper's claims appear at this scale, and the token roles say why. One update
-of the engine equals TRL's to 1e-5 (`integrations/trl/tests/test_paper_update.py`); whole runs
-through the TRL adapter are compared with the engine's in a table below. Arms are compared at equal
-weight mass, but for those named `paper ...` and `... all`."""

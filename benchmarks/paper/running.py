@@ -22,7 +22,17 @@ import transformers
 from machine import processor
 
 import tokenweights as tw
-from paper.arms import ARMS, CONTROLS, CORE, FIELD, LAYERS, NEW, SELECTIVE, SOFT
+from paper.arms import (
+    ARMS,
+    CONTROLS,
+    CORE,
+    FIELD,
+    LAYERS,
+    NEW,
+    SELECTIVE,
+    SOFT,
+    UNTRAINED,
+)
 from paper.engine import ROOT
 from paper.probes import first_gradients, probed
 from paper.records import FOLDER, Item, append, configuration, key, read, settings_of
@@ -61,6 +71,7 @@ def design() -> list[Item]:
         *runs("totals-0", extra),
         *(item for name in names for item in probes(name, range(2, 5))),
         *runs("totals-0", compared),
+        *(item for name in names for item in runs(name, [UNTRAINED.name])),
     ]
 
 

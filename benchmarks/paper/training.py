@@ -28,7 +28,7 @@ class Settings:
         rate: Learning rate of AdamW after three steps of warm-up; no weight decay.
         problems: Held-out problems of an evaluation.
         attempts: Responses to each of them.
-        evaluated: Steps after which `hard` is evaluated, the last one included.
+        evaluated: Updates after which `hard` is evaluated, the last one included.
     """
 
     steps: int
@@ -265,6 +265,9 @@ def train(
     read = {"layers": weigh.readings.layers, "entropy": weigh.readings.entropy}
     if watch is not None:
         read = {"layers": range(len(policy.layers)), "entropy": True}
+    if 0 in settings.evaluated:
+        last = not settings.steps
+        evaluations.append({"step": 0, **accuracies(policy, task, settings, seed=seed, last=last)})
     for number in range(settings.steps):
         step = rolled_out(policy, task, settings, number, seed=seed, **read)
         if watch is not None:
