@@ -111,6 +111,18 @@ def test_the_trainer_weights_what_it_trains_on():
     assert old < made < source.index("_update_actor(")
 
 
+def test_the_policy_is_frozen_until_its_first_update():
+    """Steps count from 1, and the one that `critic_warmup` names updates the policy."""
+    update = "if self.config.trainer.critic_warmup <= self.global_steps:"
+    once = inspect.getsource(PPOTrainerSync._step_once)
+    assert once.count("_update_actor(") == 1
+    assert once.index(update) < once.index("_update_actor(")
+    before, loop = inspect.getsource(PPOTrainerSync.fit).split("while current_epoch", 1)
+    assert before.count("self.global_steps += 1") == loop.count("self.global_steps += 1") == 1
+    assert loop.index("self.step(") < loop.index("self.global_steps += 1")
+    assert "self.global_steps = 0" in inspect.getsource(PPOTrainerSync.__base__)
+
+
 def test_outputs_are_made_by_keyword():
     source = inspect.getsource(FSDPEngineWithLMHead.forward_step)
     assert "output_args=output_args, micro_batch=micro_batch" in source
