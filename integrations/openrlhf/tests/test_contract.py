@@ -146,6 +146,19 @@ def test_the_trainer_trains_before_it_wakes_the_engines():
     assert source.index("self.ppo_train(global_step)") < source.index("self.broadcast_to_vllm(")
 
 
+def test_the_policy_is_frozen_up_to_the_step_that_is_named():
+    """Steps count from 0; what a frozen policy was rolled out to is kept until it trains."""
+    source = inspect.getsource(ppo_trainer.BasePPOTrainer.ppo_train)
+    assert "run_actor = global_steps > self.args.critic.freezing_steps and" in source
+    source = inspect.getsource(ppo_trainer.BasePPOTrainer.train_step)
+    assert source.index('method_name="append"') < source.index("self.ppo_train(global_step)")
+    assert "return status, global_step + 1" in source
+    assert "replay_buffer.clear()" in inspect.getsource(plain_class(PolicyModelActor).fit)
+    assert "clear(" not in inspect.getsource(plain_class(PolicyModelActor).append)
+    source = inspect.getsource(ppo_trainer.BasePPOTrainer.init_checkpoint_states)
+    assert '"global_step": 0' in source
+
+
 def test_the_policy_makes_one_pass_for_old_log_probabilities():
     """And nothing else calls its `forward`, so that scores and experiences stay in step."""
     source = inspect.getsource(RemoteExperienceMaker.make_experience)

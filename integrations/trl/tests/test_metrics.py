@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import tiny
@@ -245,6 +246,39 @@ def test_token_records_hold_what_decided_the_weights(tmp_path):
         torch.testing.assert_close(product, trainer.weighted["advantages"][row, :length])
         assert (record.layer, record.alignment) == (2, "deciding")
     assert len({record.sample_id for record in records}) == len(records)
+
+
+def scaled(completion_ids, factor=3.0, **_):
+    return [factor * reward for reward in tiny.reward(completion_ids)]
+
+
+@pytest.mark.parametrize(
+    ("functions", "factor"),
+    [
+        ([tiny.reward, scaled], 1 + 0.5 * 3),
+        # TRL keeps rewards by the function's name, those of the last one where names repeat.
+        ([partial(scaled, factor=1.0), partial(scaled, factor=5.0)], None),
+    ],
+    ids=["names of their own", "one name"],
+)
+def test_records_have_the_rewards_of_all_functions_or_none(tmp_path, functions, factor):
+    path = tmp_path / "tokens.jsonl"
+    settings = {"recipe": "low2high", "token_records": str(path), "reward_weights": [1.0, 0.5]}
+    trainer = TokenWeightsGRPOTrainer(
+        tiny.policy(),
+        functions,
+        tiny.arguments(TokenWeightsGRPOConfig, tmp_path, max_steps=1, **settings),
+        Dataset.from_dict({"prompt": tiny.PROMPTS}),
+        processing_class=tiny.tokenizer(),
+    )
+    trainer.train()
+    records = list(read_token_records(path))
+    expected = tiny.reward([list(record.token_ids) for record in records])
+    if factor is None:
+        assert [record.reward for record in records] == [None] * len(expected)
+    else:
+        expected = [factor * reward for reward in expected]
+        assert [record.reward for record in records] == pytest.approx(expected)
 
 
 def test_the_source_is_logged_once(tmp_path, caplog):

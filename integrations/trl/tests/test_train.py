@@ -266,6 +266,38 @@ def test_chats_without_a_template_are_refused(tmp_path, policy, capsys):
     assert "with a chat template" in line
 
 
+def test_a_model_with_code_of_its_own_is_loaded_where_that_is_trusted(
+    tmp_path, policy, capsys, monkeypatch
+):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (policy / "configuration_own.py").write_text(
+        "from transformers import Qwen3Config\n"
+        "class OwnConfig(Qwen3Config):\n"
+        "    model_type = 'own'\n"
+    )
+    (policy / "modeling_own.py").write_text(
+        "from transformers import Qwen3ForCausalLM\n"
+        "from .configuration_own import OwnConfig\n"
+        "class OwnForCausalLM(Qwen3ForCausalLM):\n"
+        "    config_class = OwnConfig\n"
+    )
+    where = {
+        "AutoConfig": "configuration_own.OwnConfig",
+        "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+    }
+    own = {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": where}
+    config = json.loads((policy / "config.json").read_text())
+    (policy / "config.json").write_text(json.dumps(config | own))
+    chats = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in ROWS]
+    given = ("--model", policy, "--dataset", jsonl(tmp_path, chats), "--recipe", "low2high",
+             "--output_dir", tmp_path / "out")  # fmt: skip
+    line = refused(capsys, *given)
+    assert "a model that loads" in line and "trust_remote_code=True" in line
+    # What is refused next is found only after the model has been loaded.
+    assert "with a chat template" in refused(capsys, *given, "--trust_remote_code", "true")
+
+
 def test_the_prompt_may_stand_in_another_column(tmp_path):
     rows = [{"question": row["prompt"], "answer": row["answer"]} for row in ROWS]
     arguments = TrainArguments(dataset_name=str(jsonl(tmp_path, rows)), prompt_column="question")

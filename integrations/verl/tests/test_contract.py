@@ -4,10 +4,12 @@ A failure here names what has changed; the adapter's code has to follow.
 """
 
 import inspect
+import re
 
 import pytest
 from verl.experimental.separation.engine_workers import DetachActorWorker
 from verl.trainer.distillation import losses as distillation
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.trainer.ppo.v1 import agent_loop_tq
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
@@ -19,6 +21,7 @@ from verl.workers.engine.utils import prepare_micro_batches
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from verl.workers.utils.padding import build_attention_mask_from_nested, response_to_nested
 
+from tokenweights_verl.config import LOSS_MODES, TOKEN_MEAN_LOSS_MODES
 from tokenweights_verl.scores import COLUMNS
 
 pytestmark = pytest.mark.versions
@@ -80,6 +83,23 @@ def test_older_weights_of_offloaded_parameters_are_no_copies():
     assert "copy=True" in inspect.getsource(fsdp_utils.fsdp1_sharded_save_to_cpu)
 
 
+def test_parameters_that_are_always_offloaded_are_on_the_cpu_with_fsdp2_alone():
+    """FSDP1 has no such thing for what it trains."""
+    source = inspect.getsource(FSDPEngineWithLMHead._build_fsdp_module)
+    first, second = source.split('strategy == "fsdp2"')
+    assert "offload_policy" not in first and "CPUOffload(" in first
+    assert "if self.engine_config.offload_policy or self.engine_config.forward_only:" in second
+    assert "CPUOffloadPolicy(pin_memory=True)" in second
+
+
+@pytest.mark.parametrize("mode", LOSS_MODES)
+def test_a_loss_divides_as_loss_agg_mode_says_or_the_recipe_has_to_divide_by_all_tokens(mode):
+    """`sapo` is a mean over sequences of means over tokens, whatever the setting."""
+    found = re.findall(r'loss_agg_mode=([\w"-]+)', inspect.getsource(get_policy_loss_fn(mode)))
+    obeys = mode in TOKEN_MEAN_LOSS_MODES
+    assert found == ["loss_agg_mode" if obeys else '"seq-mean-token-mean"']
+
+
 def test_an_engine_keeps_what_it_autocasts_to():
     assert "self._autocast_dtype = param_dtype" in inspect.getsource(FSDPEngineWithLMHead.__base__)
 
@@ -89,6 +109,18 @@ def test_the_trainer_weights_what_it_trains_on():
     source = inspect.getsource(PPOTrainerSync._step_once)
     old, made = source.index("_compute_old_log_prob("), source.index("_compute_advantage(")
     assert old < made < source.index("_update_actor(")
+
+
+def test_the_policy_is_frozen_until_its_first_update():
+    """Steps count from 1, and the one that `critic_warmup` names updates the policy."""
+    update = "if self.config.trainer.critic_warmup <= self.global_steps:"
+    once = inspect.getsource(PPOTrainerSync._step_once)
+    assert once.count("_update_actor(") == 1
+    assert once.index(update) < once.index("_update_actor(")
+    before, loop = inspect.getsource(PPOTrainerSync.fit).split("while current_epoch", 1)
+    assert before.count("self.global_steps += 1") == loop.count("self.global_steps += 1") == 1
+    assert loop.index("self.step(") < loop.index("self.global_steps += 1")
+    assert "self.global_steps = 0" in inspect.getsource(PPOTrainerSync.__base__)
 
 
 def test_outputs_are_made_by_keyword():

@@ -60,6 +60,11 @@ REFUSED = {
         ["token_weights.recipe=anchor20", f"{ACTOR}.loss_agg_mode=seq-mean-token-sum"],
         "token-mean",
     ),
+    "selected tokens, sequence mean of sapo": (
+        ["token_weights.recipe=anchor20", f"{ACTOR}.policy_loss.loss_mode=sapo"],
+        "loss_mode` one of vanilla, dppo_tv, dppo_kl, gspo, gpg, cispo, got 'sapo'. The recipe "
+        "divides by selected_tokens",
+    ),
     "selected tokens, rejected ones": (
         ["token_weights.recipe=anchor20", "algorithm.rollout_correction.rollout_rs=token_k1"],
         "rollout_rs",
@@ -81,6 +86,14 @@ REFUSED = {
         [
             "trainer.v1.trainer_mode=tokenweights_separate_async",
             f"{ACTOR}.fsdp_config.param_offload=true",
+            f"{ACTOR}.strategy=fsdp2",
+        ],
+        "`trainer.v1.separate_async.parameter_sync_step` one of 1, got 4",
+    ),
+    "older weights of parameters that are always offloaded": (
+        [
+            "trainer.v1.trainer_mode=tokenweights_separate_async",
+            f"{ACTOR}.fsdp_config.offload_policy=true",
             f"{ACTOR}.strategy=fsdp2",
         ],
         "`trainer.v1.separate_async.parameter_sync_step` one of 1, got 4",
@@ -120,6 +133,11 @@ def test_megatron_is_taken():
     assert token_weights_config(composed("model_engine=megatron")).token_recipe.attention
 
 
+def test_sapo_takes_recipes_that_divide_by_all_tokens():
+    assert token_weights_config(composed(f"{ACTOR}.policy_loss.loss_mode=sapo"))
+
+
+@pytest.mark.parametrize("offloaded", ["param_offload", "offload_policy"])
 @pytest.mark.parametrize(
     "kept",
     [
@@ -128,9 +146,9 @@ def test_megatron_is_taken():
         ["trainer.v1.trainer_mode=tokenweights_colocate_async"],
     ],
 )
-def test_older_weights_are_refused_only_where_they_would_be_lost(kept):
+def test_older_weights_are_refused_only_where_they_would_be_lost(kept, offloaded):
     base = ["trainer.v1.trainer_mode=tokenweights_separate_async", f"{ACTOR}.strategy=fsdp2"]
-    assert token_weights_config(composed(*base, f"{ACTOR}.fsdp_config.param_offload=true", *kept))
+    assert token_weights_config(composed(*base, f"{ACTOR}.fsdp_config.{offloaded}=true", *kept))
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])

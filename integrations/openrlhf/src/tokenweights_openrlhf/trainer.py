@@ -30,7 +30,7 @@ class TokenWeightsExperienceMaker(RemoteExperienceMaker):
     from and will go to. So extrema, counts and weights are those of the whole rollout batch.
 
     Attributes:
-        global_step: The schedule's step.
+        global_step: OpenRLHF's global step, from 0.
         metrics: What the last rollout batch was like; see `tokenweights.Recipe.weighted`.
     """
 
@@ -44,6 +44,11 @@ class TokenWeightsExperienceMaker(RemoteExperienceMaker):
         self._probe_batches: list[dict[str, Tensor]] = []
         every = self.config.token_records_steps
         self._records = RolloutRecords(self.config.token_records, every=every)
+
+    @property
+    def schedule_step(self) -> int:
+        """The schedule's step: 0 up to the policy's first update, after `freezing_steps`."""
+        return max(self.global_step - max(self.args.critic.freezing_steps + 1, 0), 0)
 
     def make_experience(self, samples_list: list[Experience]) -> list[Experience]:
         """As OpenRLHF's; also fetches the columns that the policy's pass has left behind."""
@@ -66,7 +71,7 @@ class TokenWeightsExperienceMaker(RemoteExperienceMaker):
             ranks = self.args.actor.num_nodes * self.args.actor.num_gpus_per_node
             self._probe_batches = probe_batches({name: rows(name) for name in names}, ranks)
         batch = self._rollout_batch(rows, order)
-        rollout = self.recipe.weighted(batch, step=self.global_step)
+        rollout = self.recipe.weighted(batch, step=self.schedule_step)
         self.metrics = rollout.metrics
         prompts = [prompt for made in experiences for prompt in made.prompts]
         texts = {"prompt": lambda row: prompts[order[row]], "decode": self.tokenizer.decode}
@@ -105,7 +110,8 @@ class TokenWeightsExperienceMaker(RemoteExperienceMaker):
 class TokenWeightsMixin(_Trainer):
     """Token weights for a subclass of OpenRLHF's `BasePPOTrainer`; name it first among the bases.
 
-    The schedule's step is OpenRLHF's global step, which a resumed run goes on with.
+    The schedule begins with the policy's first update and follows OpenRLHF's global step, which a
+    resumed run goes on with.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

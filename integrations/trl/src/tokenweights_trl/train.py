@@ -125,7 +125,7 @@ def _trainer(
         raise invalid("train", "model_name_or_path", "a path that exists", name, "Check the path.")
     dataset = training_dataset(script)
     place = model_place(name)
-    _require_generator(place, model)
+    _require_generator(place, model, trusted=training.trust_remote_code)
     held_out = None
     if training.eval_strategy != "no":
         held_out = training_dataset(script, split=script.dataset_test_split)
@@ -175,10 +175,11 @@ def _trainer(
     return trainer
 
 
-def _require_generator(name: str, model: TrainModelConfig) -> None:
+def _require_generator(name: str, model: TrainModelConfig, *, trusted: bool) -> None:
     """Refuses what is no language model before it is loaded."""
+    options = {"revision": model.model_revision, "trust_remote_code": trusted}
     try:
-        config = AutoConfig.from_pretrained(name, revision=model.model_revision)
+        config = AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         got = f"{name} ({' '.join(str(error).split())})"
         hint = "Check the name, and the connection."

@@ -277,10 +277,11 @@ class TokenWeightsMixin(_Base):
 
     def _rewards(self, rows: int, device: torch.device) -> Tensor | None:
         """What the reward functions gave this rank's rows, weighed; token records show it."""
-        # TRL keeps the rewards of the last rollout batch, of all ranks one after another.
-        parts = [list(self._logs["rewards"][name]) for name in self.reward_func_names]
-        ranks = self.accelerator.num_processes
-        if any(len(part) < rows * ranks for part in parts):
+        # TRL keeps the rewards of the last rollout batch, of all ranks one after another, by the
+        # function's name: of two with one name only the last one's.
+        names, ranks = self.reward_func_names, self.accelerator.num_processes
+        parts = [list(self._logs["rewards"][name]) for name in names]
+        if len({*names}) < len(names) or any(len(part) < rows * ranks for part in parts):
             return None
         start = -(ranks - self.accelerator.process_index) * rows
         mine = [part[start : start + rows or None] for part in parts]

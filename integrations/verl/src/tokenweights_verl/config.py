@@ -12,6 +12,8 @@ from tokenweights_verl.scores import COLUMNS
 # Losses that are homogeneous in the advantage, token by token: for w >= 0 the loss of w * A is w
 # times the loss of A, so weighting advantages is weighting token losses.
 LOSS_MODES = ("vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "cispo")
+# Losses that divide by a token count, which a factor on the advantages can exchange.
+TOKEN_MEAN_LOSS_MODES = ("vanilla", "dppo_tv", "dppo_kl", "gspo", "gpg", "cispo")
 
 
 def token_weights_config(config: DictConfig) -> TokenWeightsConfig:
@@ -45,12 +47,11 @@ def _check(config: DictConfig, token_weights: TokenWeightsConfig) -> None:
     require_columns(made, given, caller="verl")
     read, divided = made.attention is not None or probed, made.denominator != "all_tokens"
     columns = probed or made.attention != made.entropy
-    (distilled, implementation) = selected("distillation.enabled", _ATTENTION)
-    mode, strategy, offloaded = selected(_MODE, f"{_ACTOR}.strategy", _OFFLOADED)
-    kept = offloaded and strategy == "fsdp2" and "separate" in mode
+    mode, strategy, distilled = selected(_MODE, f"{_ACTOR}.strategy", "distillation.enabled")
+    kept = any(selected(*_OFFLOADED)) and strategy == "fsdp2" and "separate" in mode
     flat, spread = probed and strategy == "fsdp", read and strategy == "megatron"
     sliced = any((size or 1) > 1 for size in selected(*_ULYSSES))
-    elsewhere = sliced and "flash" not in (implementation or "flash_attention_2")
+    elsewhere = sliced and "flash" not in (selected(_ATTENTION)[0] or "flash_attention_2")
     divisor = f"The recipe divides by {made.denominator}; change this, or the recipe."
     for asked, key, fit, hint in (
         (True, "trainer.use_v1", (True,), _PLAIN),
@@ -61,6 +62,7 @@ def _check(config: DictConfig, token_weights: TokenWeightsConfig) -> None:
         (corrects_sampler(made), f"{_CORRECTION}.rollout_is", (None,), _TWICE),
         (kept, "trainer.v1.separate_async.parameter_sync_step", (1,), _KEPT),
         (distilled, "distillation.distillation_loss.use_task_rewards", (True,), _DISTILLED),
+        (divided, f"{_ACTOR}.policy_loss.loss_mode", TOKEN_MEAN_LOSS_MODES, divisor),
         (divided, f"{_ACTOR}.loss_agg_mode", ("token-mean",), divisor),
         (divided, f"{_CORRECTION}.rollout_rs", (None,), divisor),
         (read, f"{_ACTOR}.use_prefix_grouper", (False, None), _ONE_COPY),
@@ -88,7 +90,8 @@ _REFERENCE = (f"{_ACTOR}.use_kl_loss", "algorithm.use_kl_in_reward")
 _ATTENTION = "actor_rollout_ref.model.override_config.attn_implementation"
 _ULYSSES = [f"{_ACTOR}{of}.ulysses_sequence_parallel_size" for of in ("", ".fsdp_config")]
 # The last of the engines gives entropies alone.
-_ENGINES, _OFFLOADED = ("fsdp", "fsdp2", "megatron"), f"{_ACTOR}.fsdp_config.param_offload"
+_ENGINES = ("fsdp", "fsdp2", "megatron")
+_OFFLOADED = [f"{_ACTOR}.fsdp_config.{of}" for of in ("param_offload", "offload_policy")]
 _DARK = ("model.use_fused_kernels", "model.mtp.enable", "actor.megatron.dynamic_context_parallel")
 _KEPT = "VeRL overwrites the older weights that it keeps of offloaded parameters."
 _PLAIN = "Any other trainer of VeRL would ignore the recipe."

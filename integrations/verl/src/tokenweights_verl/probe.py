@@ -134,15 +134,10 @@ def gradient_metrics(engine: Any, data: TensorDict, series: tw.GradientSeries) -
             losses += tw.unclipped_losses(partial(present, part), *own, micro_batch_size=len(part))
         columns = attention_columns(attention, whole)
         scores = attention(tw.RolloutBatch(mask=mask, attention=columns))
-        return series.metrics(
-            tw.GradientProbe(module, group=group, gradients=partial(taken_gradients, module)),
-            losses,
-            scores=scores,
-            mask=mask,
-            sample_ids=whole["sample_ids"],
-            tolerance=tolerance,
-            autocast=engine._autocast_dtype,
-        )
+        probe = tw.GradientProbe(module, group=group, gradients=partial(taken_gradients, module))
+        tokens = {"scores": scores, "mask": mask, "sample_ids": whole["sample_ids"]}
+        options = {"tolerance": tolerance, "autocast": engine._autocast_dtype}
+        return series.metrics(probe, losses, **tokens, **options)
 
 
 def _outputs(engine: Any, part: TensorDict, *, forward_only: bool) -> dict[str, Any]:

@@ -23,8 +23,7 @@ class TokenWeightsMixin(GradientProbeMixin):
     policy becomes weights, and `advantages` become weighted ones, which VeRL carries through
     mini-batches, epochs and micro-batches. Extrema and counts span the whole rollout batch: the
     trainer sees all of it. With VeRL's separate rollout it is what one update trains on, of which a
-    step has `parameter_sync_step`. The schedule's step is `global_steps - 1`, so that it starts at
-    0.
+    step has `parameter_sync_step`. The schedule begins with the policy's first update.
 
     Attributes:
         recipe: The recipe, with its layers numbered for the actor's model.
@@ -42,6 +41,11 @@ class TokenWeightsMixin(GradientProbeMixin):
         chosen = config.trainer.v1
         chosen.trainer_mode = chosen.trainer_mode.removeprefix("tokenweights_")
         super().__init__(config)
+
+    @property
+    def schedule_step(self) -> int:
+        """The schedule's step: 0 up to the policy's first update, at step `critic_warmup`."""
+        return max(self.global_steps - max(self.config.trainer.critic_warmup, 1), 0)
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -64,7 +68,7 @@ class TokenWeightsMixin(GradientProbeMixin):
         layers = map(ENTROPY.format, self.recipe.readings)
         data = tq.kv_batch_get(**where, select_fields=sorted({*FIELDS, *read, *layers}))
         rows = rollout_batch(self.recipe, step, batch.keys, data)
-        rollout = self.recipe.weighted(rows, step=step - 1)
+        rollout = self.recipe.weighted(rows, step=self.schedule_step)
         metrics.update({f"token_weights/{name}": v for name, v in rollout.metrics.items()})
         decode, prompts = self.tokenizer.decode, data["prompts"]
         prompt = {"prompt": lambda row: decode(prompts[row]), "decode": decode}
