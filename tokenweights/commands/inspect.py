@@ -16,6 +16,7 @@ from tokenweights.capture import attention_layers, middle_layer
 from tokenweights.commands import texts
 from tokenweights.commands.extras import imported
 from tokenweights.commands.models import loaded_model
+from tokenweights.commands.named import recipe_choice
 from tokenweights.commands.terminal import shown
 from tokenweights.diagnostics import (
     LayerAgreement,
@@ -192,7 +193,8 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         hint = 'Change the recipe: {"name": NAME, "layers": [20]}.'
         condition = f"without --{given[0]}"
         raise invalid("inspect", "--recipe", condition, options.recipe, hint)
-    made = rollout_recipe(options.recipe, caller="inspect")
+    choice = recipe_choice(options.recipe, command="inspect", argument="--recipe")
+    made = rollout_recipe(choice, caller="inspect")
     if "advantages" in made.columns and options.advantage is None:
         hint = "Pass the one the response shall have: 1 for a good one, -1 for a bad one."
         condition = f"with {made.name!r}, which reads `advantages`"
