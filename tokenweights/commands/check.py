@@ -10,7 +10,7 @@ from tokenweights.capture import CapturedAttention, attention_layers, capture_at
 from tokenweights.capture.layers import layer_type
 from tokenweights.commands.extras import imported
 from tokenweights.commands.hollow import hollow_model, run_hollow
-from tokenweights.commands.models import model_place
+from tokenweights.commands.models import first_line, model_place
 from tokenweights.commands.terminal import aligned
 from tokenweights.recipes import recipe
 
@@ -71,8 +71,7 @@ def _model(name: str) -> Any:
 
 
 def _refusal(condition: str, name: str, error: Exception, hint: str) -> TokenWeightsError:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
-    return invalid("check", "MODEL", condition, f"{name}: {first}", hint)
+    return invalid("check", "MODEL", condition, f"{name}: {first_line(error)}", hint)
 
 
 def _found(model: Any, name: str) -> dict[int, CapturedAttention | str]:
