@@ -1,8 +1,10 @@
 """Models by name: the embedded policy of `tokenweights-lab`, and whatever transformers loads."""
 
 import importlib
+import logging
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,9 +32,17 @@ def model_place(name: str) -> str:
     return str(lab.policy_path())
 
 
+def imported_transformers() -> ModuleType:
+    """The package, while the Hub's client keeps each of its tries to reach it to itself."""
+    transformers = imported("transformers", extra="capture")
+    # Its import has set a level of its own.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    return transformers
+
+
 def loaded_model(name: str, *, dtype: str, device: str) -> tuple[Any, Any]:
     """Model and tokenizer, the model in evaluation mode."""
-    transformers = imported("transformers", extra="capture")
+    transformers = imported_transformers()
     place = model_place(name)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place)
