@@ -49,6 +49,12 @@ def test_a_reader_that_leaves_ends_a_command_quietly():
     assert done.returncode == 141 and done.stderr == b""
 
 
+def test_an_error_is_one_line_that_does_not_steer_the_terminal(capsys):
+    assert main(["report", "no\n\x1b[31mfolder"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and "\x1b" not in printed and "[31mfolder" in printed
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_interrupt_is_no_traceback(command, monkeypatch, capsys):
     def interrupted(_):

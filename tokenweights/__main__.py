@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from tokenweights import __version__
 from tokenweights._errors import TokenWeightsError
 from tokenweights.commands import check, compare, inspect, recipes, report
+from tokenweights.commands.terminal import shown
 
 COMMANDS = {
     "recipes": recipes,
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{parser.prog} {options.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except (TokenWeightsError, OSError) as error:
-        print(f"{parser.prog} {options.command}: {error}", file=sys.stderr)
+        print(shown(f"{parser.prog} {options.command}: {error}"), file=sys.stderr)
         return 2
     return status
 

@@ -50,14 +50,22 @@ def invalid(
     return error(f"`{function}`: expected `{argument}` {condition}, got {got}. {hint}")
 
 
-def nearest(value: Any, known: Sequence[str]) -> str | None:
+def nearest(value: Any, known: Sequence[str], *, cutoff: float = 0.6) -> str | None:
     """The known word that a misspelt one most looks like, or None if it looks like none.
+
+    Args:
+        value: The misspelt word.
+        known: The words that there are.
+        cutoff: Least share of letters that both have, in their order, in [0, 1].
+
+    Returns:
+        The word.
 
     Example:
         >>> nearest("normalised", ["raw", "normalized"])
         'normalized'
     """
-    near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(value), known, n=1, cutoff=cutoff)
     return near[0] if near else None
 
 

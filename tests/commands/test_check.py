@@ -1,6 +1,7 @@
 """`check`: what it says of a configuration is what the tap does with the model."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -153,6 +154,34 @@ def test_code_beside_a_configuration_never_runs(tmp_path, capsys):
     auto = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": auto}))
     assert "custom code" in refused(capsys, tmp_path)
+
+
+def test_without_a_network_only_the_command_speaks(tmp_path):
+    """The Hub's own lines, one for each try, are not shown; nobody waits between the tries."""
+    code = (
+        "import sys, time; time.sleep = lambda _: None; "
+        "from tokenweights.__main__ import main; "
+        "print(main(['check', 'no/such']), main(['inspect', 'no/such', '--text', 'text.txt']))"
+    )
+    (tmp_path / "text.txt").write_text("1+1=2")
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": "http://127.0.0.1:1",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        check=False,
+    )
+    assert done.stdout == "2 2\n"
+    lines = done.stderr.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["tokenweights check", "tokenweights inspect"]
+    assert all("to load, got no/such: " in line and ".." not in line for line in lines)
 
 
 def test_a_missing_extra_is_named():

@@ -144,8 +144,18 @@ NONSENSE = {
     "the same recipe and seed": (["full/seed0"], "full, seed 0, twice"),
     "an unknown metric": (["a-seed0", "--metric", "rewrad"], "Did you mean 'reward'?"),
     "no finite value": (["nan-seed0"], "none of them finite"),
-    "a page that is a folder": (["a-seed0", "-o", "void-seed0"], "void-seed0"),
-    "a page in a file": (["a-seed0", "-o", "full-seed0/metrics.jsonl/x.html"], "metrics.jsonl"),
+    "a page that is a folder": (
+        ["a-seed0", "-o", "void-seed0"],
+        "`--output` a file, got void-seed0",
+    ),
+    "a page in a file": (
+        ["a-seed0", "-o", "full-seed0/metrics.jsonl/x.html"],
+        "`--output` a file, got full-seed0/metrics.jsonl/x.html",
+    ),
+    "a page that is a folder, before anything is read": (
+        ["nowhere", "-o", "."],
+        "`--output` a file",
+    ),
 }
 
 

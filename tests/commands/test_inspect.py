@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -120,7 +121,8 @@ def test_a_second_inspection_replaces_the_first(saved, text, tmp_path):
     [
         ("", (), "0 prompt and 0 response tokens"),
         ("1", (), "1 prompt and 0 response tokens"),
-        ("1+1", ("--split", "?"), "--split"),
+        ("1+1", ("--split", "?"), "Pass a MARK that the text contains."),
+        ("1+1", ("--split", ""), "Pass a MARK that the text contains."),
         ("1+1", ("--layers", "9"), "among the attention layers"),
         ("1+1", ("--prompt", "/nowhere.txt"), "/nowhere.txt"),
         ("1+1", ("--largest", "0"), "largest"),
@@ -140,6 +142,83 @@ def test_wrong_input_is_named(content, options, words, saved, text, tmp_path, ca
     assert main([*arguments, *options]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+TWO = ("--prompt", "prompt.txt", "--text", "text.txt")
+OWN = ("--prompt", "prompt.txt", "--generate", "5")
+EARLY = {
+    "no such device": ((*TWO, "--device", "foo"), "`--device` that this machine has, got foo"),
+    "a device that is not there": ((*TWO, "--device", "hpu"), "that this machine has, got hpu"),
+    "a device without numbers": ((*TWO, "--device", "meta"), "that this machine has, got meta"),
+    "no such type": ((*TWO, "--dtype", "foo"), "expected `--dtype` auto or a floating-point type"),
+    "a type of integers": ((*TWO, "--dtype", "int32"), "got 'int32'"),
+    "a type too narrow": ((*TWO, "--dtype", "float8_e4m3fn"), "got 'float8_e4m3fn'"),
+    "a module": ((*TWO, "--dtype", "nn"), "got 'nn'"),
+    "a seed too large": ((*OWN, "--seed", f"{2**64}"), "expected `--seed` in [-2**63, 2**64 - 1]"),
+    "a seed too low": ((*OWN, "--seed", f"{-(2**63) - 1}"), "expected `--seed`"),
+    "no temperature": ((*OWN, "--temperature", "nan"), "expected `--temperature` 0 or in"),
+    "an endless one": ((*OWN, "--temperature", "inf"), "got inf"),
+    "a negative one": ((*OWN, "--temperature", "-1"), "got -1.0"),
+    "one that overflows": ((*OWN, "--temperature", "1e-40"), "got 1e-40"),
+    "nothing to generate": ((*OWN[:-1], "0"), "expected `--generate` >= 1, got 0"),
+    "a step before the first": ((*TWO, "--step", "-3"), "`--step` in [0, 2**63 - 1], got -3"),
+    "a step too large": ((*TWO, "--step", f"{10**400}"), "got 1000000"),
+    "no attention weights": ((*TWO, "--largest", "0"), "expected `--largest` >= 1, got 0"),
+    "no advantage": ((*TWO, "--advantage", "nan"), "a finite number, got nan"),
+    "no prompt": (("--prompt", "nofile", *TWO[2:]), "`--prompt` a text file, got nofile: No"),
+    "a folder as prompt": (
+        ("--prompt", "folder", *TWO[2:]),
+        "`--prompt` a text file, got folder: ",
+    ),
+    "no text": (("--text", "nofile"), "expected `--text` a text file, got nofile"),
+    "no text in UTF-8": (("--text", "bytes"), "expected `--text` to be UTF-8, got bytes"),
+    "two lines of a name": (("--text", "no\nfile"), "got no file"),
+    "a file as folder": ((*TWO, "--output", "text.txt"), "`--output` a directory, got text.txt"),
+    "a folder in a file": ((*TWO, "--output", "text.txt/x/y"), "got text.txt/x/y"),
+    "no such recipe": ((*TWO, "--recipe", "nope"), "`tokenweights recipes` lists them."),
+    "a recipe that is no JSON": ((*TWO, "--recipe", "{"), "expected `--recipe`"),
+}
+
+
+@pytest.mark.parametrize("case", EARLY)
+def test_wrong_input_is_one_line_before_any_model_is_looked_for(
+    case, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    (tmp_path / "prompt.txt").write_text("1+1=?")
+    (tmp_path / "text.txt").write_text("2")
+    before = sorted(tmp_path.rglob("*"))
+    options, words = EARLY[case]
+    assert main(["inspect", "/nowhere", "--no-figures", *options]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    assert words in printed.err and "MODEL_OR_PATH" not in printed.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has one")
+def test_a_machine_without_the_device_says_so(text, capsys):
+    assert main(["inspect", "/nowhere", "--text", str(text), "--device", "cuda"]) == 2
+    printed = capsys.readouterr().err
+    assert "expected `--device` that this machine has, got cuda: " in printed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "half"])
+def test_the_type_of_the_weights_can_be_named(dtype, saved, text, tmp_path):
+    text.write_text("1+1=?2")
+    output = inspected(saved, text, tmp_path, "--no-figures", "--dtype", dtype, "--device", "cpu")
+    assert all(map(math.isfinite, record_of(output).attention_entropy))
+
+
+def test_text_on_stdin_is_read_before_the_model(tmp_path):
+    code = "import sys; from tokenweights.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "inspect", "/nowhere", "--text", "-", "--no-figures"]
+    for given, words in ((b"\xff", "expected `--text` to be UTF-8, got -: "), (b"2", "/nowhere")):
+        done = subprocess.run(command, input=given, capture_output=True, cwd=tmp_path, check=False)
+        assert done.returncode == 2 and done.stderr.count(b"\n") == 1
+        assert words in done.stderr.decode()
 
 
 def record_of(output):
@@ -315,6 +394,12 @@ def test_the_embedded_policy_has_a_name(text, tmp_path, capsys, monkeypatch):
     assert "tokenweights-lab" in capsys.readouterr().err
 
 
-def test_a_model_that_does_not_load_is_named(text, tmp_path, capsys):
-    assert main(["inspect", str(tmp_path), "--text", str(text)]) == 2
-    assert "MODEL_OR_PATH" in capsys.readouterr().err
+@pytest.mark.parametrize("config", [None, '{"model_type": "qwen3", "hidden_size": -1}'])
+def test_a_model_that_does_not_load_is_named(config, saved, text, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    (folder / "config.json").unlink()
+    if config is not None:
+        (folder / "config.json").write_text(config)
+    assert main(["inspect", str(folder), "--text", str(text)]) == 2
+    assert "expected `MODEL_OR_PATH` to load, got " in capsys.readouterr().err

@@ -59,7 +59,18 @@ def test_json_without_a_name_holds_them_all(capsys):
     [
         ("low2hihg", "Did you mean 'low2high'?"),
         ("fipo", "every weight is 1"),
-        ("?\n\x1b[31m", "Choose one of full, random20"),
+        ("low2hig", "Did you mean 'low2high'?"),
+        ("anchr20", "Did you mean 'anchor20'?"),
+        ('{"name": "ancor20"}', "Did you mean 'anchor20'?"),
+        ("nope", "got 'nope'. `tokenweights recipes` lists them."),
+        ("foo:bar", "got 'foo:bar'. `tokenweights recipes` lists them."),
+        ("?\n\x1b[31m", "`tokenweights recipes` lists them."),
+        ("", "got ''. `tokenweights recipes` lists them."),
+        ('{"warmup_steps": 20}', "`NAME` with the name of a recipe, or with a rule, got"),
+        ('{"name": ["full"]}', "with the name of a recipe, or with a rule, got"),
+        ("{name: full}", "`NAME` a recipe's name or valid JSON, got '{name: full}'. Write"),
+        ('{"a":' * 100_000, "a recipe's name or valid JSON, got "),
+        ('{"name": "low2high", "warmup": 20}', "Did you mean 'warmup_steps'?"),
     ],
 )
 @pytest.mark.parametrize("options", [[], ["--json"]])
@@ -68,3 +79,18 @@ def test_a_name_that_is_none_is_refused_in_one_line(name, words, options, capsys
     captured = capsys.readouterr()
     assert captured.out == "" and words in captured.err
     assert captured.err.count("\n") == 1 and "\x1b" not in captured.err
+    assert len(captured.err) < 400
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"name": "low2high", "warmup_steps": 20},
+        {"name": "loss_low20", "fraction": 0.1},
+        {"rule": "top", "signal": "surprisal"},
+    ],
+)
+def test_the_fields_of_a_recipe_are_described_as_inspect_takes_them(fields, capsys):
+    made = tw.recipe(fields)
+    assert printed(capsys, json.dumps(fields)) == made.describe() + "\n"
+    assert tw.recipe(json.loads(printed(capsys, json.dumps(fields), "--json"))) == made

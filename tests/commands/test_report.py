@@ -1,6 +1,7 @@
 """`report` on the directories that the adapters leave behind, whole and damaged."""
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -128,11 +129,61 @@ def test_a_directory_that_is_no_run_is_refused(missing, tmp_path, capsys):
     assert words in capsys.readouterr().err
 
 
-def test_nothing_but_damage_still_gives_a_page(tmp_path, capsys):
+def test_much_damage_beside_one_line_still_gives_a_page(tmp_path, capsys):
     (tmp_path / "tokens.jsonl").write_bytes(b"\x00\x01\n" * 30)
+    append_metrics(tmp_path / "metrics.jsonl", {"step": 0, "reward": 0.5})
     assert main(["report", str(tmp_path)]) == 0
     assert "30 could not be read" in capsys.readouterr().err
     assert "and 10 more" in page_of(tmp_path)
+
+
+NOISE = bytes(random.Random(0).randbytes(500))
+CUT = "A run that was stopped while writing"
+NOTHING = {
+    "an empty file": ({"metrics.jsonl": b""}, "Append metrics while the run trains."),
+    "blank lines": ({"metrics.jsonl": b"\n \n"}, "Append metrics while the run trains."),
+    "half a line": ({"metrics.jsonl": b'{"step": 0, "rew'}, CUT),
+    "no line of metrics": ({"metrics.jsonl": b'[1]\n{"reward": 1}\n'}, "2 could not be read, the"),
+    "bytes": ({"metrics.jsonl": NOISE}, "no text"),
+    "bytes of two files": ({"tokens.jsonl": NOISE, "gradient.jsonl": NOISE}, "no text"),
+    "a description alone": ({"run.json": b'{"title": "x"}', "metrics.jsonl": b""}, "Append"),
+    "a state without a log": (
+        {"trainer_state.json": b'{"global_step": 0, "log_history": []}'},
+        "Append metrics",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOTHING)
+def test_a_run_of_which_nothing_can_be_read_is_refused(case, tmp_path, capsys):
+    files, words = NOTHING[case]
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    assert main(["report", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    said = printed.err.split("\r")[-1].splitlines()[-1]
+    condition = (
+        "with a readable line in metrics.jsonl, trainer_state.json, tokens.jsonl or gradient.jsonl"
+    )
+    assert f"`report`: expected `RUN_DIR` {condition}, got none in {tmp_path}. " in said
+    assert words in said and not (words == "no text" and CUT in said)
+    assert printed.out == "" and not (tmp_path / "report.html").exists()
+    if "tokens.jsonl" not in files:  # whose reading has a bar
+        assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("place", ["folder", "folder/metrics.jsonl/x.html"])
+def test_a_page_that_cannot_be_written_is_refused_first(place, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    (folder / "folder").mkdir()
+    (folder / "folder" / "metrics.jsonl").touch()
+    assert main(["report", ".", "--output", place]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    assert f"`report`: expected `--output` a file, got {place}" in printed.err
+    (folder / "report.html").mkdir()
+    assert main(["report", "."]) == 2
+    assert "expected `--output` a file, got report.html" in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_named(folder):

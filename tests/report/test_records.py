@@ -245,6 +245,9 @@ def test_what_cannot_be_read_is_told_and_left_out(tmp_path, record):
     found = list(read_token_records(path, unreadable=messages.append))
     assert [entry.step for entry in found] == [0, 1]
     assert [message.split("tokens.jsonl:")[1].split(":")[0] for message in messages] == list("3456")
+    # What is no text was never a line of a run; half a line was.
+    assert "no text" in messages[0] and "stopped while writing" not in messages[0]
+    assert "stopped while writing" in messages[-1]
 
     path = tmp_path / "metrics.jsonl"
     append_metrics(path, {"step": 1})

@@ -8,9 +8,8 @@ from typing import Any
 from tokenweights._errors import TokenWeightsError, invalid
 from tokenweights.capture import CapturedAttention, attention_layers, capture_attention
 from tokenweights.capture.layers import layer_type
-from tokenweights.commands.extras import imported
 from tokenweights.commands.hollow import hollow_model, run_hollow
-from tokenweights.commands.models import model_place
+from tokenweights.commands.models import first_line, imported_transformers, model_place
 from tokenweights.commands.terminal import aligned
 from tokenweights.recipes import recipe
 
@@ -55,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _model(name: str) -> Any:
-    transformers = imported("transformers", extra="capture")
+    transformers = imported_transformers()
     transformers.logging.set_verbosity_error()
     place = model_place(name)
     try:
@@ -71,8 +70,7 @@ def _model(name: str) -> Any:
 
 
 def _refusal(condition: str, name: str, error: Exception, hint: str) -> TokenWeightsError:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
-    return invalid("check", "MODEL", condition, f"{name}: {first}", hint)
+    return invalid("check", "MODEL", condition, f"{name}: {first_line(error)}", hint)
 
 
 def _found(model: Any, name: str) -> dict[int, CapturedAttention | str]:

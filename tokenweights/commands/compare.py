@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tokenweights._errors import invalid
 from tokenweights.commands.extras import imported
+from tokenweights.commands.outputs import require_output
 from tokenweights.commands.terminal import aligned, shown
 from tokenweights.report import (
     RecipeRun,
@@ -64,6 +65,7 @@ def run(options: argparse.Namespace) -> int:
     messages: list[str] = []
     try:
         _require_distinct(options.directories)
+        require_output("compare", options.output)
         # None: no bar where the error stream is not a terminal.
         directories = bar(
             options.directories, desc="reading", unit=" runs", disable=None, leave=False

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from tokenweights._errors import invalid
+from tokenweights._hints import shown as in_words
 from tokenweights.attention import ENTROPY_KINDS
 from tokenweights.capture import attention_layers, middle_layer
 from tokenweights.commands import texts
 from tokenweights.commands.extras import imported
-from tokenweights.commands.models import loaded_model
+from tokenweights.commands.models import loaded_model, require_placement
+from tokenweights.commands.named import recipe_choice
+from tokenweights.commands.outputs import require_output
 from tokenweights.commands.terminal import shown
 from tokenweights.diagnostics import (
     LayerAgreement,
@@ -123,9 +126,16 @@ def run(options: argparse.Namespace) -> int:
     if options.figures:
         imported("matplotlib", extra="report")
     bar = imported("tqdm", extra="capture").tqdm
+    # All that can be refused without the model is refused before it is loaded.
+    _require_numbers(options)
+    prompt, response = texts.given_texts(options)
     made = None if options.recipe is None else _recipe(options)
+    require_output("inspect", options.output, folder=True)
+    require_placement(dtype=options.dtype, device=options.device)
     model, tokenizer = loaded_model(options.model, dtype=options.dtype, device=options.device)
-    prompt_ids, response_ids = texts.token_ids(options, model, tokenizer)
+    prompt_ids, response_ids = texts.token_ids(
+        options, prompt, response, model=model, tokenizer=tokenizer
+    )
     ids = torch.tensor(prompt_ids + response_ids, device=model.device)
     if made is not None:
         made = made.on_model(model)
@@ -180,10 +190,22 @@ def run(options: argparse.Namespace) -> int:
     for record in records:
         if said := flat_range(record):
             print(f"note   layer {record.layer}: {said}")
-    print(f"open   {folder / 'trace.html'}")
+    print(shown(f"open   {folder / 'trace.html'}"))
     others = [*(f"{name}.png" for name in figures), "inspection.json", "tokens.jsonl"]
     print(f"also   {', '.join(others)}")
     return 0
+
+
+def _require_numbers(options: argparse.Namespace) -> None:
+    refused = partial(invalid, "inspect")
+    if not 0 <= options.step < 2**63:
+        condition, hint = "in [0, 2**63 - 1]", "Count training steps from 0."
+        raise refused("--step", condition, in_words(options.step), hint)
+    if options.largest < 1:
+        raise refused("--largest", ">= 1", in_words(options.largest), "Pass a number of tokens.")
+    if options.advantage is not None and not math.isfinite(options.advantage):
+        hint = "Pass 1 for a good response, -1 for a bad one."
+        raise refused("--advantage", "a finite number", options.advantage, hint)
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
@@ -192,14 +214,12 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         hint = 'Change the recipe: {"name": NAME, "layers": [20]}.'
         condition = f"without --{given[0]}"
         raise invalid("inspect", "--recipe", condition, options.recipe, hint)
-    made = rollout_recipe(options.recipe, caller="inspect")
+    choice = recipe_choice(options.recipe, command="inspect", argument="--recipe")
+    made = rollout_recipe(choice, caller="inspect")
     if "advantages" in made.columns and options.advantage is None:
         hint = "Pass the one the response shall have: 1 for a good one, -1 for a bad one."
         condition = f"with {made.name!r}, which reads `advantages`"
         raise invalid("inspect", "--advantage", condition, "none", hint)
-    if options.advantage is not None and not math.isfinite(options.advantage):
-        hint = "Pass 1 for a good response, -1 for a bad one."
-        raise invalid("inspect", "--advantage", "a finite number", options.advantage, hint)
     require_columns(made, (*RESPONSE_COLUMNS, "advantages"), caller="inspect")
     return made
 

@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Iterator
 
+from tokenweights.commands.named import recipe_choice
 from tokenweights.commands.terminal import aligned
 from tokenweights.recipes import Recipe, recipe, recipe_names
 from tokenweights.recipes.parts import part_lines
@@ -14,7 +15,10 @@ from tokenweights.recipes.rules import EndpointWeights
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what the command takes."""
     parser.add_argument(
-        "name", metavar="NAME", nargs="?", help="a recipe (default: all, a line each)"
+        "name",
+        metavar="NAME",
+        nargs="?",
+        help="a recipe, its name or its fields as JSON (default: all, a line each)",
     )
     parser.add_argument("--json", action="store_true", help="as JSON, for a configuration")
 
@@ -28,7 +32,9 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         Exit status.
     """
-    one = None if options.name is None else recipe(options.name)
+    one = None
+    if options.name is not None:
+        one = recipe(recipe_choice(options.name, command="recipes", argument="NAME"))
     if options.json:
         values = (
             [recipe(name).to_dict() for name in recipe_names()] if one is None else one.to_dict()

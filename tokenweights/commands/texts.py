@@ -3,14 +3,15 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from tokenweights._errors import invalid
+from tokenweights._hints import shown
 
 LONGEST = 512  # tokens that a model generates unless told otherwise
+TEMPERATURES = (1e-6, 1e6)  # logits that are divided by one of these stay finite in float32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,12 +51,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of --generate (default: 0)")
 
 
-def token_ids(options: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[list[int], Any]:
+def given_texts(options: argparse.Namespace) -> tuple[str, str | None]:
+    """Prompt and response as they were given, without any model; None is to be generated.
+
+    Raises:
+        TokenWeightsError: If a text is missing or cannot be read, or an option of `--generate` is
+            out of range.
+    """
+    _require_sampling(options)
+    if options.text is None:
+        if options.prompt is None:
+            hint = "Pass `--prompt FILE`."
+            raise invalid("inspect", "--generate", "with a prompt to answer", "none", hint)
+        return _read("--prompt", options.prompt), None
+    text = _read("--text", options.text)
+    if options.split is None:
+        if options.chat and options.prompt is None:
+            hint = "Pass `--prompt FILE`, or `--split MARK`."
+            raise invalid("inspect", "--chat", "with a prompt", "none", hint)
+        return ("" if options.prompt is None else _read("--prompt", options.prompt)), text
+    # An empty mark splits nothing, and Python refuses to try.
+    before, mark, response = text.partition(options.split) if options.split else (text, "", "")
+    if not mark:
+        hint = "Pass a MARK that the text contains."
+        raise invalid("inspect", "--split", "that occurs in the text", shown(options.split), hint)
+    return before + mark, response
+
+
+def token_ids(
+    options: argparse.Namespace,
+    prompt: str,
+    response: str | None,
+    *,
+    model: Any,
+    tokenizer: Any,
+) -> tuple[list[int], Any]:
     """Prompt and response apart, as in training, so that no token lies across the border.
 
     Without a prompt the first token stands in for one: something has to decide the second.
     """
-    prompt, response = _texts(options)
     if options.chat:
         prompt = _chat(tokenizer, prompt)
     if response is None:
@@ -74,30 +108,34 @@ def token_ids(options: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[
     return first, rest
 
 
-def _texts(options: argparse.Namespace) -> tuple[str, str | None]:
-    if options.text is None:
-        if options.prompt is None:
-            hint = "Pass `--prompt FILE`."
-            raise invalid("inspect", "--generate", "with a prompt to answer", "none", hint)
-        return _read(options.prompt), None
-    text = _without_last_newline(sys.stdin.read()) if options.text == "-" else _read(options.text)
-    if options.split is None:
-        if options.chat and options.prompt is None:
-            hint = "Pass `--prompt FILE`, or `--split MARK`."
-            raise invalid("inspect", "--chat", "with a prompt", "none", hint)
-        return ("" if options.prompt is None else _read(options.prompt)), text
-    before, mark, response = text.partition(options.split)
-    if not mark or not options.split:
-        raise invalid("inspect", "--split", "that occurs in the text", repr(options.split), "")
-    return before + mark, response
+def _require_sampling(options: argparse.Namespace) -> None:
+    if options.generate is not None and options.generate < 1:
+        hint = f"Leave the number out for {LONGEST} tokens."
+        raise invalid("inspect", "--generate", ">= 1", options.generate, hint)
+    least, most = TEMPERATURES
+    if options.temperature != 0 and not least <= options.temperature <= most:  # NaN included
+        condition = f"0 or in [{least:g}, {most:g}]"
+        hint = "0 takes the likeliest token each time."
+        raise invalid("inspect", "--temperature", condition, options.temperature, hint)
+    if not -(2**63) <= options.seed < 2**64:
+        hint = "Pass a smaller number."
+        condition = "in [-2**63, 2**64 - 1]"
+        raise invalid("inspect", "--seed", condition, shown(options.seed), hint)
 
 
-def _read(path: str) -> str:
+def _read(option: str, path: str) -> str:
+    stdin = option == "--text" and path == "-"
     try:
-        return _without_last_newline(Path(path).read_text(encoding="utf-8"))
+        # By number: Python's own stream of it has an encoding of its own, or is missing.
+        with open(0 if stdin else path, encoding="utf-8", closefd=not stdin) as file:
+            return _without_last_newline(file.read())
     except UnicodeDecodeError as error:
         hint = "Convert the file to UTF-8."
-        raise invalid("inspect", "text", "to be UTF-8", f"{path}: {error}", hint) from error
+        raise invalid("inspect", option, "to be UTF-8", f"{path}: {error}", hint) from error
+    except OSError as error:
+        hint = "Pass the path of a file in UTF-8."
+        got = f"{path}: {error.strerror or error}"
+        raise invalid("inspect", option, "a text file", got, hint) from error
 
 
 def _without_last_newline(text: str) -> str:
@@ -142,10 +180,6 @@ def _known(tokenizer: Any, character: str) -> bool:
 def _generated(
     options: argparse.Namespace, model: Any, tokenizer: Any, first: Sequence[int]
 ) -> list[int]:
-    if options.generate < 1 or options.temperature < 0:
-        got = f"{options.generate} tokens at temperature {options.temperature}"
-        hint = "Temperature 0 takes the likeliest token each time."
-        raise invalid("inspect", "--generate", ">= 1, at a temperature >= 0", got, hint)
     drawn = options.temperature > 0
     sampling = {"temperature": options.temperature, "top_k": 0, "top_p": 1.0} if drawn else {}
     ids = torch.tensor([[*first]], device=model.device)

@@ -206,7 +206,8 @@ def _require_recorded(runs: Sequence[RecipeRun], keys: Sequence[str]) -> None:
         if key == "step" or not any(key in line for line in run.metrics)
     ]
     if lacking:
-        near = nearest(keys[0], sorted(known - set(keys)))
+        # Names of metrics are long paths, of which people remember a part.
+        near = nearest(keys[0], sorted(known - set(keys)), cutoff=0.4)
         hint = f"Did you mean {near!r}?" if near else "Pass a metric that all runs logged."
         if len(lacking) < len(runs):
             hint = "Leave these runs out, or pass a metric that all runs logged."

@@ -16,6 +16,9 @@ FilePath = str | os.PathLike[str]
 Unreadable = Callable[[str], None]
 
 REPAIR = "A run that was stopped while writing leaves such a line; delete the line."
+# Lines are written in ASCII without control characters: of those no half holds such bytes.
+NO_TEXT = "That line is no text; delete it, or pass the files of a run."
+_CONTROLS = frozenset(range(0x20)) - frozenset(b"\t\r\n")
 
 
 def append_lines(path: FilePath, objects: Iterable[Mapping[str, Any]]) -> None:
@@ -74,7 +77,9 @@ def _object(function: str, place: str, line: bytes) -> dict[str, Any]:
     try:
         entry = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise invalid(function, "path", condition, f"{place}: {error}", REPAIR) from error
+        text = not isinstance(error, UnicodeDecodeError) and _CONTROLS.isdisjoint(line)
+        hint = REPAIR if text else NO_TEXT
+        raise invalid(function, "path", condition, f"{place}: {error}", hint) from error
     if not isinstance(entry, dict):
         raise invalid(function, "path", condition, f"{place}: {type(entry)}", REPAIR)
     return entry
