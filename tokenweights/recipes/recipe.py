@@ -20,12 +20,12 @@ from tokenweights.recipes.attention import AttentionEntropy, model_layers
 from tokenweights.recipes.backward import AttentionColumns, AttentionReading
 from tokenweights.recipes.batch import RolloutBatch
 from tokenweights.recipes.description import recipe_description
+from tokenweights.recipes.keys import placed_keys
 from tokenweights.recipes.kinds import part_from, part_values
 from tokenweights.recipes.parts import (
     Rule,
     Signal,
     columns_of,
-    is_part,
     label,
     mapped_parts,
     parts_of,
@@ -489,41 +489,8 @@ def recipe_from(base: Recipe | None, values: Mapping[str, Any]) -> Recipe:
             made["signal"] = AttentionEntropy()
     for role in ("rule", "signal"):
         made[role] = part_from(made[role], role=role)
-    made["rule"], made["signal"] = _placed_keys(made["rule"], made["signal"], loose, own)
+    made["rule"], made["signal"] = placed_keys(made["rule"], made["signal"], loose, own=own)
     return Recipe(**made)
-
-
-def _placed_keys(rule: Any, signal: Any, loose: dict[str, Any], own: list[str]) -> tuple[Any, Any]:
-    """Both parts with each loose key in the one part that has it."""
-    parts = [part for whole in (rule, signal) for part in parts_of(whole)]
-    having = {
-        key: [
-            part for part in parts if dataclasses.is_dataclass(part) and key in _field_names(part)
-        ]
-        for key in loose
-    }
-    for key, owners in having.items():
-        if not owners:
-            known = [name for part in parts if is_part(part) for name in _field_names(part)]
-            raise unknown("recipe", "key", key, [*own, *dict.fromkeys(known)])
-        if len(owners) > 1:
-            kinds = [label(part) for part in owners]
-            hint = "Give the part as a mapping of its own, with its kind."
-            raise invalid("recipe", key, "of exactly one part", f"one of {kinds}", hint)
-
-    def change(part: Any) -> Any:
-        mine = {
-            key: part_from(loose[key], role=key)
-            for key, owners in having.items()
-            if owners[0] == part
-        }
-        return dataclasses.replace(part, **mine) if mine else part
-
-    return mapped_parts(rule, change), mapped_parts(signal, change)
-
-
-def _field_names(part: Any) -> list[str]:
-    return [item.name for item in dataclasses.fields(part)]
 
 
 # What `Recipe.to_dict` wrote when a recipe was one flat record, with the defaults it had.
