@@ -30,6 +30,7 @@ from tokenweights.recipes.parts import (
     mapped_parts,
     parts_of,
     reader,
+    require_numbers,
     unknown,
 )
 from tokenweights.recipes.rules import EndpointWeights
@@ -399,8 +400,7 @@ class Recipe:
             scores: This rank's scores, or None if the recipe needs none.
             mask: True for valid response tokens.
             step: Training step, for the schedule.
-            sample_ids: A number for each response that stays with it however the batch is laid
-                out, for random rules; the row number if None.
+            sample_ids: As in `RolloutBatch`, for random rules.
             token_groups: Type of each token, for example its id, for the type-matched rule.
             group: The ranks that share the rollout batch. All of them have to call.
 
@@ -447,6 +447,8 @@ class Recipe:
         if step < 0:
             raise invalid("Recipe", "step", ">= 0", step, "Count training steps from 0.")
         _require_columns(batch, self.rule)
+        # Of all parts at once: one that is reached late would refuse after ranks have communicated.
+        require_numbers(self.rule, batch, batch.group)
         if self.signal is not None and scores is None:
             hint = "Pass one score for each response token."
             raise invalid(
