@@ -16,6 +16,7 @@ from strategies import scored_masks
 import tokenweights as tw
 from tokenweights import Recipe, RolloutBatch, TokenWeightsError
 from tokenweights.recipes import combine, rules, signals
+from tokenweights.recipes.parts import columns_of
 
 NAMES = tw.recipe_names()
 # Recipes that need scores and no more than a batch has beside them.
@@ -328,6 +329,58 @@ def test_missing_inputs_are_refused():
         tw.recipe("type_matched20").token_weights(torch.rand(1, 2), mask, step=0)
     with pytest.raises(TokenWeightsError, match="finite"):
         tw.recipe("low2high").token_weights(torch.full((1, 2), math.nan), mask, step=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_that_are_not_finite_are_refused_under_the_name_that_was_called(name, value):
+    made, mask = tw.recipe(name), torch.tensor([[True, True, True, False]])
+    scores, fine = torch.tensor([[1.0, value, 2.0, 0.5]]), torch.tensor([[1.0, 0.5, 2.0, value]])
+    columns = dict.fromkeys(("log_probs", "sampler_log_probs"), -torch.ones(1, 4))
+    columns |= {"predictive_entropy": torch.ones(1, 4), "advantages": torch.ones(1, 1)}
+    columns |= {"token_ids": torch.ones(1, 4).long(), "prompt_ids": torch.zeros(1).long()}
+    made = made.placed(36)
+    columns["attention"] = dict.fromkeys(made.readings, torch.ones(1, 4))
+    given = RolloutBatch(mask=mask, **columns)
+    calls = {"Recipe.weighted_scores": lambda scores: made.weighted_scores(scores, given, step=0)}
+    if not {*columns_of(made.rule)} - {"token_ids"}:
+        groups = {"step": 0, "token_groups": given.token_ids}
+        calls |= {
+            "Recipe.token_weights": lambda scores: made.token_weights(scores, mask, **groups),
+            "weighted_rollout": lambda scores: tw.weighted_rollout(made, scores, mask, **groups),
+        }
+    for caller, call in calls.items():
+        with pytest.raises(TokenWeightsError) as error:
+            call(scores)
+        assert str(error.value).startswith(
+            f"`{caller}`: expected `scores` finite under a True mask, got {value} at index (0, 1)"
+        )
+        call(fine)
+
+
+@pytest.mark.parametrize("name", ["relative_surprisal_band", "covariance_drop"])
+def test_bands_refuse_scores_that_are_not_finite(name):
+    mask, made = torch.ones(1, 3).bool(), tw.recipe(name)
+    with pytest.raises(TokenWeightsError, match=r"`Recipe.token_weights`: expected `scores` fini"):
+        made.token_weights(torch.tensor([[math.nan, 1.0, 2.0]]), mask, step=0)
+
+
+def test_scores_of_another_shape_are_refused():
+    made = Recipe(signal=signals.Position(), rule=rules.Top())
+    for shape in ((1, 4), (2, 1), (2, 5)):
+        with pytest.raises(TokenWeightsError, match=r"`scores` of shape \(2, 4\) as the mask"):
+            made.weighted_scores(torch.ones(shape), batch(), step=0)
+
+
+def test_missing_scores_are_refused_under_the_name_that_was_called():
+    made, given = tw.recipe("low2high"), batch()
+    for caller, call in {
+        "Recipe.weighted_scores": lambda: made.weighted_scores(None, given, step=0),
+        "Recipe.token_weights": lambda: made.token_weights(None, given.mask, step=0),
+        "weighted_rollout": lambda: tw.weighted_rollout(made, None, given.mask, step=0),
+    }.items():
+        with pytest.raises(TokenWeightsError, match=f"`{caller}`: expected `scores` given"):
+            call()
 
 
 def test_a_recipe_is_frozen_and_changed_by_replacement():

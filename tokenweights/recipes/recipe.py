@@ -352,7 +352,7 @@ class Recipe:
                 anything but finite numbers, and weights >= 0, for each valid token.
         """
         batch = _over(batch, group)
-        return self.weighted_scores(self.scores(batch), batch, step=step)
+        return self._weighted(self.scores(batch), batch, step)
 
     @agreed
     @typed
@@ -370,8 +370,14 @@ class Recipe:
             The record.
 
         Raises:
-            TokenWeightsError: As `weighted`.
+            TokenWeightsError: As `weighted`, or if scores are missing, of another shape than the
+                mask, or not finite.
         """
+        self._require_scores("Recipe.weighted_scores", scores, batch.mask)
+        return self._weighted(scores, batch, step)
+
+    def _weighted(self, scores: Tensor | None, batch: RolloutBatch, step: int) -> WeightedRollout:
+        """The record of scores that are finite."""
         group, weights = batch.group, self._token_weights(scores, batch, step)
         metrics = token_weight_metrics(scores, weights, batch.mask, group=group)
         if not isinstance(self.signal, AttentionEntropy | PredictiveEntropy):
@@ -411,6 +417,7 @@ class Recipe:
             TokenWeightsError: If scores or token groups are missing, a valid score is not finite,
                 or the step is negative.
         """
+        self._require_scores("Recipe.token_weights", scores, mask)
         batch = RolloutBatch(mask=mask, sample_ids=sample_ids, token_ids=token_groups, group=group)
         return self._token_weights(scores, batch, step)
 
@@ -443,17 +450,24 @@ class Recipe:
         own = loss_denominator(mask, weights, denominator=self.denominator, group=group)
         return torch.where(own > 0, count / own.where(own > 0, 1), 0.0).float()
 
+    def _require_scores(self, caller: str, scores: Tensor | None, mask: Tensor) -> None:
+        """Raises, under the name that was called, unless scores at hand are there and finite."""
+        hint = "Pass one score for each response token."
+        if scores is None:
+            if self.signal is not None:
+                raise invalid(caller, "scores", "given for a recipe with a signal", None, hint)
+            return
+        if scores.shape != mask.shape:
+            condition = f"of shape {tuple(mask.shape)} as the mask"
+            raise invalid(caller, "scores", condition, tuple(scores.shape), hint)
+        require_finite(caller, "scores", scores, mask)
+
     def _token_weights(self, scores: Tensor | None, batch: RolloutBatch, step: int) -> Tensor:
         if step < 0:
             raise invalid("Recipe", "step", ">= 0", step, "Count training steps from 0.")
         _require_columns(batch, self.rule)
         # Of all parts at once: one that is reached late would refuse after ranks have communicated.
         require_numbers(self.rule, batch, batch.group)
-        if self.signal is not None and scores is None:
-            hint = "Pass one score for each response token."
-            raise invalid(
-                "Recipe.token_weights", "scores", "given for a recipe with a signal", None, hint
-            )
         weights = self.rule(scores, batch, step=step, group=batch.group)
         _require_tokens(label(self.rule), "weights", weights, batch.mask)
         require_weights(label(self.rule), weights, batch.mask)
