@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 from dataclasses import dataclass
+from typing import get_args
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from strategies import scored_masks
 
 import tokenweights as tw
 from tokenweights import Recipe, RolloutBatch, TokenWeightsError
-from tokenweights.recipes import combine, rules, signals
+from tokenweights.losses import Denominator
+from tokenweights.recipes import combine, field, rules, signals
 from tokenweights.recipes.parts import columns_of
 
 NAMES = tw.recipe_names()
@@ -304,6 +306,76 @@ def test_every_recipe_gives_weights_and_a_denominator(case, name, step):
     scaled = tw.weighted_token_mean(token_loss, mask, weights * scale)
     meant = tw.weighted_token_mean(token_loss, mask, weights, denominator=made.denominator)
     torch.testing.assert_close(scaled, meant)
+
+
+def of_surprisals(made, *surprisals):
+    log_probs = -torch.tensor([surprisals])
+    mask = torch.ones(log_probs.shape, dtype=torch.bool)
+    return made.weighted(RolloutBatch(mask=mask, log_probs=log_probs), step=0)
+
+
+FALLING = field.Mapped(shape="exponential", slope=-1.0)
+
+
+@pytest.mark.parametrize("denominator", get_args(Denominator))
+def test_a_scale_that_float32_cannot_hold_is_refused(denominator):
+    made = Recipe(signal=signals.Surprisal(), rule=FALLING, denominator=denominator)
+    if denominator == "weight_sum":
+        with pytest.raises(TokenWeightsError) as error:
+            of_surprisals(made, 95.0, 96.0, 97.0, 120.0)
+        assert str(error.value).startswith(
+            "`Recipe.denominator_scale`: expected `weights` with a mean of 0, or of at least 3e-39,"
+        )
+    else:
+        rollout = of_surprisals(made, 95.0, 96.0, 97.0, 120.0)
+        assert torch.isfinite(rollout.weights * rollout.scale).all()
+    # The largest surprisals that go through, and those that leave no weight at all.
+    rollout = of_surprisals(made, 86.0, 87.0)
+    want = torch.tensor([[1.0, math.exp(-1)]], dtype=torch.float64)
+    share = {"weight_sum": want * 2 / want.sum()}.get(denominator, want * math.exp(-86))
+    product = (rollout.weights * rollout.scale).double()
+    torch.testing.assert_close(product, share, rtol=1e-5, atol=0)
+    assert not of_surprisals(made, 200.0, 300.0).weights.any()
+
+
+def test_weights_that_nothing_can_be_divided_by_are_refused_when_a_rule_is_made():
+    for part, name in (
+        (rules.Top, "inside"),
+        (rules.Bottom, "outside"),
+        (field.Mapped, "low"),
+        (field.Mapped, "high"),
+        (field.Damped, "floor"),
+    ):
+        for value in (1e-42, 9e-21, 2e30, -1.0, math.nan, math.inf):
+            with pytest.raises(TokenWeightsError, match=f"`{part.kind}`: expected `{name}` .*e-20"):
+                part(**{name: value})
+        part(**{name: 1e-20})
+    assert rules.Top(inside=0.0, outside=1e30) and field.Mapped(low=0.0, high=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_weight_that_leaves_float32_no_room_is_refused(dtype):
+    """Times the scale of a mask, and as float32, it would be infinite."""
+
+    def rule(scores, batch, *, step, group=None):
+        return torch.full(batch.mask.shape, 1e38 if dtype == torch.float32 else 1e39, dtype=dtype)
+
+    made = Recipe(signal=signals.Position(), rule=rule)
+    with pytest.raises(TokenWeightsError, match="`rule`: expected `weights` at most 1e\\+30 under"):
+        made.weighted(batch(), step=0)
+    large = combine.Product(
+        rules=(rules.Top(fraction=0.1, inside=1e30), rules.Top(fraction=0.1, inside=1e8))
+    )
+    made = Recipe(signal=signals.Position(), rule=large, denominator="selected_tokens")
+    with pytest.raises(TokenWeightsError, match="`product`: expected `weights` at most 1e\\+30"):
+        made.weighted(batch(), step=0)
+    most = Recipe(
+        signal=signals.Position(),
+        rule=rules.Top(fraction=0.1, inside=1e30),
+        denominator="selected_tokens",
+    )
+    rollout = most.weighted(batch(), step=0)
+    assert torch.isfinite(rollout.weights * rollout.scale).all() and rollout.weights.any()
 
 
 def test_match_mass_keeps_the_mean_weight_at_one():

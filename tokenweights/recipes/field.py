@@ -17,7 +17,7 @@ from tokenweights.masked import accumulator_dtype, masked_extrema, require_finit
 from tokenweights.partition import exact_share
 from tokenweights.recipes.batch import RolloutBatch
 from tokenweights.recipes.parts import Part, decimal, require_numbers
-from tokenweights.recipes.rules import given_scores, two_weights
+from tokenweights.recipes.rules import MIN_WEIGHT, given_scores, require_weight, two_weights
 from tokenweights.scaling import bounded_map, mean_one, min_max, z_scores
 from tokenweights.schedules import MAX_WEIGHT
 from tokenweights.scopes import Scope, Sign, candidates
@@ -61,7 +61,7 @@ class Mapped(Part):
 
     def _check(self) -> None:
         self.require_number("slope", "offset")
-        self.require_number("low", "high", least=0, most=MAX_WEIGHT)
+        require_weight(self, "low", "high")
         self.require("high", self.low <= self.high, f">= low, {decimal(self.low)}")
 
     @property
@@ -406,7 +406,7 @@ class Damped(Part):
     least: float = 0.02
 
     def _check(self) -> None:
-        self.require("floor", 0 < self.floor <= 1, "in (0, 1]")
+        self.require("floor", MIN_WEIGHT <= self.floor <= 1, "in [1e-20, 1]")
         self.require("least", 0 < self.least < torch.inf, "positive and finite")
 
     def __call__(

@@ -15,7 +15,7 @@ from tokenweights._typing import typed
 from tokenweights.diagnostics import token_weight_metrics
 from tokenweights.distributed import agreed
 from tokenweights.losses import Denominator, loss_denominator
-from tokenweights.masked import require_finite, require_weights
+from tokenweights.masked import require_finite, require_weights, sum_dtype
 from tokenweights.recipes.attention import AttentionEntropy, model_layers
 from tokenweights.recipes.backward import AttentionColumns, AttentionReading
 from tokenweights.recipes.batch import RolloutBatch
@@ -35,6 +35,7 @@ from tokenweights.recipes.parts import (
 )
 from tokenweights.recipes.rules import EndpointWeights
 from tokenweights.recipes.signals import PredictiveEntropy
+from tokenweights.schedules import MAX_WEIGHT
 from tokenweights.weights import match_mass
 
 # Where the fields and methods of a recipe went that had one flat record of all of them.
@@ -443,12 +444,23 @@ class Recipe:
         Returns:
             1 for `"all_tokens"`; valid tokens over selected tokens, or over the sum of weights,
             otherwise, and 0 where that is 0.
+
+        Raises:
+            TokenWeightsError: If the weights are so small that float32 cannot hold the factor.
         """
         if self.denominator == "all_tokens":
             return torch.ones((), dtype=torch.float32, device=weights.device)
         count = loss_denominator(mask, group=group)
         own = loss_denominator(mask, weights, denominator=self.denominator, group=group)
-        return torch.where(own > 0, count / own.where(own > 0, 1), 0.0).float()
+        scale = torch.where(own > 0, count / own.where(own > 0, 1), 0.0).float()
+        if not torch.compiler.is_compiling() and not bool(torch.isfinite(scale)):
+            condition = "with a mean of 0, or of at least 3e-39, which its inverse can scale to 1"
+            got, hint = (
+                float(own / count),
+                "Give the rule larger weights: their ratios are what counts.",
+            )
+            raise invalid("Recipe.denominator_scale", "weights", condition, f"{got:.3g}", hint)
+        return scale
 
     def _require_scores(self, caller: str, scores: Tensor | None, mask: Tensor) -> None:
         """Raises, under the name that was called, unless scores at hand are there and finite."""
@@ -471,7 +483,9 @@ class Recipe:
         weights = self.rule(scores, batch, step=step, group=batch.group)
         _require_tokens(label(self.rule), "weights", weights, batch.mask)
         require_weights(label(self.rule), weights, batch.mask)
-        weights = torch.where(batch.mask, weights, 0.0).float()
+        weights = torch.where(batch.mask, weights, 0.0)
+        _require_room(label(self.rule), weights)
+        weights = weights.float()
         return match_mass(weights, batch.mask, group=batch.group) if self.match_mass else weights
 
 
@@ -565,6 +579,16 @@ def _require_tokens(function: str, what: str, values: Any, mask: Tensor) -> None
         raise invalid(function, what, f"on {mask.device} from it", values.device, hint)
     if values.requires_grad:
         raise invalid(function, what, "without a graph from it", "a tensor with a graph", hint)
+
+
+def _require_room(function: str, weights: Tensor) -> None:
+    """Raises where a weight is so large that float32 has no room for it times a scale."""
+    if torch.compiler.is_compiling() or weights.numel() == 0:
+        return
+    largest = weights.amax().to(sum_dtype(weights.dtype))
+    if bool(largest > MAX_WEIGHT):
+        condition, hint = f"at most {MAX_WEIGHT:g} under a True mask", "Make the weights smaller."
+        raise invalid(function, "weights", condition, largest.item(), hint)
 
 
 def _raise_moved(name: str) -> NoReturn:

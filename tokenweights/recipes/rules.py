@@ -218,7 +218,7 @@ class Edge(Subset):
 
     def _check(self) -> None:
         super()._check()
-        self.require_number("inside", "outside", least=0, most=MAX_WEIGHT)
+        require_weight(self, "inside", "outside")
 
     def __call__(
         self, scores: Tensor | None, batch: RolloutBatch, *, step: int, group: Group = None
@@ -441,6 +441,14 @@ def two_weights(chosen: Tensor, mask: Tensor, *, inside: float, outside: float) 
     """One weight for the chosen tokens, another for the other valid ones, 0 off the mask."""
     weights = torch.full(mask.shape, outside, dtype=torch.float32, device=mask.device)
     return weights.masked_fill_(chosen, inside).masked_fill_(~mask, 0.0)
+
+
+def require_weight(rule: Part, *fields: str) -> None:
+    """Raises unless fields are weights that every denominator can divide by."""
+    for field in fields:
+        value = getattr(rule, field)
+        fits = value == 0 or MIN_WEIGHT <= value <= MAX_WEIGHT
+        rule.require(field, fits, "0 or in [1e-20, 1e30]")
 
 
 def given_scores(rule: Part, scores: Tensor | None) -> Tensor:
