@@ -225,6 +225,57 @@ def power_of_two(scores, batch, *, step, group=None):
     return torch.where(batch.mask, 2.0**scores, 0.0)
 
 
+@dataclass(frozen=True)
+class Longer:
+    """A rule that says that it needs no scores."""
+
+    scored = False
+
+    def __call__(self, scores, batch, *, step, group=None):
+        assert scores is None
+        return batch.mask.float()
+
+
+@dataclass(frozen=True)
+class Rescaled(Softened):
+    """A rule that says that it needs them."""
+
+    scored = True
+
+
+def test_a_rule_needs_scores_unless_it_says_otherwise():
+    """Everywhere alike: beside a named recipe's signal, in a mapping, composed, and inside."""
+    here = f"{__name__}:"
+    silent = ("power_of_two", "Softened", "Rescaled")
+    for name in ("predictive_high20", "anchor20", "surprisal_boost10", "random20", "full"):
+        base = tw.recipe(name)
+        for rule in silent:
+            changed = tw.recipe({"name": name, "rule": here + rule})
+            assert changed.signal == (base.signal or signals.AttentionEntropy())
+        assert tw.recipe({"name": name, "rule": here + "Longer"}).signal is None
+    for rule in silent:
+        assert tw.recipe({"rule": here + rule}).signal == signals.AttentionEntropy()
+    assert tw.recipe({"rule": here + "Longer"}).signal is None
+    position = signals.Position()
+    for rule in (power_of_two, Softened(), Rescaled()):
+        both = combine.BySign(positive=rule, negative=Longer())
+        assert both.scored and Recipe(rule=both, signal=position).signal == position
+        for whole in (rule, both):
+            with pytest.raises(TokenWeightsError, match=r"`signal` given .* says `scored = False`"):
+                Recipe(rule=whole)
+    with pytest.raises(TokenWeightsError, match="`signal` None with the rule 'Longer'"):
+        Recipe(rule=Longer(), signal=position)
+    weights = Recipe(rule=Longer()).weighted(batch(), step=0).weights
+    assert torch.equal(weights, batch().mask.float())
+
+
+def test_a_rule_of_ones_own_on_a_named_recipe_weighs_by_its_signal():
+    made = tw.recipe({"name": "predictive_high20", "rule": f"{__name__}:power_of_two"})
+    entropy = torch.tensor([[1.0, 3.0, 0.0, 9.0], [2.0, 1.0, 9.0, 9.0]])
+    weights = made.weighted(batch(predictive_entropy=entropy), step=0).weights
+    assert weights.tolist() == [[2.0, 8.0, 1.0, 0.0], [4.0, 2.0, 0.0, 0.0]]
+
+
 def test_functions_are_parts():
     made = tw.recipe({"signal": "position", "rule": f"{__name__}:power_of_two"})
     assert made.rule is power_of_two and tw.recipe(made.to_dict()) == made

@@ -37,7 +37,7 @@ class Rule(Protocol):
     """Weights of a batch's tokens, >= 0, from their scores.
 
     Class attributes that a rule may have: `columns` as a signal, and `scored`, whether it needs
-    scores; a rule that is not scored is given None.
+    scores, as one does that does not say so; a rule that says False is given None.
     """
 
     def __call__(

@@ -19,6 +19,7 @@ from tokenweights.masked import require_finite, require_weights, sum_dtype
 from tokenweights.recipes.attention import AttentionEntropy, model_layers
 from tokenweights.recipes.backward import AttentionColumns, AttentionReading
 from tokenweights.recipes.batch import RolloutBatch
+from tokenweights.recipes.combine import needs_scores
 from tokenweights.recipes.description import recipe_description
 from tokenweights.recipes.keys import placed_keys
 from tokenweights.recipes.kinds import part_from, part_values
@@ -138,9 +139,11 @@ class Recipe:
             ):
                 raise self._invalid(role, "callable")
         _ = self.columns  # raises where a part names one that there is not
-        if getattr(self.rule, "scored", self.signal is not None) != (self.signal is not None):
+        if needs_scores(self.rule) != (self.signal is not None):
             needs = "given" if self.signal is None else "None"
             hint = "The one scores tokens where the other needs no scores, or none where it does."
+            if self.signal is None:
+                hint += " A rule of yours that needs none says `scored = False`."
             got = f"{self.signal and label(self.signal)}"
             condition = f"{needs} with the rule {label(self.rule)!r}"
             raise invalid(f"recipe {self.name}", "signal", condition, got, hint)
@@ -512,8 +515,7 @@ def recipe_from(base: Recipe | None, values: Mapping[str, Any]) -> Recipe:
     made = {name: getattr(base, name) for name in own} if base else {}
     made |= fields
     if "signal" not in made or ("rule" in fields and "signal" not in fields):
-        needs = getattr(made["rule"], "scored", False)
-        if not needs:
+        if not needs_scores(made["rule"]):
             made["signal"] = None
         elif made.get("signal") is None:
             made["signal"] = AttentionEntropy()
