@@ -236,7 +236,7 @@ class Loss:
     def __init__(self, rank, failing):
         self.batch, self.rows = tiny_policy.Batch(), (slice(0, 1), slice(1, 3), slice(3, 4))[rank]
         self.mask, self.deciles = self.batch.mask[self.rows], self.batch.deciles[self.rows]
-        self.scores = self.batch.scores[self.rows]
+        self.scores, self.ids = self.batch.scores[self.rows], torch.arange(4)[self.rows]
         self.model = nn.parallel.DistributedDataParallel(tiny_policy.policy())
         self.failing = failing
 
@@ -257,7 +257,7 @@ class Loss:
 
     def metrics(self, **options):
         probe = tw.GradientProbe(self.model, group=dist.group.WORLD)
-        arguments = {"scores": self.scores, "mask": self.mask} | options
+        arguments = {"scores": self.scores, "mask": self.mask, "sample_ids": self.ids} | options
         return tw.GradientSeries().metrics(probe, self, **arguments)
 
     def caught(self, **options):

@@ -147,6 +147,27 @@ def series_on(rank, size, kind):
     )
 
 
+def numberless_series_on(rank, size):
+    batch, model, rows = tiny_policy.Batch(), wrapped("ddp"), rows_of(rank)
+    probe = tw.GradientProbe(model, group=dist.group.WORLD)
+    with pytest.raises(tw.TokenWeightsError) as error:
+        tw.GradientSeries().metrics(
+            probe,
+            lambda: batch.loss(model, rows),
+            scores=batch.scores[rows],
+            mask=batch.mask[rows],
+            sample_ids=None if rank else torch.arange(4)[rows],
+        )
+    return str(error.value)
+
+
+def test_a_gradient_series_over_ranks_makes_up_no_numbers(ranks):
+    """Row numbers are alike on all ranks, and so would be the random subset."""
+    words = "`GradientSeries`: expected `sample_ids` given where several ranks share the batch"
+    for told in ranks(numberless_series_on):
+        assert words in told
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_gradient_series(ranks, kind):
     batch, model = tiny_policy.Batch(), tiny_policy.policy()

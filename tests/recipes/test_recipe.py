@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 from dataclasses import dataclass
+from typing import get_args
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from strategies import scored_masks
 
 import tokenweights as tw
 from tokenweights import Recipe, RolloutBatch, TokenWeightsError
-from tokenweights.recipes import combine, rules, signals
+from tokenweights.losses import Denominator
+from tokenweights.recipes import combine, field, rules, signals
+from tokenweights.recipes.parts import columns_of
 
 NAMES = tw.recipe_names()
 # Recipes that need scores and no more than a batch has beside them.
@@ -222,6 +225,57 @@ def power_of_two(scores, batch, *, step, group=None):
     return torch.where(batch.mask, 2.0**scores, 0.0)
 
 
+@dataclass(frozen=True)
+class Longer:
+    """A rule that says that it needs no scores."""
+
+    scored = False
+
+    def __call__(self, scores, batch, *, step, group=None):
+        assert scores is None
+        return batch.mask.float()
+
+
+@dataclass(frozen=True)
+class Rescaled(Softened):
+    """A rule that says that it needs them."""
+
+    scored = True
+
+
+def test_a_rule_needs_scores_unless_it_says_otherwise():
+    """Everywhere alike: beside a named recipe's signal, in a mapping, composed, and inside."""
+    here = f"{__name__}:"
+    silent = ("power_of_two", "Softened", "Rescaled")
+    for name in ("predictive_high20", "anchor20", "surprisal_boost10", "random20", "full"):
+        base = tw.recipe(name)
+        for rule in silent:
+            changed = tw.recipe({"name": name, "rule": here + rule})
+            assert changed.signal == (base.signal or signals.AttentionEntropy())
+        assert tw.recipe({"name": name, "rule": here + "Longer"}).signal is None
+    for rule in silent:
+        assert tw.recipe({"rule": here + rule}).signal == signals.AttentionEntropy()
+    assert tw.recipe({"rule": here + "Longer"}).signal is None
+    position = signals.Position()
+    for rule in (power_of_two, Softened(), Rescaled()):
+        both = combine.BySign(positive=rule, negative=Longer())
+        assert both.scored and Recipe(rule=both, signal=position).signal == position
+        for whole in (rule, both):
+            with pytest.raises(TokenWeightsError, match=r"`signal` given .* says `scored = False`"):
+                Recipe(rule=whole)
+    with pytest.raises(TokenWeightsError, match="`signal` None with the rule 'Longer'"):
+        Recipe(rule=Longer(), signal=position)
+    weights = Recipe(rule=Longer()).weighted(batch(), step=0).weights
+    assert torch.equal(weights, batch().mask.float())
+
+
+def test_a_rule_of_ones_own_on_a_named_recipe_weighs_by_its_signal():
+    made = tw.recipe({"name": "predictive_high20", "rule": f"{__name__}:power_of_two"})
+    entropy = torch.tensor([[1.0, 3.0, 0.0, 9.0], [2.0, 1.0, 9.0, 9.0]])
+    weights = made.weighted(batch(predictive_entropy=entropy), step=0).weights
+    assert weights.tolist() == [[2.0, 8.0, 1.0, 0.0], [4.0, 2.0, 0.0, 0.0]]
+
+
 def test_functions_are_parts():
     made = tw.recipe({"signal": "position", "rule": f"{__name__}:power_of_two"})
     assert made.rule is power_of_two and tw.recipe(made.to_dict()) == made
@@ -305,6 +359,76 @@ def test_every_recipe_gives_weights_and_a_denominator(case, name, step):
     torch.testing.assert_close(scaled, meant)
 
 
+def of_surprisals(made, *surprisals):
+    log_probs = -torch.tensor([surprisals])
+    mask = torch.ones(log_probs.shape, dtype=torch.bool)
+    return made.weighted(RolloutBatch(mask=mask, log_probs=log_probs), step=0)
+
+
+FALLING = field.Mapped(shape="exponential", slope=-1.0)
+
+
+@pytest.mark.parametrize("denominator", get_args(Denominator))
+def test_a_scale_that_float32_cannot_hold_is_refused(denominator):
+    made = Recipe(signal=signals.Surprisal(), rule=FALLING, denominator=denominator)
+    if denominator == "weight_sum":
+        with pytest.raises(TokenWeightsError) as error:
+            of_surprisals(made, 95.0, 96.0, 97.0, 120.0)
+        assert str(error.value).startswith(
+            "`Recipe.denominator_scale`: expected `weights` with a mean of 0, or of at least 3e-39,"
+        )
+    else:
+        rollout = of_surprisals(made, 95.0, 96.0, 97.0, 120.0)
+        assert torch.isfinite(rollout.weights * rollout.scale).all()
+    # The largest surprisals that go through, and those that leave no weight at all.
+    rollout = of_surprisals(made, 86.0, 87.0)
+    want = torch.tensor([[1.0, math.exp(-1)]], dtype=torch.float64)
+    share = {"weight_sum": want * 2 / want.sum()}.get(denominator, want * math.exp(-86))
+    product = (rollout.weights * rollout.scale).double()
+    torch.testing.assert_close(product, share, rtol=1e-5, atol=0)
+    assert not of_surprisals(made, 200.0, 300.0).weights.any()
+
+
+def test_weights_that_nothing_can_be_divided_by_are_refused_when_a_rule_is_made():
+    for part, name in (
+        (rules.Top, "inside"),
+        (rules.Bottom, "outside"),
+        (field.Mapped, "low"),
+        (field.Mapped, "high"),
+        (field.Damped, "floor"),
+    ):
+        for value in (1e-42, 9e-21, 2e30, -1.0, math.nan, math.inf):
+            with pytest.raises(TokenWeightsError, match=f"`{part.kind}`: expected `{name}` .*e-20"):
+                part(**{name: value})
+        part(**{name: 1e-20})
+    assert rules.Top(inside=0.0, outside=1e30) and field.Mapped(low=0.0, high=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_weight_that_leaves_float32_no_room_is_refused(dtype):
+    """Times the scale of a mask, and as float32, it would be infinite."""
+
+    def rule(scores, batch, *, step, group=None):
+        return torch.full(batch.mask.shape, 1e38 if dtype == torch.float32 else 1e39, dtype=dtype)
+
+    made = Recipe(signal=signals.Position(), rule=rule)
+    with pytest.raises(TokenWeightsError, match="`rule`: expected `weights` at most 1e\\+30 under"):
+        made.weighted(batch(), step=0)
+    large = combine.Product(
+        rules=(rules.Top(fraction=0.1, inside=1e30), rules.Top(fraction=0.1, inside=1e8))
+    )
+    made = Recipe(signal=signals.Position(), rule=large, denominator="selected_tokens")
+    with pytest.raises(TokenWeightsError, match="`product`: expected `weights` at most 1e\\+30"):
+        made.weighted(batch(), step=0)
+    most = Recipe(
+        signal=signals.Position(),
+        rule=rules.Top(fraction=0.1, inside=1e30),
+        denominator="selected_tokens",
+    )
+    rollout = most.weighted(batch(), step=0)
+    assert torch.isfinite(rollout.weights * rollout.scale).all() and rollout.weights.any()
+
+
 def test_match_mass_keeps_the_mean_weight_at_one():
     made = tw.recipe({"name": "low2high", "match_mass": True})
     mask = torch.ones(2, 50, dtype=torch.bool)
@@ -328,6 +452,58 @@ def test_missing_inputs_are_refused():
         tw.recipe("type_matched20").token_weights(torch.rand(1, 2), mask, step=0)
     with pytest.raises(TokenWeightsError, match="finite"):
         tw.recipe("low2high").token_weights(torch.full((1, 2), math.nan), mask, step=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_that_are_not_finite_are_refused_under_the_name_that_was_called(name, value):
+    made, mask = tw.recipe(name), torch.tensor([[True, True, True, False]])
+    scores, fine = torch.tensor([[1.0, value, 2.0, 0.5]]), torch.tensor([[1.0, 0.5, 2.0, value]])
+    columns = dict.fromkeys(("log_probs", "sampler_log_probs"), -torch.ones(1, 4))
+    columns |= {"predictive_entropy": torch.ones(1, 4), "advantages": torch.ones(1, 1)}
+    columns |= {"token_ids": torch.ones(1, 4).long(), "prompt_ids": torch.zeros(1).long()}
+    made = made.placed(36)
+    columns["attention"] = dict.fromkeys(made.readings, torch.ones(1, 4))
+    given = RolloutBatch(mask=mask, **columns)
+    calls = {"Recipe.weighted_scores": lambda scores: made.weighted_scores(scores, given, step=0)}
+    if not {*columns_of(made.rule)} - {"token_ids"}:
+        groups = {"step": 0, "token_groups": given.token_ids}
+        calls |= {
+            "Recipe.token_weights": lambda scores: made.token_weights(scores, mask, **groups),
+            "weighted_rollout": lambda scores: tw.weighted_rollout(made, scores, mask, **groups),
+        }
+    for caller, call in calls.items():
+        with pytest.raises(TokenWeightsError) as error:
+            call(scores)
+        assert str(error.value).startswith(
+            f"`{caller}`: expected `scores` finite under a True mask, got {value} at index (0, 1)"
+        )
+        call(fine)
+
+
+@pytest.mark.parametrize("name", ["relative_surprisal_band", "covariance_drop"])
+def test_bands_refuse_scores_that_are_not_finite(name):
+    mask, made = torch.ones(1, 3).bool(), tw.recipe(name)
+    with pytest.raises(TokenWeightsError, match=r"`Recipe.token_weights`: expected `scores` fini"):
+        made.token_weights(torch.tensor([[math.nan, 1.0, 2.0]]), mask, step=0)
+
+
+def test_scores_of_another_shape_are_refused():
+    made = Recipe(signal=signals.Position(), rule=rules.Top())
+    for shape in ((1, 4), (2, 1), (2, 5)):
+        with pytest.raises(TokenWeightsError, match=r"`scores` of shape \(2, 4\) as the mask"):
+            made.weighted_scores(torch.ones(shape), batch(), step=0)
+
+
+def test_missing_scores_are_refused_under_the_name_that_was_called():
+    made, given = tw.recipe("low2high"), batch()
+    for caller, call in {
+        "Recipe.weighted_scores": lambda: made.weighted_scores(None, given, step=0),
+        "Recipe.token_weights": lambda: made.token_weights(None, given.mask, step=0),
+        "weighted_rollout": lambda: tw.weighted_rollout(made, None, given.mask, step=0),
+    }.items():
+        with pytest.raises(TokenWeightsError, match=f"`{caller}`: expected `scores` given"):
+            call()
 
 
 def test_a_recipe_is_frozen_and_changed_by_replacement():

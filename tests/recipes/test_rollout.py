@@ -165,6 +165,7 @@ def fields_of_recipes(draw):
 
 @given(fields_of_recipes(), scored_masks(), st.sampled_from([0, 1, 50, 10**30]))
 def test_whatever_recipe_is_accepted_runs(fields, case, step):
+    """But for weights that float32 cannot hold times their scale, which the scores decide."""
     try:
         made = tw.recipe(fields)
     except TokenWeightsError:
@@ -176,7 +177,12 @@ def test_whatever_recipe_is_accepted_runs(fields, case, step):
         advantages=torch.linspace(-1, 1, len(mask))[:, None],
         predictive_entropy=scores.float(),
     )
-    rollout = made.weighted(batch, step=step)
+    try:
+        rollout = made.weighted(batch, step=step)
+    except TokenWeightsError as error:
+        small = "`weights` with a mean of 0, or of at least" in str(error)
+        assert (small and made.denominator == "weight_sum") or "`weights` at most" in str(error)
+        return
     assert (rollout.weights >= 0).all()
     assert torch.isfinite(rollout.weights * rollout.scale).all()
     assert all(map(math.isfinite, rollout.metrics.values()))

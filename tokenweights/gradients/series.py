@@ -85,7 +85,7 @@ class GradientSeries:
             scores: Score of each token, such as its attention entropy.
             mask: True for valid response tokens.
             sample_ids: A number for each response that no other response of any rank has; the row
-                number if None.
+                number if None, which several ranks refuse.
             tolerance: Largest distance of the sum of the projection ratios from one. None takes
                 1e-3, or where that is larger the distance of four neighbouring numbers at 1 in the
                 model's precision: 0.03 in bfloat16.
@@ -96,9 +96,14 @@ class GradientSeries:
             the full gradient is 0, `gradient/full_norm` alone.
 
         Raises:
-            TokenWeightsError: If the projection ratios do not sum to one, or the model computes in
-                float16, whose gradients need a scale.
+            TokenWeightsError: If the projection ratios do not sum to one, the model computes in
+                float16, whose gradients need a scale, or responses of several ranks have no
+                numbers.
         """
+        if sample_ids is None and probe.group is not None and probe.group.size() > 1:
+            condition = "given where several ranks share the batch"
+            hint = "Row numbers are alike on all of them: pass a number for each response."
+            raise invalid("GradientSeries", "sample_ids", condition, None, hint)
         precision = _lowest_precision(probe.model, autocast)
         if precision == torch.float16:
             hint = "Gradients in float16 need a scale, and a probe has none."

@@ -38,9 +38,11 @@ class RolloutBatch:
     Attributes:
         mask: True for valid response tokens.
         sample_ids: A number for each response, ` batch`, that no other of the run has and that
-            stays with it however the batch is laid out; the row number if None.
-        prompt_ids: A number for each response, ` batch`, equal for responses to one prompt; that of
-            the sample if None.
+            stays with it however the batch is laid out. Random draws depend on it: where one rank
+            holds the batch row numbers stand for None, and draw the same places at every step.
+            Rules that draw, or rank over responses, refuse None where several ranks share it.
+        prompt_ids: A number for each response, ` batch`, equal for responses to one prompt; rules
+            of the scope `"prompt"` refuse None.
         token_ids: Vocabulary index of each token.
         advantages: Before any weight; of shape `batch 1` where all tokens of a response share one.
         rewards: Reward of each response, ` batch`.
@@ -65,7 +67,7 @@ class RolloutBatch:
         ...     mask=torch.ones(1, 3, dtype=torch.bool), log_probs=torch.zeros(1, 3)
         ... )
         >>> batch.filled
-        ('mask', 'sample_ids', 'prompt_ids', 'log_probs')
+        ('mask', 'log_probs')
     """
 
     mask: Bool[Tensor, "batch token"]
@@ -88,11 +90,6 @@ class RolloutBatch:
             value = getattr(self, column.name)
             if isinstance(value, Tensor):
                 object.__setattr__(self, column.name, value.detach())
-        if self.sample_ids is None:
-            rows = torch.arange(len(self.mask), device=self.mask.device)
-            object.__setattr__(self, "sample_ids", rows)
-        if self.prompt_ids is None:
-            object.__setattr__(self, "prompt_ids", self.sample_ids)
         if self.attention is not None:
             layers = {layer: scores.detach() for layer, scores in self.attention.items()}
             object.__setattr__(self, "attention", layers)
@@ -127,13 +124,20 @@ class RolloutBatch:
             chosen: Numbers of rows.
 
         Returns:
-            The batch.
+            The batch, with the row numbers for sample ids where this one is all of it and has none.
         """
         index = torch.tensor(list(chosen), dtype=torch.long, device=self.mask.device)
         columns = {name: getattr(self, name) for name in self.filled if name != "attention"}
         attention = {layer: scores[index] for layer, scores in (self.attention or {}).items()}
         taken = {name: column[index] for name, column in columns.items()}
+        if self.sample_ids is None and not is_shared(self.group):
+            taken["sample_ids"] = index
         return RolloutBatch(**taken, attention=attention or None)
+
+
+def is_shared(group: dist.ProcessGroup | None) -> bool:
+    """Whether several ranks share a batch."""
+    return group is not None and group.size() > 1
 
 
 # The shapes of the columns are checked, and what is plainly meant is taken, as in a function.

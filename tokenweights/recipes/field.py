@@ -16,8 +16,8 @@ from tokenweights.likelihood import sampled_probability
 from tokenweights.masked import accumulator_dtype, masked_extrema, require_finite
 from tokenweights.partition import exact_share
 from tokenweights.recipes.batch import RolloutBatch
-from tokenweights.recipes.parts import Part, decimal
-from tokenweights.recipes.rules import given_scores, two_weights
+from tokenweights.recipes.parts import Part, decimal, require_numbers
+from tokenweights.recipes.rules import MIN_WEIGHT, given_scores, require_weight, two_weights
 from tokenweights.scaling import bounded_map, mean_one, min_max, z_scores
 from tokenweights.schedules import MAX_WEIGHT
 from tokenweights.scopes import Scope, Sign, candidates
@@ -61,13 +61,19 @@ class Mapped(Part):
 
     def _check(self) -> None:
         self.require_number("slope", "offset")
-        self.require_number("low", "high", least=0, most=MAX_WEIGHT)
+        require_weight(self, "low", "high")
         self.require("high", self.low <= self.high, f">= low, {decimal(self.low)}")
+
+    @property
+    def numbers(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Those of prompts where it is normalised over their responses."""
+        return () if self.normalise == "none" or self.scope != "prompt" else ("prompt_ids",)
 
     def __call__(
         self, scores: Tensor | None, batch: RolloutBatch, *, step: int, group: Group = None
     ) -> Tensor:
         """Weights in [low, high]."""
+        require_numbers(self, batch, group)
         values = given_scores(self, scores)
         if self.normalise != "none":
             normal = {"mean": mean_one, "deviation": z_scores, "range": min_max}[self.normalise]
@@ -161,10 +167,16 @@ class AboveQuantile(Part):
     def _check(self) -> None:
         self.require_number("quantile", least=0, most=1)
 
+    @property
+    def numbers(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Those of prompts where the quantile is that of their responses."""
+        return ("prompt_ids",) if self.scope == "prompt" else ()
+
     def __call__(
         self, scores: Tensor | None, batch: RolloutBatch, *, step: int, group: Group = None
     ) -> Tensor:
         """Weights by the threshold."""
+        require_numbers(self, batch, group)
         # Between neighbouring float32 scores there is none: compare as exactly as interpolated.
         scores = given_scores(self, scores).to(accumulator_dtype(batch.mask.device))
         threshold = score_quantile(
@@ -241,6 +253,7 @@ class RandomDrop(Part):
     """
 
     kind: ClassVar[str] = "random_drop"
+    numbers: ClassVar[tuple[str, ...]] = ("sample_ids",)
     low: float
     high: float
     fraction: float = 2e-4
@@ -254,20 +267,22 @@ class RandomDrop(Part):
         self, scores: Tensor | None, batch: RolloutBatch, *, step: int, group: Group = None
     ) -> Tensor:
         """Weights of the draw."""
+        require_numbers(self, batch, group)
         scores, mask = given_scores(self, scores), batch.mask
         band = mask & (scores > self.low) & (scores < self.high)
         own = mask.sum().to(accumulator_dtype(mask.device))
         tokens = int(global_sum(own, group=group))
         places = mask.long().cumsum(-1) - 1
-        assert batch.sample_ids is not None
-        keys = random_keys(self.seed, batch.sample_ids.long(), places)
+        rows = torch.arange(len(mask), device=mask.device)
+        sample_ids = rows if batch.sample_ids is None else batch.sample_ids.long()
+        keys = random_keys(self.seed, sample_ids, places)
         dropped = select(
             keys.double(),  # 53 bits, exactly
             band,
             side="bottom",
             count=max(int(exact_share(self.fraction) * tokens), 1),
             scope="batch",
-            sample_ids=batch.sample_ids,
+            sample_ids=sample_ids,
             group=group,
         )
         return two_weights(dropped, mask, inside=0.0, outside=1.0)
@@ -339,6 +354,7 @@ class SecondMoment(Part):
     kind: ClassVar[str] = "second_moment"
     columns: ClassVar[tuple[str, ...]] = ("log_probs", "sampler_log_probs", "advantages")
     scored: ClassVar[bool] = False
+    numbers: ClassVar[tuple[str, ...]] = ("sample_ids",)
     bound: float = 0.04
 
     def _check(self) -> None:
@@ -348,6 +364,7 @@ class SecondMoment(Part):
         self, scores: Tensor | None, batch: RolloutBatch, *, step: int, group: Group = None
     ) -> Tensor:
         """Weights by the budget."""
+        require_numbers(self, batch, group)
         assert batch.log_probs is not None and batch.sampler_log_probs is not None
         require_finite(self.kind, "log_probs", batch.log_probs, batch.mask)
         require_finite(self.kind, "sampler_log_probs", batch.sampler_log_probs, batch.mask)
@@ -389,7 +406,7 @@ class Damped(Part):
     least: float = 0.02
 
     def _check(self) -> None:
-        self.require("floor", 0 < self.floor <= 1, "in (0, 1]")
+        self.require("floor", MIN_WEIGHT <= self.floor <= 1, "in [1e-20, 1]")
         self.require("least", 0 < self.least < torch.inf, "positive and finite")
 
     def __call__(

@@ -62,6 +62,23 @@ def part_from(value: Any, *, role: str = "part", base: Any = None) -> Any:
     return value
 
 
+def changed_part(part: Any, fields: Mapping[str, Any]) -> Any:
+    """A part with some of its fields changed.
+
+    Args:
+        part: A dataclass.
+        fields: Values by the names of fields, with parts as `part_from` takes them.
+
+    Returns:
+        The part.
+
+    Raises:
+        TokenWeightsError: If a field is unknown or its value does not fit.
+    """
+    made = {key: part_from(value, role=key) for key, value in fields.items()}
+    return _made(type(part), made, "part", part)
+
+
 def part_values(part: Any) -> Any:
     """A part as a mapping of its kind and its fields, of plain values only; see `part_from`.
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenweights._errors import TokenWeightsError, invalid, nearest
-from tokenweights.recipes.batch import COLUMNS, RolloutBatch
+from tokenweights.recipes.batch import COLUMNS, RolloutBatch, is_shared
 
 
 @runtime_checkable
@@ -37,7 +37,7 @@ class Rule(Protocol):
     """Weights of a batch's tokens, >= 0, from their scores.
 
     Class attributes that a rule may have: `columns` as a signal, and `scored`, whether it needs
-    scores; a rule that is not scored is given None.
+    scores, as one does that does not say so; a rule that says False is given None.
     """
 
     def __call__(
@@ -60,6 +60,8 @@ class Part:
     kind: ClassVar[str]
     columns: ClassVar[tuple[str, ...]] = ()
     scored: ClassVar[bool] = True
+    # What it cannot do without: `prompt_ids`, and `sample_ids` where several ranks share a batch.
+    numbers: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -175,6 +177,30 @@ def reader(part: Any, column: str) -> Any:
     """The part inside of a part that reads a column."""
     inner = [each for each in parts_of(part) if column in columns_of(each)]
     return inner[-1] if inner else part
+
+
+def require_numbers(part: Any, batch: RolloutBatch, group: dist.ProcessGroup | None) -> None:
+    """Raises unless responses have the numbers that a part and all parts inside of it need.
+
+    Args:
+        part: A rule.
+        batch: This rank's rows.
+        group: The ranks that share the batch, if the batch does not name them.
+
+    Raises:
+        TokenWeightsError: If prompts have no numbers, or samples of a batch of several ranks.
+    """
+    shared = is_shared(group) or is_shared(batch.group)
+    conditions = {"prompt_ids": "given for the scope 'prompt'"}
+    hints = {"prompt_ids": "a number for each response, equal for responses to one prompt."}
+    if shared:
+        conditions["sample_ids"] = "given where several ranks share the batch"
+        hints["sample_ids"] = "for each response a number that no other of the run has."
+    for each in parts_of(part):
+        for name in each.numbers if isinstance(each, Part) else ():
+            if name in conditions and getattr(batch, name) is None:
+                hint = f"Pass `RolloutBatch({name}=...)`, {hints[name]}"
+                raise invalid(each.kind, name, conditions[name], None, hint)
 
 
 def label(part: Any) -> str:

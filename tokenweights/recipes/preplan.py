@@ -15,7 +15,15 @@ from tokenweights.masked import require_finite
 from tokenweights.partition import random_fraction
 from tokenweights.recipes.backward import BackwardDistance, FutureInfluence
 from tokenweights.recipes.batch import RolloutBatch
-from tokenweights.recipes.parts import Part, Signal, columns_of, decimal, label, part_lines
+from tokenweights.recipes.parts import (
+    Part,
+    Signal,
+    columns_of,
+    decimal,
+    label,
+    part_lines,
+    require_numbers,
+)
 from tokenweights.recipes.rules import two_weights
 from tokenweights.selection import select
 
@@ -123,6 +131,7 @@ class RandomCredit(Part):
     kind: ClassVar[str] = "random_credit"
     scope: ClassVar[str] = "response"
     scored: ClassVar[bool] = False
+    numbers: ClassVar[tuple[str, ...]] = ("sample_ids",)
     fraction: float = 0.4
     boost: float = 1.5
     seed: int = 0
@@ -135,6 +144,7 @@ class RandomCredit(Part):
         self, scores: Tensor | None, batch: RolloutBatch, *, step: int, group: Group = None
     ) -> Tensor:
         """Weights of the draw."""
+        require_numbers(self, batch, group)
         keys = {"seed": self.seed, "sample_ids": batch.sample_ids}
         drawn = random_fraction(batch.mask, fraction=self.fraction, **keys)
         return two_weights(drawn, batch.mask, inside=self.boost, outside=1.0)

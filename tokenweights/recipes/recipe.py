@@ -15,25 +15,28 @@ from tokenweights._typing import typed
 from tokenweights.diagnostics import token_weight_metrics
 from tokenweights.distributed import agreed
 from tokenweights.losses import Denominator, loss_denominator
-from tokenweights.masked import require_finite, require_weights
+from tokenweights.masked import require_finite, require_weights, sum_dtype
 from tokenweights.recipes.attention import AttentionEntropy, model_layers
 from tokenweights.recipes.backward import AttentionColumns, AttentionReading
 from tokenweights.recipes.batch import RolloutBatch
+from tokenweights.recipes.combine import needs_scores
 from tokenweights.recipes.description import recipe_description
+from tokenweights.recipes.keys import placed_keys
 from tokenweights.recipes.kinds import part_from, part_values
 from tokenweights.recipes.parts import (
     Rule,
     Signal,
     columns_of,
-    is_part,
     label,
     mapped_parts,
     parts_of,
     reader,
+    require_numbers,
     unknown,
 )
 from tokenweights.recipes.rules import EndpointWeights
 from tokenweights.recipes.signals import PredictiveEntropy
+from tokenweights.schedules import MAX_WEIGHT
 from tokenweights.weights import match_mass
 
 # Where the fields and methods of a recipe went that had one flat record of all of them.
@@ -136,9 +139,11 @@ class Recipe:
             ):
                 raise self._invalid(role, "callable")
         _ = self.columns  # raises where a part names one that there is not
-        if getattr(self.rule, "scored", self.signal is not None) != (self.signal is not None):
+        if needs_scores(self.rule) != (self.signal is not None):
             needs = "given" if self.signal is None else "None"
             hint = "The one scores tokens where the other needs no scores, or none where it does."
+            if self.signal is None:
+                hint += " A rule of yours that needs none says `scored = False`."
             got = f"{self.signal and label(self.signal)}"
             condition = f"{needs} with the rule {label(self.rule)!r}"
             raise invalid(f"recipe {self.name}", "signal", condition, got, hint)
@@ -351,7 +356,7 @@ class Recipe:
                 anything but finite numbers, and weights >= 0, for each valid token.
         """
         batch = _over(batch, group)
-        return self.weighted_scores(self.scores(batch), batch, step=step)
+        return self._weighted(self.scores(batch), batch, step)
 
     @agreed
     @typed
@@ -369,8 +374,14 @@ class Recipe:
             The record.
 
         Raises:
-            TokenWeightsError: As `weighted`.
+            TokenWeightsError: As `weighted`, or if scores are missing, of another shape than the
+                mask, or not finite.
         """
+        self._require_scores("Recipe.weighted_scores", scores, batch.mask)
+        return self._weighted(scores, batch, step)
+
+    def _weighted(self, scores: Tensor | None, batch: RolloutBatch, step: int) -> WeightedRollout:
+        """The record of scores that are finite."""
         group, weights = batch.group, self._token_weights(scores, batch, step)
         metrics = token_weight_metrics(scores, weights, batch.mask, group=group)
         if not isinstance(self.signal, AttentionEntropy | PredictiveEntropy):
@@ -399,8 +410,7 @@ class Recipe:
             scores: This rank's scores, or None if the recipe needs none.
             mask: True for valid response tokens.
             step: Training step, for the schedule.
-            sample_ids: A number for each response that stays with it however the batch is laid
-                out, for random rules; the row number if None.
+            sample_ids: As in `RolloutBatch`, for random rules.
             token_groups: Type of each token, for example its id, for the type-matched rule.
             group: The ranks that share the rollout batch. All of them have to call.
 
@@ -411,6 +421,7 @@ class Recipe:
             TokenWeightsError: If scores or token groups are missing, a valid score is not finite,
                 or the step is negative.
         """
+        self._require_scores("Recipe.token_weights", scores, mask)
         batch = RolloutBatch(mask=mask, sample_ids=sample_ids, token_ids=token_groups, group=group)
         return self._token_weights(scores, batch, step)
 
@@ -436,26 +447,48 @@ class Recipe:
         Returns:
             1 for `"all_tokens"`; valid tokens over selected tokens, or over the sum of weights,
             otherwise, and 0 where that is 0.
+
+        Raises:
+            TokenWeightsError: If the weights are so small that float32 cannot hold the factor.
         """
         if self.denominator == "all_tokens":
             return torch.ones((), dtype=torch.float32, device=weights.device)
         count = loss_denominator(mask, group=group)
         own = loss_denominator(mask, weights, denominator=self.denominator, group=group)
-        return torch.where(own > 0, count / own.where(own > 0, 1), 0.0).float()
+        scale = torch.where(own > 0, count / own.where(own > 0, 1), 0.0).float()
+        if not torch.compiler.is_compiling() and not bool(torch.isfinite(scale)):
+            condition = "with a mean of 0, or of at least 3e-39, which its inverse can scale to 1"
+            got, hint = (
+                float(own / count),
+                "Give the rule larger weights: their ratios are what counts.",
+            )
+            raise invalid("Recipe.denominator_scale", "weights", condition, f"{got:.3g}", hint)
+        return scale
+
+    def _require_scores(self, caller: str, scores: Tensor | None, mask: Tensor) -> None:
+        """Raises, under the name that was called, unless scores at hand are there and finite."""
+        hint = "Pass one score for each response token."
+        if scores is None:
+            if self.signal is not None:
+                raise invalid(caller, "scores", "given for a recipe with a signal", None, hint)
+            return
+        if scores.shape != mask.shape:
+            condition = f"of shape {tuple(mask.shape)} as the mask"
+            raise invalid(caller, "scores", condition, tuple(scores.shape), hint)
+        require_finite(caller, "scores", scores, mask)
 
     def _token_weights(self, scores: Tensor | None, batch: RolloutBatch, step: int) -> Tensor:
         if step < 0:
             raise invalid("Recipe", "step", ">= 0", step, "Count training steps from 0.")
         _require_columns(batch, self.rule)
-        if self.signal is not None and scores is None:
-            hint = "Pass one score for each response token."
-            raise invalid(
-                "Recipe.token_weights", "scores", "given for a recipe with a signal", None, hint
-            )
+        # Of all parts at once: one that is reached late would refuse after ranks have communicated.
+        require_numbers(self.rule, batch, batch.group)
         weights = self.rule(scores, batch, step=step, group=batch.group)
         _require_tokens(label(self.rule), "weights", weights, batch.mask)
         require_weights(label(self.rule), weights, batch.mask)
-        weights = torch.where(batch.mask, weights, 0.0).float()
+        weights = torch.where(batch.mask, weights, 0.0)
+        _require_room(label(self.rule), weights)
+        weights = weights.float()
         return match_mass(weights, batch.mask, group=batch.group) if self.match_mass else weights
 
 
@@ -482,48 +515,14 @@ def recipe_from(base: Recipe | None, values: Mapping[str, Any]) -> Recipe:
     made = {name: getattr(base, name) for name in own} if base else {}
     made |= fields
     if "signal" not in made or ("rule" in fields and "signal" not in fields):
-        needs = getattr(made["rule"], "scored", False)
-        if not needs:
+        if not needs_scores(made["rule"]):
             made["signal"] = None
         elif made.get("signal") is None:
             made["signal"] = AttentionEntropy()
     for role in ("rule", "signal"):
         made[role] = part_from(made[role], role=role)
-    made["rule"], made["signal"] = _placed_keys(made["rule"], made["signal"], loose, own)
+    made["rule"], made["signal"] = placed_keys(made["rule"], made["signal"], loose, own=own)
     return Recipe(**made)
-
-
-def _placed_keys(rule: Any, signal: Any, loose: dict[str, Any], own: list[str]) -> tuple[Any, Any]:
-    """Both parts with each loose key in the one part that has it."""
-    parts = [part for whole in (rule, signal) for part in parts_of(whole)]
-    having = {
-        key: [
-            part for part in parts if dataclasses.is_dataclass(part) and key in _field_names(part)
-        ]
-        for key in loose
-    }
-    for key, owners in having.items():
-        if not owners:
-            known = [name for part in parts if is_part(part) for name in _field_names(part)]
-            raise unknown("recipe", "key", key, [*own, *dict.fromkeys(known)])
-        if len(owners) > 1:
-            kinds = [label(part) for part in owners]
-            hint = "Give the part as a mapping of its own, with its kind."
-            raise invalid("recipe", key, "of exactly one part", f"one of {kinds}", hint)
-
-    def change(part: Any) -> Any:
-        mine = {
-            key: part_from(loose[key], role=key)
-            for key, owners in having.items()
-            if owners[0] == part
-        }
-        return dataclasses.replace(part, **mine) if mine else part
-
-    return mapped_parts(rule, change), mapped_parts(signal, change)
-
-
-def _field_names(part: Any) -> list[str]:
-    return [item.name for item in dataclasses.fields(part)]
 
 
 # What `Recipe.to_dict` wrote when a recipe was one flat record, with the defaults it had.
@@ -582,6 +581,16 @@ def _require_tokens(function: str, what: str, values: Any, mask: Tensor) -> None
         raise invalid(function, what, f"on {mask.device} from it", values.device, hint)
     if values.requires_grad:
         raise invalid(function, what, "without a graph from it", "a tensor with a graph", hint)
+
+
+def _require_room(function: str, weights: Tensor) -> None:
+    """Raises where a weight is so large that float32 has no room for it times a scale."""
+    if torch.compiler.is_compiling() or weights.numel() == 0:
+        return
+    largest = weights.amax().to(sum_dtype(weights.dtype))
+    if bool(largest > MAX_WEIGHT):
+        condition, hint = f"at most {MAX_WEIGHT:g} under a True mask", "Make the weights smaller."
+        raise invalid(function, "weights", condition, largest.item(), hint)
 
 
 def _raise_moved(name: str) -> NoReturn:

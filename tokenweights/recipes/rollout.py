@@ -149,5 +149,6 @@ def weighted_rollout(
         >>> rollout.weights, float(rollout.scale), rollout.metrics["anchor_share"]
         (tensor([[1., 0., 0., 0., 0.]]), 5.0, 1.0)
     """
+    recipe._require_scores("weighted_rollout", scores, mask)
     batch = RolloutBatch(mask=mask, sample_ids=sample_ids, token_ids=token_groups, group=group)
-    return recipe.weighted_scores(scores, batch, step=step)
+    return recipe._weighted(scores, batch, step)

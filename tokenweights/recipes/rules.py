@@ -25,7 +25,7 @@ from tokenweights.partition import (
     top_fraction,
 )
 from tokenweights.recipes.batch import RolloutBatch
-from tokenweights.recipes.parts import Part, decimal
+from tokenweights.recipes.parts import Part, decimal, require_numbers
 from tokenweights.schedules import (
     MAX_WEIGHT,
     Endpoints,
@@ -46,6 +46,13 @@ Group = dist.ProcessGroup | None
 
 # Below it the denominator "weight_sum" would need a scale that float32 cannot hold.
 MIN_WEIGHT = 1e-20
+
+# What a choice of a share of a scope takes, see `Part.numbers`.
+NUMBERS: dict[Scope, tuple[str, ...]] = {
+    "response": (),
+    "prompt": ("sample_ids", "prompt_ids"),
+    "batch": ("sample_ids",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,14 +211,20 @@ class Edge(Subset):
         """The advantages where their sign matters."""
         return () if self.sign == "any" else ("advantages",)
 
+    @property
+    def numbers(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Those that tell ties of several responses apart, and prompts."""
+        return NUMBERS[self.scope]
+
     def _check(self) -> None:
         super()._check()
-        self.require_number("inside", "outside", least=0, most=MAX_WEIGHT)
+        require_weight(self, "inside", "outside")
 
     def __call__(
         self, scores: Tensor | None, batch: RolloutBatch, *, step: int, group: Group = None
     ) -> Tensor:
         """Weights by rank."""
+        require_numbers(self, batch, group)
         chosen = select(
             given_scores(self, scores),
             batch.mask,
@@ -308,12 +321,14 @@ class Random(Subset):
 
     kind: ClassVar[str] = "random"
     scored: ClassVar[bool] = False
+    numbers: ClassVar[tuple[str, ...]] = ("sample_ids",)
     seed: int = 0
 
     def __call__(
         self, scores: Tensor | None, batch: RolloutBatch, *, step: int, group: Group = None
     ) -> Tensor:
         """Weights of the draw."""
+        require_numbers(self, batch, group)
         keys = {"seed": self.seed, "sample_ids": batch.sample_ids}
         return subset_weights(random_fraction(batch.mask, fraction=self.fraction, **keys))
 
@@ -333,12 +348,14 @@ class Bernoulli(Subset):
 
     kind: ClassVar[str] = "bernoulli"
     scored: ClassVar[bool] = False
+    numbers: ClassVar[tuple[str, ...]] = ("sample_ids",)
     seed: int = 0
 
     def __call__(
         self, scores: Tensor | None, batch: RolloutBatch, *, step: int, group: Group = None
     ) -> Tensor:
         """Weights of the draw."""
+        require_numbers(self, batch, group)
         keys = {"seed": self.seed, "sample_ids": batch.sample_ids}
         return subset_weights(bernoulli_subset(batch.mask, probability=self.fraction, **keys))
 
@@ -356,6 +373,7 @@ class Matched(Subset):
         seed: Of the draw.
     """
 
+    numbers: ClassVar[tuple[str, ...]] = ("sample_ids",)
     matched_to: Side = "bottom"
     seed: int = 0
 
@@ -363,6 +381,7 @@ class Matched(Subset):
         self, scores: Tensor | None, batch: RolloutBatch, *, step: int, group: Group = None
     ) -> Tensor:
         """Weights of the draw."""
+        require_numbers(self, batch, group)
         partition = bottom_fraction if self.matched_to == "bottom" else top_fraction
         subset = partition(given_scores(self, scores), batch.mask, fraction=self.fraction)
         keys = {"seed": self.seed, "sample_ids": batch.sample_ids}
@@ -422,6 +441,14 @@ def two_weights(chosen: Tensor, mask: Tensor, *, inside: float, outside: float) 
     """One weight for the chosen tokens, another for the other valid ones, 0 off the mask."""
     weights = torch.full(mask.shape, outside, dtype=torch.float32, device=mask.device)
     return weights.masked_fill_(chosen, inside).masked_fill_(~mask, 0.0)
+
+
+def require_weight(rule: Part, *fields: str) -> None:
+    """Raises unless fields are weights that every denominator can divide by."""
+    for field in fields:
+        value = getattr(rule, field)
+        fits = value == 0 or MIN_WEIGHT <= value <= MAX_WEIGHT
+        rule.require(field, fits, "0 or in [1e-20, 1e30]")
 
 
 def given_scores(rule: Part, scores: Tensor | None) -> Tensor:
