@@ -48,6 +48,12 @@ def test_the_first_prompts_are_recorded(tmp_path, prompts, rows):
     assert {record.reward for record in found} == {None}
 
 
+def test_records_need_to_know_which_prompt_a_row_answers(tmp_path):
+    given = replace(batch(), prompt_ids=None)
+    with pytest.raises(tw.TokenWeightsError, match="`first_prompt_rows`: expected `prompt_ids`"):
+        appended(tmp_path / "tokens.jsonl", given)
+
+
 def test_rewards_are_those_of_the_rows(tmp_path):
     rewards = torch.tensor([9.0, 1.0, -1.0, -2.0, 0.5, 0.25])
     found = appended(tmp_path / "tokens.jsonl", batch(rewards), prompts=2)

@@ -95,6 +95,7 @@ class RolloutRecords:
         shown = detailed(shown, rows or [0]) if detailed else shown
         if not write or not rows:
             return
+        shown.require(["sample_ids"], caller="RolloutRecords")
         assert shown.token_ids is not None and shown.sample_ids is not None
         records = token_records(
             attention(shown),
@@ -130,7 +131,11 @@ def first_prompt_rows(batch: RolloutBatch, *, prompts: int = 1) -> list[int]:
 
     Returns:
         Numbers of rows with a valid token; empty if there is none.
+
+    Raises:
+        TokenWeightsError: If the batch has no prompt ids.
     """
+    batch.require(["prompt_ids"], caller="first_prompt_rows")
     assert batch.prompt_ids is not None
     answered, real = batch.prompt_ids.tolist(), batch.mask.any(-1).tolist()
     there = [prompt for prompt, valid in zip(answered, real, strict=True) if valid]
