@@ -20,7 +20,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup environments demo test test-versions test-megatron compatibility fuzz lint format bench bench-gpu gpu-wheels gpu-trainer-wheels gpu-results paper paper-results docs policy clean $(APART:%=test-%)
+.PHONY: help setup environments demo test test-versions test-megatron compatibility fuzz lint format bench bench-gpu gpu-wheels gpu-trainer-wheels gpu-results paper paper-results docs policy clean clean-runs $(APART:%=test-%)
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -39,6 +39,7 @@ $(READY): constraints.txt pyproject.toml integrations/lab/pyproject.toml integra
 
 .venv-%/.ready: integrations/%/constraints.txt integrations/%/pyproject.toml pyproject.toml
 	@echo "Setting up .venv-$* (a few minutes the first time)"
+	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 13) or sys.exit("Python 3.11 or 3.12 is needed for .venv-$*, this is {}.{}: name one, as in PYTHON=python3.12".format(*sys.version_info))'
 	@test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	@.venv-$*/bin/pip install --quiet --constraint integrations/$*/constraints.txt \
 		--editable . --editable integrations/lab --editable 'integrations/$*[test]'
@@ -148,5 +149,8 @@ paper-results: $(READY)  ## Write benchmarks/paper/RESULTS.md and its figures fr
 policy: $(READY)  ## Train the embedded policy anew, from nothing
 	@$(BIN)/python -m tokenweights_lab.warm_start
 
-clean:  ## Remove the virtual environment and everything that was built
-	rm -rf $(VENV) $(APART:%=.venv-%) build site runs .cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+clean:  ## Remove the virtual environments and everything that was built, but no run
+	rm -rf $(VENV) $(APART:%=.venv-%) build site .cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+clean-runs:  ## Remove runs/, with every run and checkpoint in it
+	rm -rf runs

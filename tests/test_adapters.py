@@ -55,6 +55,13 @@ def features(adapter: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
+def test_the_guide_lists_what_was_not_tried_with_trl():
+    text = (ROOT.parent / "docs" / "guides" / "trl.md").read_text().split("\n## Not tried\n")[1]
+    _, *listed = re.findall(r"^\| (.*?) \|", text.split("\n## ")[0], re.M)
+    rows = [feature for feature, state, _ in features("trl") if state.startswith("not tried")]
+    assert listed == [feature.partition(":")[0] for feature in rows]
+
+
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_what_runs_and_what_is_refused_has_a_test(adapter):
     states = set()
