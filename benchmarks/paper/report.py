@@ -275,14 +275,18 @@ def provenance_table(data: Data) -> list[str]:
     """What the numbers come from."""
     wanted = len(design())
     records = data.records
-    seconds = sum(record.get("cpu_seconds", 0.0) for record in records)
+    hours = {
+        name: sum(record.get(name, 0.0) for record in records) / 3600
+        for name in ("cpu_seconds", "wall_seconds")
+    }
     machines = Counter(
         f"{found['cpu']}, {found['cores']} cores" if found else "unknown"
         for found in (record.get("machine") for record in records)
     )
     lines = [
         f"{len(records)} of {wanted} items of the design have a record, {len(data.failed)} of them "
-        f"failed; {seconds / 3600:.2f} CPU hours. {wall(records)} Records by machine: "
+        f"failed. They took {hours['cpu_seconds']:.2f} CPU hours, and {hours['wall_seconds']:.2f} "
+        f"hours of wall time if run one after the other. {wall(records)} Records by machine: "
         + "; ".join(f"{name} ({count})" for name, count in machines.most_common())
         + ".",
         "",
