@@ -152,6 +152,22 @@ def test_matched_weights_of_half_precision_do_not_overflow():
     assert matched.dtype == torch.float32 and matched[0, 0] == 70000
 
 
+def test_weights_are_detached_whatever_requires_a_gradient():
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    scores = torch.tensor([[0.2, 0.5, 0.9]], requires_grad=True)
+    extrema = ScoreExtrema(scores.amin(), scores.amax())
+    for form in ("stable", "literal"):
+        ends = Endpoints(0.0, 1.0)
+        assert not tw.endpoint_weights(scores, mask, ends, form=form).requires_grad
+        partition = scores.exp().sum()
+        options = {"extrema": extrema, "form": form, "partition": partition}
+        assert not tw.endpoint_weights(scores, mask, ends, **options).requires_grad
+    total = scores.sum()
+    for options in ({}, {"mass": total}, {"count": total}, {"mass": total, "count": total}):
+        matched = tw.match_mass(scores, mask, **options)
+        assert not matched.requires_grad and (matched > 0).all()
+
+
 @pytest.mark.parametrize("size", [1e-320, 1e-200, 1e-40, 1e200])
 def test_what_weights_do_depends_on_their_ratios_only(size):
     mask = torch.tensor([[True, True, True, False]])

@@ -50,10 +50,14 @@ def clipped_surrogate_loss(
     half-precision inputs are widened to. With `dual_clip` $= c$, tokens of negative advantage are
     at most $-c A_t$.
 
+    The gradient flows into `log_probs` alone: old log-probabilities, advantages and bounds are
+    constants of the update, whatever they require. On the first pass over a batch `log_probs` may
+    so be passed for both.
+
     Args:
         log_probs: Of the current policy; the gradient flows here.
-        old_log_probs: Of the policy that generated the tokens.
-        advantages: One for each token, or one for each response, `batch 1`.
+        old_log_probs: Of the policy that generated the tokens; they carry no gradient.
+        advantages: One for each token, or one for each response, `batch 1`; they carry no gradient.
         clip_low: $\epsilon_{low}$ in [0, 1], one for all, or one for each token or response, which
             carry no gradient; DAPO's stock value. 1 clips nothing, since a ratio is above 0.
         clip_high: $\epsilon_{high} \ge 0$, one or several as `clip_low`; DAPO's stock value.
@@ -78,6 +82,7 @@ def clipped_surrogate_loss(
     high = _clip_bound("clip_high", clip_high, mask, log_probs, most=math.inf)
     if dual_clip is not None and not dual_clip > 1:
         raise invalid("clipped_surrogate_loss", "dual_clip", "> 1", dual_clip, "DAPO uses 10.")
+    old_log_probs, advantages = old_log_probs.detach(), advantages.detach()
     if mask is not None:
         # Zeroing the inputs, not the loss: 0 * NaN would poison the gradient on the way back.
         log_probs, old_log_probs, advantages = (
@@ -268,16 +273,16 @@ def weighted_token_mean(
 
     $D$ is the number of valid tokens (Eq. 7, 25), of selected tokens (Eq. 24) or the sum of weights
     (Eq. 3, 17). If the weights already sit in the advantages, leave `weights` out and keep
-    `"all_tokens"`, or pass the `count` you mean.
+    `"all_tokens"`, or pass the `count` you mean. The gradient flows into `token_loss` alone.
 
     Args:
         token_loss: Unreduced losses; the gradient flows here.
         mask: True for valid response tokens.
-        weights: Token weights >= 0; all 1 if None.
+        weights: Token weights >= 0, which carry no gradient; all 1 if None.
         denominator: See `loss_denominator`.
         count: The denominator of the whole batch, from `loss_denominator` over all its parts. With
             it the results of any micro-batches and ranks *sum* to the loss of the batch; where a
-            trainer averages gradients over ranks, multiply by their number.
+            trainer averages gradients over ranks, multiply by their number. It carries no gradient.
 
     Returns:
         A scalar of the dtype of `token_loss`, but float32 for half precision; 0, with zero
@@ -322,12 +327,13 @@ def aggregate_loss(
     | `seq-mean-token-mean` | mean within each response by `denominator`, mean over responses |
     | `seq-mean-token-sum-norm` | as `seq-mean-token-sum`, divided by `max_length` |
 
-    Responses without a valid token do not count as responses. Everything adds up in float64.
+    Responses without a valid token do not count as responses. Everything adds up in float64. The
+    gradient flows into `token_loss` alone.
 
     Args:
         token_loss: Unreduced losses; the gradient flows here.
         mask: True for valid response tokens.
-        weights: Token weights >= 0; all 1 if None.
+        weights: Token weights >= 0, which carry no gradient; all 1 if None.
         mode: One of the modes above.
         denominator: What a mean over tokens divides by; see `loss_denominator`. The two sums take
             no mean over tokens and accept `"all_tokens"` only.
@@ -407,7 +413,7 @@ def _weighted_sum(
             part = part.sum(-1, keepdim=True, dtype=total.dtype)
             total = total + _quotient(part, divisors[rows]).sum()
         else:  # weights before losses: their ratio to a sum of weights is never too small
-            weight = torch.where(mask[rows], weights[rows], 0.0).to(total.dtype)
+            weight = torch.where(mask[rows], weights[rows].detach(), 0.0).to(total.dtype)
             total = total + (part * _quotient(weight, divisors[rows])).sum()
     return total.to(sum_dtype(token_loss.dtype))
 

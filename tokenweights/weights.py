@@ -50,7 +50,7 @@ def score_extrema(
     """Extrema of the scores over all valid tokens of the rollout batch, in the scores' unit.
 
     Eq. 27 rescales over the whole rollout batch. Its extrema are all that a token's weight depends
-    on beyond its own score, so this one reduction of two numbers makes weights exact on any layout.
+    on beyond its own score, so this one reduction of both makes weights exact on any layout.
 
     Args:
         scores: This rank's scores, finite under the mask.
@@ -179,7 +179,8 @@ def endpoint_weights(
         extrema = own
     elif _enclose(extrema, own):
         dtype = own.minimum.dtype
-        extrema = ScoreExtrema(extrema.minimum.to(dtype), extrema.maximum.to(dtype))
+        ends = (end.detach().to(dtype) for end in (extrema.minimum, extrema.maximum))
+        extrema = ScoreExtrema(*ends)
     else:
         raise invalid(
             "endpoint_weights",
@@ -261,8 +262,9 @@ def match_mass(
         group: The ranks that share the batch.
 
     Returns:
-        Rescaled weights, 0 off the mask, of the dtype of `weights`, but float32 for half precision,
-        which a single weight among many tokens would overflow. If all weights are 0 they stay 0.
+        Rescaled weights, detached, 0 off the mask, of the dtype of `weights`, but float32 for half
+        precision, which a single weight among many tokens would overflow. If all weights are 0 they
+        stay 0.
 
     Raises:
         TokenWeightsError: If a valid weight, `target`, `count` or `mass` is negative or not finite.
@@ -287,7 +289,7 @@ def match_mass(
     matched = torch.zeros(weights.shape, dtype=sum_dtype(weights.dtype), device=weights.device)
     for rows in row_chunks(mask.shape):
         # The share of the mass first: it is at most 1 however small the weights are.
-        wide = torch.where(mask[rows], weights[rows], 0.0).to(mass.dtype)
+        wide = torch.where(mask[rows], weights[rows].detach(), 0.0).to(mass.dtype)
         share = wide / mass.where(mass > 0, 1)
         matched[rows] = (share * (mean * count)).to(matched.dtype)
     return matched

@@ -205,7 +205,8 @@ def unclipped_losses(
     Without a clip, which a finite step may reach and beyond which it is flat.
 
     Args:
-        log_probs: Log-probabilities of a slice of rows under the model's present parameters.
+        log_probs: Log-probabilities of a slice of rows under the model's present parameters; the
+            gradient flows here alone.
         old_log_probs: Those at the probe, where the ratio is 1.
         advantages: One for each response or each token.
         mask: True for valid response tokens.
