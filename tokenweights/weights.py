@@ -194,13 +194,15 @@ def endpoint_weights(
     elif partition is not None:
         partition = batch_total("endpoint_weights", "partition", partition, scores.device)
     weights = torch.zeros(scores.shape, dtype=torch.float32, device=scores.device)
+    bounds = sorted((endpoints.low, endpoints.high))
     for rows in row_chunks(scores.shape):
         wide = scores[rows].detach().to(extrema.minimum.dtype)
         # Extrema of a narrower dtype than the scores' may lie a rounding error inside.
         wide = wide.clamp(extrema.minimum, extrema.maximum)
         wide = torch.where(mask[rows], wide, extrema.minimum)
         alpha = _rescaled_softmax(wide, extrema, temperature, eps, partition)
-        part = endpoints.low + alpha * (endpoints.high - endpoints.low)
+        # As printed: a difference of endpoints would lose the smaller one beside the larger.
+        part = ((1 - alpha) * endpoints.low + alpha * endpoints.high).clamp(*bounds)
         weights[rows] = torch.where(mask[rows], part, 0.0).float()
     return weights
 
