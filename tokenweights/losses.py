@@ -103,6 +103,8 @@ def clipped_surrogate_loss(
 
 def _clamped(values: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
     """The values within both ends, a number being the same beside a number and beside a tensor."""
+    if not isinstance(high, Tensor) and high > torch.finfo(values.dtype).max:
+        high = math.inf
     if not isinstance(low, Tensor) and not isinstance(high, Tensor):
         return values.clamp(low, high)
     # `clamp` takes no mixture, and a tensor made of a number is of the default dtype unless told.
@@ -299,12 +301,7 @@ def weighted_token_mean(
         >>> weighted_token_mean(token_loss, mask, weights, denominator="selected_tokens")
         tensor(3.)
     """
-    if weights is not None:
-        require_weights("weighted_token_mean", weights, mask)
-    if count is None:
-        count = loss_denominator(mask, weights, denominator=denominator)
-    count = batch_total("weighted_token_mean", "count", count, mask.device)
-    return _weighted_sum(token_loss, mask, weights, count.expand(len(mask), 1))
+    return _token_mean("weighted_token_mean", token_loss, mask, weights, denominator, count)
 
 
 @typed
@@ -345,7 +342,8 @@ def aggregate_loss(
         A scalar as in `weighted_token_mean`; 0, with zero gradients, if the batch is empty.
 
     Raises:
-        TokenWeightsError: If `mode` and the other arguments do not fit.
+        TokenWeightsError: If `mode` and the other arguments do not fit, or a valid weight or
+            `count` is negative or not finite.
 
     Example:
         >>> token_loss = torch.tensor([[1.0, 3.0], [5.0, 0.0]])
@@ -374,7 +372,7 @@ def aggregate_loss(
         hint = "It is a length in tokens."
         raise invalid("aggregate_loss", "max_length", "in [1, 2**53]", max_length, hint)
     if mode == "token-mean":
-        return weighted_token_mean(token_loss, mask, weights, denominator=denominator, count=count)
+        return _token_mean("aggregate_loss", token_loss, mask, weights, denominator, count)
     if weights is not None:
         require_weights("aggregate_loss", weights, mask)
     responses = mask.any(-1).sum() if count is None else count
@@ -384,6 +382,22 @@ def aggregate_loss(
     elif max_length is not None:
         divisors = divisors * max_length
     return _weighted_sum(token_loss, mask, weights, divisors)
+
+
+def _token_mean(
+    function: str,
+    token_loss: Tensor,
+    mask: Tensor,
+    weights: Tensor | None,
+    denominator: Denominator,
+    count: Tensor | float | None,
+) -> Tensor:
+    if weights is not None:
+        require_weights(function, weights, mask)
+    if count is None:
+        count = loss_denominator(mask, weights, denominator=denominator)
+    total = batch_total(function, "count", count, mask.device)
+    return _weighted_sum(token_loss, mask, weights, total.expand(len(mask), 1))
 
 
 def _response_denominators(

@@ -218,8 +218,12 @@ def masked_order(
         >>> masked_order(values, torch.tensor([[True, False, True, True]]))
         tensor([[2, 0, 3, 1]])
     """
+    return _masked_order("masked_order", values, mask)
+
+
+def _masked_order(function: str, values: Tensor, mask: Tensor) -> Tensor:
     if values.is_floating_point():
-        require_finite("masked_order", "values", values, mask)
+        require_finite(function, "values", values, mask)
         return torch.where(mask, values, torch.inf).argsort(dim=-1, stable=True)
     last = torch.iinfo(values.dtype).max
     order = torch.where(mask, values, last).argsort(dim=-1, stable=True)
@@ -257,6 +261,6 @@ def masked_ranks(
         >>> masked_ranks(values, torch.tensor([[True, False, True, True]]))
         tensor([[1, 3, 0, 2]])
     """
-    order = masked_order(values, mask)
+    order = _masked_order("masked_ranks", values, mask)
     positions = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, positions)

@@ -68,7 +68,13 @@ def score_extrema(
         >>> extrema.minimum.item(), extrema.maximum.item()
         (0.25, 0.75)
     """
-    require_finite("score_extrema", "scores", scores, mask)
+    return _score_extrema("score_extrema", scores, mask, group)
+
+
+def _score_extrema(
+    function: str, scores: Tensor, mask: Tensor, group: dist.ProcessGroup | None
+) -> ScoreExtrema:
+    require_finite(function, "scores", scores, mask)
     low, high = masked_extrema(scores.detach(), mask)
     # One dtype whatever the scores' own, so that a rank without rows cannot disagree on it.
     dtype = accumulator_dtype(scores.device)
@@ -174,7 +180,7 @@ def endpoint_weights(
         raise invalid("endpoint_weights", "eps", "positive and finite", eps, "Try 1e-8.")
     if form == "stable":
         partition = None
-    own = score_extrema(scores, mask, group=group if extrema is None else None)
+    own = _score_extrema("endpoint_weights", scores, mask, group if extrema is None else None)
     if extrema is None:
         extrema = own
     elif _enclose(extrema, own):
