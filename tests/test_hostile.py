@@ -138,7 +138,10 @@ def batches(draw: st.DrawFn, *, exact: bool) -> Batch:
     """Batches whose numbers are at the edges of a type; or few eighths, so that sums are exact."""
     mask = draw(masks(max_token=9))
     ids, seed = draw(sample_ids(len(mask))), draw(st.integers(0, 2**31))
-    dtype = draw(st.sampled_from(FLOATS))
+    return batch_of(mask, ids, seed, draw(st.sampled_from(FLOATS)), exact=exact)
+
+
+def batch_of(mask: Tensor, ids: Tensor, seed: int, dtype: torch.dtype, *, exact: bool) -> Batch:
     eighths = [place / 8 for place in range(9)]
     numbers = torch.tensor(eighths if exact else edges(dtype) + eighths, dtype=torch.float64)
     sizes = WIDTH | {"batch": mask.shape[0], "token": mask.shape[1]}
@@ -658,6 +661,46 @@ def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
     for one, other in zip(actual, expected, strict=True):
         bound = 64 * torch.finfo(one.dtype).eps if one.is_floating_point() else 0
         torch.testing.assert_close(one, other, atol=bound, rtol=bound, equal_nan=True)
+
+
+# The tensors of a batch that a result has a gradient of; every other result is detached.
+DIFFERENTIABLE = {
+    "aggregate_loss": {"token_loss"},
+    "align_to_decision": {"rows"},
+    "align_to_own": {"rows"},
+    "clipped_surrogate_loss": {"log_probs"},
+    "clipped_surrogate_loss bounds": {"log_probs"},
+    "gated_loss": {"token_loss"},
+    "masked_extrema": {"scores"},
+    "masked_mean": {"scores"},
+    "masked_sum": {"scores"},
+    "response_statistics": {"rows"},
+    "unclipped_losses": {"log_probs"},
+    "weighted_token_mean": {"token_loss"},
+}
+# What is read beside a function, to make its result one that a layout can be told from.
+READ_BESIDE = {"extreme_tokens": {"scores"}, "unclipped_losses": {"weights"}}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "gradient" not in name])
+def test_gradients_flow_where_they_are_said_to_and_nowhere_else(name):
+    mask = torch.arange(5) < torch.tensor([[5], [3]])
+    batch = batch_of(mask, torch.arange(2), 0, torch.float32, exact=True)
+    leaves: dict[str, Tensor] = {}
+
+    def leaf(field: str, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        leaves[field] = tensor.detach().clone().requires_grad_()
+        return leaves[field]
+
+    results = list(tensors(CASES[name].call(batch.changed(leaf))))
+    moving = [result.sum() for result in results if result.requires_grad]
+    reached = set()
+    if moving:
+        found = torch.autograd.grad(sum(moving), list(leaves.values()), allow_unused=True)
+        reached = {field for field, part in zip(leaves, found, strict=True) if part is not None}
+    assert reached - READ_BESIDE.get(name, set()) == DIFFERENTIABLE.get(name, set())
 
 
 FEW = settings(max_examples=settings().max_examples // 10)  # there are many functions

@@ -1,3 +1,4 @@
+import functools
 import math
 
 import numpy as np
@@ -423,6 +424,56 @@ def test_clipped_tokens_keep_the_published_share_of_their_gradient(case, share):
     kept = tw.gated_loss(token_loss, mask, gate, mode="soft")
     (gradient,) = torch.autograd.grad(kept.token_loss.sum(), new)
     torch.testing.assert_close(gradient, expected)
+
+
+def test_the_policy_learns_where_its_own_log_probs_are_passed_as_the_old_ones():
+    """On the first pass over a batch the ratio is 1, and its gradient that of REINFORCE."""
+    log_probs = torch.tensor([[-1.0, -2.0, -0.5]], dtype=torch.float64, requires_grad=True)
+    advantages = torch.tensor([[1.5, -0.5, 0.0]], dtype=torch.float64)
+    for mask in (None, torch.tensor([[True, True, False]])):
+        loss = tw.clipped_surrogate_loss(log_probs, log_probs, advantages, mask=mask)
+        (gradient,) = torch.autograd.grad(loss.sum(), log_probs)
+        assert torch.equal(loss.detach(), -advantages) and torch.equal(gradient, -advantages)
+
+
+LOSSES = {
+    **{
+        f"{mode} by {denominator}": functools.partial(
+            tw.aggregate_loss, mode=mode, denominator=denominator
+        )
+        for mode in ("token-mean", "seq-mean-token-mean")
+        for denominator in DENOMINATORS
+    },
+    "seq-mean-token-sum": functools.partial(tw.aggregate_loss, mode="seq-mean-token-sum"),
+    "seq-mean-token-sum-norm": functools.partial(
+        tw.aggregate_loss, mode="seq-mean-token-sum-norm", max_length=6
+    ),
+    "count": lambda loss, mask, weights: tw.weighted_token_mean(
+        loss, mask, weights, count=weights.sum()
+    ),
+    "matched": lambda loss, mask, weights: tw.weighted_token_mean(
+        loss, mask, tw.match_mass(weights, mask)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_are_finite_differences_by_the_log_probs_alone(name):
+    generator = torch.Generator().manual_seed(0)
+    new, old, advantages, weights = torch.rand((4, 3, 4), generator=generator, dtype=torch.float64)
+    new = (old + torch.tensor([-0.9, -0.05, 0.05, 0.9])).double()  # no kink near
+    mask = torch.arange(4) < torch.tensor([[4], [3], [0]])
+
+    def loss(new, old=old, advantages=advantages, weights=weights):
+        token_loss = tw.clipped_surrogate_loss(new, old, advantages, mask=mask)
+        return LOSSES[name](token_loss, mask, weights)
+
+    assert torch.autograd.gradcheck(loss, new.requires_grad_())
+    constants = [each.clone().requires_grad_() for each in (old, advantages, weights)]
+    whole = loss(new, *constants)
+    expected = torch.autograd.grad(loss(new), new)[0]
+    found, *none = torch.autograd.grad(whole, (new, *constants), allow_unused=True)
+    assert torch.equal(found, expected) and none == [None] * 3
 
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])

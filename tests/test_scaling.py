@@ -20,11 +20,12 @@ ALL = torch.ones(1, 4, dtype=torch.bool)
 
 def plain(name, scores, mask, scope, prompt_ids, advantages, sign, per):
     """The definitions token by token, in extended precision where the machine has it."""
+    epsilon = torch.finfo(torch.promote_types(scores.dtype, torch.float32)).eps
     scores, mask, advantages = scores.double().numpy(), mask.numpy(), advantages.numpy()
     keys = {"response": range(len(mask)), "prompt": prompt_ids.tolist(), "batch": [0] * len(mask)}
     result = np.zeros(mask.shape)
     for row, key in enumerate(keys[scope]):
-        sample = []
+        sample, largest = [], 0.0
         for other, its in enumerate(keys[scope]):
             wanted = {"any": mask, "positive": advantages > 0, "negative": advantages < 0}[sign]
             values = scores[other][mask[other] & wanted[other]].astype(np.longdouble)
@@ -32,7 +33,11 @@ def plain(name, scores, mask, scope, prompt_ids, advantages, sign, per):
                 equal = (values == values[0]).all()
                 mean = values[0] if equal else values.mean()
                 sample += [mean] if per == "response" else list(values)
+                largest = max(largest, np.abs(values).max())
         x, sample = scores[row].astype(np.longdouble), np.array(sample, dtype=np.longdouble)
+        if per == "response" and name != "mean_one" and sample.size:
+            tied = np.ptp(sample) <= 8 * epsilon * largest
+            sample = np.full_like(sample, sample[0]) if tied else sample
         with np.errstate(all="ignore"):
             if not sample.size or ((sample == sample[0]).all() and name != "mean_one"):
                 mapped = np.full(x.shape, NEUTRAL[name])
@@ -132,6 +137,65 @@ def test_equal_scores_leave_no_rounding_residue(name, per, scope, constant):
     ids = torch.tensor([0, 0, 1, 1])
     scaled = SCALES[name](scores, mask, scope=scope, per=per, prompt_ids=ids)
     assert (scaled[mask] == NEUTRAL[name]).all() and (scaled[~mask] == 0).all()
+
+
+@st.composite
+def tied_responses(draw):
+    """Responses of the same tokens, in any order and at any columns, twice over or not."""
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    number = st.floats(-1, 1, width=32) | st.sampled_from([0.1, 0.2, 0.3, 0.7, 1 / 3])
+    tokens = draw(st.lists(number, min_size=1, max_size=6))
+    scale = draw(st.sampled_from([1.0, 1e-30, 1e20]))
+    rows, count = [], draw(st.integers(2, 4))
+    for _ in range(count):
+        order = draw(st.permutations(tokens * draw(st.integers(1, 3))))
+        before = draw(st.integers(0, 5))
+        rows.append([math.nan] * before + [token * scale for token in order])
+    width = max(map(len, rows)) + draw(st.integers(0, 3))
+    rows = [row + [math.nan] * (width - len(row)) for row in rows]
+    return torch.tensor(rows, dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("name", ["z_scores", "min_max"])
+@given(scores=tied_responses())
+def test_responses_of_the_same_tokens_are_equal_on_any_layout(name, scores):
+    mask, ids = ~scores.isnan(), torch.zeros(len(scores), dtype=torch.long)
+    for scope in ("prompt", "batch"):
+        scaled = SCALES[name](scores, mask, scope=scope, prompt_ids=ids, per="response")
+        assert (scaled[mask] == NEUTRAL[name]).all()
+
+
+def test_means_that_tie_but_for_rounding_are_equal_scores():
+    # In float32 and in float64 the mean of 0.1 and 0.3 is not quite 0.2.
+    for dtype in (torch.float32, torch.float64):
+        scores = torch.tensor([[0.1, 0.3], [0.2, 0.2]], dtype=dtype)
+        mask = torch.ones(2, 2, dtype=torch.bool)
+        assert tw.z_scores(scores, mask, per="response").tolist() == [[0.0, 0.0]] * 2
+        assert tw.min_max(scores, mask, per="response").tolist() == [[0.5, 0.5]] * 2
+        # A hundredth of a percent is no rounding.
+        scores[1] *= 1.0001
+        assert tw.z_scores(scores, mask, per="response")[1].tolist() == pytest.approx([1, 1], 1e-2)
+
+
+@given(scored_masks(dtypes=[torch.float32, torch.float64]), st.data())
+def test_scores_of_responses_are_the_same_on_any_layout(case, data):
+    """Tokens move to other columns, and a score that is constant over each stays in its bounds."""
+    scores, mask = case
+    width = 2 * mask.shape[1] + 1
+    columns = torch.tensor(
+        [data.draw(st.permutations(range(width)))[: mask.shape[1]] for _ in mask],
+        dtype=torch.long,
+    ).view(mask.shape)
+    moved = scores.new_full((len(mask), width), math.nan).scatter(1, columns, scores)
+    elsewhere = torch.zeros(moved.shape, dtype=torch.bool).scatter(1, columns, mask)
+    constant = torch.where(mask, scores[:, :1].nan_to_num(), 0.0)
+    for name, scale in SCALES.items():
+        whole = scale(scores, mask, per="response")
+        again = scale(moved, elsewhere, per="response").gather(1, columns)
+        assert torch.equal(again, whole), name
+    z = tw.z_scores(constant, mask, per="response").double()
+    count = max(int(mask.any(-1).sum()), 1)
+    assert (z.abs() <= math.sqrt(count - 1) * (1 + 1e-6)).all()
 
 
 @pytest.mark.parametrize("name", SCALES)

@@ -57,6 +57,14 @@ def test_any_whole_number_is_a_step(schedule, step):
     assert type(schedule(step)) is float and schedule(step) == schedule(3)
 
 
+def test_a_staircase_stays_what_it_was_made_of():
+    values, boundaries = [1.0, 0.5, 0.0], [2, 4]
+    schedule = tw.piecewise_schedule(values, boundaries)
+    values[0], boundaries[0] = math.nan, 100
+    values.clear()
+    assert [schedule(step) for step in (0, 2, 3, 4)] == [1.0, 0.5, 0.5, 0.0]
+
+
 def test_zero_steps_give_the_end_value_at_once():
     assert tw.low_to_high(0)(0) == Endpoints(0.0, 1.0)
 
@@ -73,7 +81,9 @@ def test_zero_steps_give_the_end_value_at_once():
         lambda: tw.static_endpoints(1.0, 0.0)(-1),
         lambda: Endpoints(-0.1, 1.0),
         lambda: Endpoints(0.0, math.nan),
-        lambda: tw.static_endpoints(math.inf, 0.0)(0),
+        lambda: tw.static_endpoints(math.inf, 0.0),
+        lambda: tw.static_endpoints(-1.0, 0.0),
+        lambda: tw.static_endpoints(0.0, 1e31),
         lambda: tw.linear_schedule(math.inf, 0.0, 10),
         lambda: tw.cosine_schedule(0.0, math.nan, 10),
         lambda: tw.piecewise_schedule([1.0, math.nan], [3]),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import tokenweights as tw
 import tokenweights.report as report
-from tokenweights import Endpoints, TokenWeightsError
+from tokenweights import Endpoints, TokenWeightsError, _typing
 from tokenweights._typing import typed
 
 VALUES = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
@@ -110,7 +110,8 @@ def echo(
     *,
     ids: Int[Tensor, " batch"] | None = None,
     count: Float[Tensor, ""] | float | None = None,
-    share: float = 0.0,
+    bound: float | None = None,
+    share: float | None = None,
     number: int = 0,
     masks: Sequence[Bool[Tensor, "batch token"]] = (),
     numbers: Sequence[float] = (),
@@ -118,7 +119,7 @@ def echo(
     metrics: Mapping[str, float] | None = None,
     steps: Iterable[int] = (),
 ) -> Any:
-    return values, mask, ids, count, share, number, masks, numbers, layers, metrics, steps
+    return values, mask, ids, count, bound, share, number, masks, numbers, layers, metrics, steps
 
 
 def taken(**arguments):
@@ -209,26 +210,101 @@ def test_what_is_plainly_meant_is_taken():
     assert taken(values=frozen).tolist() == frozen.tolist()
     assert taken(mask=MASK.int().numpy()).tolist() == MASK.tolist()
     assert taken(ids=np.array([1, 65535], dtype=np.uint16)).tolist() == [1, 65535]
-    assert taken(share=torch.tensor(3)) == 3 and taken(number=np.int32(3)) == 3
+    assert taken(bound=torch.tensor(3)) == 3 and taken(number=np.int32(3)) == 3
     assert taken(number=torch.tensor(3)) == 3 and type(taken(number=torch.tensor(3))) is int
-    # As it was written, not as float32 has it: 0.2 of five tokens is one, a little more is two.
-    assert taken(share=torch.tensor(0.2)) == taken(share=np.float32(0.2)) == 0.2
-    assert taken(share=torch.tensor(0.7, dtype=torch.bfloat16)) == 0.7
-    assert taken(share=torch.tensor(torch.inf)) == torch.inf
+    assert taken(share=torch.tensor(torch.inf)) == taken(bound=np.float32("inf")) == torch.inf
     assert taken(numbers=torch.tensor([1.5, 2.0])) == taken(numbers=np.array([1.5, 2])) == [1.5, 2]
     assert taken(numbers=[torch.tensor(1.5), np.float32(2)]) == [1.5, 2.0]
     assert taken(layers=[1, np.int64(2)]) == (1, 2)
     assert taken(metrics={"loss": torch.tensor(1.5)}) == {"loss": 1.5}
 
 
+@given(
+    st.floats(allow_nan=False, width=32),
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+)
+def test_a_scalar_is_the_very_number_that_it_holds(number, dtype):
+    scalar = torch.tensor(number, dtype=dtype)
+    assert type(taken(bound=scalar)) is float and taken(bound=scalar) == float(scalar)
+    assert taken(numbers=[scalar]) == taken(numbers=scalar[None]) == [float(scalar)]
+    assert taken(metrics={"loss": scalar}) == {"loss": float(scalar)}
+    assert taken(bound=np.float32(number)) == number
+
+
+def test_a_share_of_a_count_is_the_decimal_that_was_rounded():
+    # 0.2 of five tokens is one, and what float32 makes of it would be two.
+    assert taken(share=torch.tensor(0.2)) == taken(share=np.float32(0.2)) == 0.2
+    assert taken(share=torch.tensor(0.7, dtype=torch.bfloat16)) == 0.7
+    five, ones = torch.arange(5.0)[None], torch.ones(1, 5, dtype=torch.bool)
+    for scalar in (torch.tensor(0.2), np.float32(0.2)):
+        chosen = [
+            tw.bottom_fraction(five, ones, fraction=scalar),
+            tw.top_fraction(five, ones, fraction=scalar),
+            tw.front_fraction(ones, fraction=scalar),
+            tw.back_fraction(ones, fraction=scalar),
+            tw.random_fraction(ones, fraction=scalar, seed=0),
+            tw.select(five, ones, fraction=scalar),
+        ]
+        assert [int(subset.sum()) for subset in chosen] == [1] * 6
+        agreement = tw.layer_agreement(five[None], ones, fraction=scalar)
+        assert agreement.anchors.common == agreement.explorers.common == 1
+        quantile = tw.score_quantile(
+            torch.arange(6.0)[None], torch.ones(1, 6).bool(), fraction=scalar
+        )
+        assert quantile == 1
+
+
+@given(st.floats(0, 1, width=32))
+def test_a_score_reaches_itself_as_a_threshold_and_as_a_budget(number):
+    scores = torch.tensor([[0.0, number, 1.0]])
+    mask, own = torch.ones(1, 3, dtype=torch.bool), scores[0, 1]
+    for scalar in (own, np.float32(number)):
+        assert torch.equal(tw.select(scores, mask, threshold=scalar), scores >= own)
+        assert torch.equal(tw.select(scores, mask, threshold=scalar, side="bottom"), scores <= own)
+        for budget in ("total", "mean"):
+            alone = scores[:, 1:2], mask[:, :1]
+            expected = tw.select_within(*alone, **{budget: float(scalar)})
+            assert torch.equal(tw.select_within(*alone, **{budget: scalar}), expected)
+    tenth = torch.tensor([[0.1]])
+    assert tw.select_within(tenth, torch.ones(1, 1).bool(), mean=tenth[0, 0]).item()
+
+
+SHARES = {
+    "back_fraction.fraction",
+    "bottom_fraction.fraction",
+    "entropy_metrics.fraction",
+    "front_fraction.fraction",
+    "head_classes.share",
+    "layer_agreement.fraction",
+    "probe_head_classes.share",
+    "random_fraction.fraction",
+    "score_quantile.fraction",
+    "select.fraction",
+    "support_by_entropy.fraction",
+    "token_weight_metrics.fraction",
+    "top_fraction.fraction",
+}
+
+
+def test_shares_of_counts_are_known_by_their_names():
+    """A new argument that multiplies a count belongs here, and one that scores meet does not."""
+    found = {
+        f"{label}.{name}"
+        for label, function in functions_and_methods()
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name in _typing.SHARES and float in options_of(parameter.annotation)
+    }
+    assert found == SHARES
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"share": torch.tensor(0.5, requires_grad=True)}, "pass `share.detach()`"),
+        ({"bound": torch.tensor(0.5, requires_grad=True)}, "pass `bound.detach()`"),
         ({"numbers": torch.ones(2, requires_grad=True)}, "pass `numbers.detach()`"),
         ({"number": torch.tensor(2.0)}, "got a float32 tensor without axes"),
         ({"number": np.float64(2.5)}, "expected `number` to be an integer"),
-        ({"share": torch.ones(1)}, "got a float32 tensor of shape (1,)"),
+        ({"bound": torch.ones(1)}, "got a float32 tensor of shape (1,)"),
         ({"values": np.array([["a"]])}, "got a <U1 array of shape (1, 1)"),
         ({"values": VALUES.bool()}, "Pass `values.float()`"),
         ({"ids": torch.ones(2)}, "Pass `ids.long()`"),

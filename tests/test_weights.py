@@ -49,6 +49,31 @@ def test_both_forms_agree_with_the_printed_equations(case, temperature, eps):
     np.testing.assert_allclose(literal[mask].numpy(), expected, rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("form", ["stable", "literal"])
+@given(
+    scored_masks(),
+    TEMPERATURES,
+    st.floats(0, 1e30) | st.sampled_from([0.0, 1.0, 0.1, 1e20]),
+    st.floats(0, 1e30) | st.sampled_from([0.0, 1.0, 0.1, 1e20]),
+)
+def test_weights_lie_between_the_endpoints_and_reach_them(form, case, temperature, low, high):
+    scores, mask = case
+    ends = Endpoints(low, high)
+    weights = tw.endpoint_weights(scores, mask, ends, temperature=temperature, form=form)[mask]
+    bounds = torch.tensor(sorted([low, high]), dtype=torch.float32)
+    assert ((weights >= bounds[0]) & (weights <= bounds[1])).all()
+    valid = scores[mask]
+    if form == "stable" and len(valid) and valid.min() < valid.max():
+        assert (weights[valid == valid.min()] == torch.tensor(low, dtype=torch.float32)).all()
+        assert (weights[valid == valid.max()] == torch.tensor(high, dtype=torch.float32)).all()
+
+
+def test_an_endpoint_beside_a_far_larger_one_is_not_lost():
+    scores, mask = torch.tensor([[0.0, 1.0]]), torch.ones(1, 2, dtype=torch.bool)
+    weights = tw.endpoint_weights(scores, mask, Endpoints(1e20, 1.0))
+    assert torch.equal(weights, torch.tensor([[1e20, 1.0]]))
+
+
 def test_the_literal_form_shrinks_with_the_batch_and_the_stable_one_does_not():
     mask = torch.ones(1, 2, dtype=torch.bool)
     scores, ends = torch.tensor([[0.2, 0.9]]), Endpoints(0.0, 1.0)
@@ -150,6 +175,22 @@ def test_matched_weights_of_half_precision_do_not_overflow():
     weights[0, 0] = 0.5
     matched = tw.match_mass(weights, torch.ones(1, 70000, dtype=torch.bool))
     assert matched.dtype == torch.float32 and matched[0, 0] == 70000
+
+
+def test_weights_are_detached_whatever_requires_a_gradient():
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    scores = torch.tensor([[0.2, 0.5, 0.9]], requires_grad=True)
+    extrema = ScoreExtrema(scores.amin(), scores.amax())
+    for form in ("stable", "literal"):
+        ends = Endpoints(0.0, 1.0)
+        assert not tw.endpoint_weights(scores, mask, ends, form=form).requires_grad
+        partition = scores.exp().sum()
+        options = {"extrema": extrema, "form": form, "partition": partition}
+        assert not tw.endpoint_weights(scores, mask, ends, **options).requires_grad
+    total = scores.sum()
+    for options in ({}, {"mass": total}, {"count": total}, {"mass": total, "count": total}):
+        matched = tw.match_mass(scores, mask, **options)
+        assert not matched.requires_grad and (matched > 0).all()
 
 
 @pytest.mark.parametrize("size", [1e-320, 1e-200, 1e-40, 1e200])

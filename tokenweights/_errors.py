@@ -1,7 +1,8 @@
 """The one exception of the library, and the one template its messages follow."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from jaxtyping import TypeCheckError
@@ -48,6 +49,39 @@ def invalid(
         '`front_fraction`: expected `fraction` in [0, 1], got 1.5. Pass a share.'
     """
     return error(f"`{function}`: expected `{argument}` {condition}, got {got}. {hint}")
+
+
+@contextmanager
+def refused_by(function: str) -> Iterator[None]:
+    """A context in which whatever refuses an argument, the error names this function.
+
+    For a public function that hands its own arguments on to others, under the same names.
+
+    Args:
+        function: Public name of the function that the user has called.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        TokenWeightsError: What was raised inside, under the function's name.
+
+    Example:
+        >>> try:
+        ...     with refused_by("layer_agreement"):
+        ...         raise invalid("bottom_fraction", "fraction", "in [0, 1]", 1.5, "Pass a share.")
+        ... except TokenWeightsError as error:
+        ...     print(error)
+        `layer_agreement`: expected `fraction` in [0, 1], got 1.5. Pass a share.
+    """
+    try:
+        yield
+    except TokenWeightsError as error:
+        _, colon, rest = str(error).partition("`: ")
+        if not colon:
+            raise
+        own = type(error)(f"`{function}`: {rest}")
+        raise own.with_traceback(error.__traceback__) from None
 
 
 def nearest(value: Any, known: Sequence[str], *, cutoff: float = 0.6) -> str | None:

@@ -115,10 +115,15 @@ class ForwardReference(Condition):
 
 
 class Number(Condition):
-    """A Python number. Scalars of NumPy and tensors without axes mean the number they hold."""
+    """A Python number. Scalars of NumPy and tensors without axes mean the number they hold.
 
-    def __init__(self, kind: type):
-        self.kind = kind
+    It is the very number, so that a score is never above or below itself as a threshold. Only of a
+    share of a count the decimal is meant that was rounded to it: 0.2 of five tokens is one, and
+    what float32 makes of 0.2 would be two.
+    """
+
+    def __init__(self, kind: type, *, share: bool = False):
+        self.kind, self.share = kind, share
         self.kinds = (int, float) if kind is float else (kind,)  # an int stands for a float
 
     def fits(self, value: Any) -> bool:
@@ -127,7 +132,9 @@ class Number(Condition):
     def meant(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.requires_grad:
             return value  # its gradient would be lost without a word
-        return _number(value) if _is_array(value) and value.ndim == 0 else value
+        if not _is_array(value) or value.ndim:
+            return value
+        return _as_written(value) if self.share else value.item()
 
     def words(self, sizes: Sizes) -> str:
         return NUMBERS[self.kind]
@@ -393,12 +400,13 @@ class Either(Condition):
         return max(self.options, key=lambda option: option.nearness(value))
 
 
-def condition_of(hint: Any, namespace: dict[str, Any]) -> Condition:
+def condition_of(hint: Any, namespace: dict[str, Any], *, share: bool = False) -> Condition:
     """The condition that a hint stands for.
 
     Args:
         hint: A type hint.
         namespace: Where the names of a hint in quotation marks are to be found.
+        share: Whether a number is a share of a count; see `Number`.
 
     Returns:
         The condition.
@@ -411,11 +419,11 @@ def condition_of(hint: Any, namespace: dict[str, Any]) -> Condition:
     if hint is None or hint is NoneType:
         return Judged(None, "None")
     if origin in (Union, UnionType):
-        return Either(tuple(condition_of(part, namespace) for part in parts))
+        return Either(tuple(condition_of(part, namespace, share=share) for part in parts))
     if origin is Literal and all(isinstance(part, str) for part in parts):
         return Choice(parts)
     if hint in NUMBERS:
-        return Number(hint)
+        return Number(hint, share=share)
     if hint is Tensor:
         return TensorOf(Shaped[Tensor, "..."])  # pyright: ignore[reportArgumentType]
     if isinstance(hint, type) and origin is None and issubclass(hint, AbstractArray):
@@ -475,12 +483,8 @@ def _shared_tensor(value: Any) -> Any:
         return value  # torch has no such dtype
 
 
-def _number(value: Any) -> int | float | complex | bool:
-    """The number that a scalar holds.
-
-    Of a float narrower than Python's it is the shortest decimal that rounds to it: 0.2 as it was
-    written, not the 0.20000000298 that float32 makes of it.
-    """
+def _as_written(value: Any) -> int | float | complex | bool:
+    """The number that a scalar holds; of a float the shortest decimal that rounds to it."""
     number = value.item()
     if isinstance(number, float):
         shorter = (float(f"{number:.{digits}g}") for digits in range(1, 10))

@@ -25,6 +25,9 @@ from jaxtyping import TypeCheckError, config, jaxtyped
 from tokenweights._errors import TokenWeightsTypeError, invalid
 from tokenweights._hints import Condition, Sizes, condition_of, shown
 
+# Names of arguments that are shares of a count.
+SHARES = frozenset({"fraction", "share"})
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -34,7 +37,9 @@ def typed(function: Callable[P, R]) -> Callable[P, R]:
 
     What an argument plainly means is taken for what is asked: integers of 0 and 1 for a mask, an
     integer tensor for a count, NumPy's arrays and scalars for tensors and numbers, tensors for
-    sequences of numbers. An argument that fits is handed on as it is.
+    sequences of numbers. A scalar is the very number it holds, also where that is more digits than
+    were written; only as `fraction` or `share`, which counts are multiplied by, it is the shortest
+    decimal that rounds to it. An argument that fits is handed on as it is.
 
     The check is skipped while `torch.compile` traces, where it cannot run; integer masks and counts
     are taken there too, but that a mask is 0 and 1 is not checked. Setting the environment variable
@@ -69,7 +74,7 @@ def typed(function: Callable[P, R]) -> Callable[P, R]:
         (
             place if parameter.kind != parameter.KEYWORD_ONLY else sys.maxsize,
             parameter.name,
-            condition_of(parameter.annotation, namespace),
+            condition_of(parameter.annotation, namespace, share=parameter.name in SHARES),
         )
         for place, parameter in enumerate(inspect.signature(function).parameters.values())
         if parameter.annotation is not parameter.empty

@@ -252,7 +252,7 @@ def global_sum(
     """Elementwise sum over the ranks of a group, detached.
 
     Args:
-        values: This rank's contribution, of the same shape on every rank.
+        values: This rank's contribution, of the same shape on every rank; strides may differ.
         group: The ranks that share the batch; None leaves `values` as they are.
 
     Returns:
@@ -276,7 +276,8 @@ def global_extrema(
     """Smallest minimum and largest maximum over the ranks of a group, in one reduction.
 
     Args:
-        minimum: This rank's minimum, `inf` where it has no token.
+        minimum: This rank's minimum, `inf` where it has no token. NaN on any rank gives NaN on all,
+            and so for the maximum.
         maximum: This rank's maximum, `-inf` where it has no token.
         group: The ranks that share the batch; None leaves both as they are.
 
@@ -287,7 +288,12 @@ def global_extrema(
         >>> global_extrema(torch.tensor(0.5), torch.tensor(2.0))
         (tensor(0.5000), tensor(2.))
     """
-    low, negated_high = _reduced(torch.stack([minimum, -maximum]), dist.ReduceOp.MIN, group)
+    ends = torch.stack([minimum, -maximum])
+    # Of NaN and a number a backend takes either, so that NaN travels as a number beside them.
+    unknown = ends.isnan()
+    own = torch.cat([ends.where(~unknown, torch.inf), -unknown.to(ends.dtype)])
+    least = _reduced(own, dist.ReduceOp.MIN, group)
+    low, negated_high = least[:2].where(least[2:] == 0, torch.nan)
     return low, -negated_high
 
 
@@ -401,7 +407,8 @@ def _shards(
 def _reduced(
     values: Tensor, operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None
 ) -> Tensor:
-    reduced = values.detach().clone()
+    # A backend adds up memory, so that strides have to be alike on all ranks.
+    reduced = values.detach().clone(memory_format=torch.contiguous_format)
     _communicating(f"reduce {values.dtype} of {list(values.shape)}", group)
     if group is not None:
         dist.all_reduce(reduced, op=operation, group=group)
@@ -486,6 +493,7 @@ def summed_on(owner: int, values: Tensor, *, group: dist.ProcessGroup | None) ->
     """
     if group is None:
         return values
+    values = values.contiguous()  # a backend adds up memory
     _communicating(f"sum {values.dtype} of {list(values.shape)}", group)
     dist.reduce(values, dst=dist.get_global_rank(group, owner), group=group)
     return values if group.rank() == owner else None

@@ -162,7 +162,7 @@ def importance_ratio(
         mask: True for valid response tokens; None for all.
 
     Returns:
-        Float32 ratios, 0 off the mask.
+        Float32 ratios, detached from both policies, 0 off the mask.
 
     Example:
         >>> importance_ratio(torch.tensor([[0.5, 0.2]]).log(), torch.tensor([[0.25, 0.2]]).log())
@@ -181,13 +181,14 @@ def reference_divergence(
     $e^{d_t} - 1 - d_t \ge 0$ with $d_t = \log q_t - \log p_t$, known as k3: its mean under the
     policy $p$ is $\mathrm{KL}(p \| q)$, it is never negative and varies less than $-d_t$ (GRPO,
     arXiv 2402.03300). Exact to float32 for small $d$, where it is $d^2 / 2$; $d$ is bounded at 80.
+    A signal carries no gradient: added to a loss, it would not pull the policy to its reference.
 
     Args:
         log_probs: $\log p$ of the sampled tokens under the policy.
         reference_log_probs: $\log q$ of the same tokens under the reference.
 
     Returns:
-        Float32 estimates.
+        Float32 estimates, detached from both policies.
 
     Example:
         >>> reference_divergence(torch.tensor([[0.5, 0.2]]).log(), torch.tensor([[1.0, 0.2]]).log())

@@ -50,10 +50,14 @@ def clipped_surrogate_loss(
     half-precision inputs are widened to. With `dual_clip` $= c$, tokens of negative advantage are
     at most $-c A_t$.
 
+    The gradient flows into `log_probs` alone: old log-probabilities, advantages and bounds are
+    constants of the update, whatever they require. On the first pass over a batch `log_probs` may
+    so be passed for both.
+
     Args:
         log_probs: Of the current policy; the gradient flows here.
-        old_log_probs: Of the policy that generated the tokens.
-        advantages: One for each token, or one for each response, `batch 1`.
+        old_log_probs: Of the policy that generated the tokens; they carry no gradient.
+        advantages: One for each token, or one for each response, `batch 1`; they carry no gradient.
         clip_low: $\epsilon_{low}$ in [0, 1], one for all, or one for each token or response, which
             carry no gradient; DAPO's stock value. 1 clips nothing, since a ratio is above 0.
         clip_high: $\epsilon_{high} \ge 0$, one or several as `clip_low`; DAPO's stock value.
@@ -78,6 +82,7 @@ def clipped_surrogate_loss(
     high = _clip_bound("clip_high", clip_high, mask, log_probs, most=math.inf)
     if dual_clip is not None and not dual_clip > 1:
         raise invalid("clipped_surrogate_loss", "dual_clip", "> 1", dual_clip, "DAPO uses 10.")
+    old_log_probs, advantages = old_log_probs.detach(), advantages.detach()
     if mask is not None:
         # Zeroing the inputs, not the loss: 0 * NaN would poison the gradient on the way back.
         log_probs, old_log_probs, advantages = (
@@ -98,6 +103,8 @@ def clipped_surrogate_loss(
 
 def _clamped(values: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
     """The values within both ends, a number being the same beside a number and beside a tensor."""
+    if not isinstance(high, Tensor) and high > torch.finfo(values.dtype).max:
+        high = math.inf
     if not isinstance(low, Tensor) and not isinstance(high, Tensor):
         return values.clamp(low, high)
     # `clamp` takes no mixture, and a tensor made of a number is of the default dtype unless told.
@@ -268,16 +275,16 @@ def weighted_token_mean(
 
     $D$ is the number of valid tokens (Eq. 7, 25), of selected tokens (Eq. 24) or the sum of weights
     (Eq. 3, 17). If the weights already sit in the advantages, leave `weights` out and keep
-    `"all_tokens"`, or pass the `count` you mean.
+    `"all_tokens"`, or pass the `count` you mean. The gradient flows into `token_loss` alone.
 
     Args:
         token_loss: Unreduced losses; the gradient flows here.
         mask: True for valid response tokens.
-        weights: Token weights >= 0; all 1 if None.
+        weights: Token weights >= 0, which carry no gradient; all 1 if None.
         denominator: See `loss_denominator`.
         count: The denominator of the whole batch, from `loss_denominator` over all its parts. With
             it the results of any micro-batches and ranks *sum* to the loss of the batch; where a
-            trainer averages gradients over ranks, multiply by their number.
+            trainer averages gradients over ranks, multiply by their number. It carries no gradient.
 
     Returns:
         A scalar of the dtype of `token_loss`, but float32 for half precision; 0, with zero
@@ -294,12 +301,7 @@ def weighted_token_mean(
         >>> weighted_token_mean(token_loss, mask, weights, denominator="selected_tokens")
         tensor(3.)
     """
-    if weights is not None:
-        require_weights("weighted_token_mean", weights, mask)
-    if count is None:
-        count = loss_denominator(mask, weights, denominator=denominator)
-    count = batch_total("weighted_token_mean", "count", count, mask.device)
-    return _weighted_sum(token_loss, mask, weights, count.expand(len(mask), 1))
+    return _token_mean("weighted_token_mean", token_loss, mask, weights, denominator, count)
 
 
 @typed
@@ -322,12 +324,13 @@ def aggregate_loss(
     | `seq-mean-token-mean` | mean within each response by `denominator`, mean over responses |
     | `seq-mean-token-sum-norm` | as `seq-mean-token-sum`, divided by `max_length` |
 
-    Responses without a valid token do not count as responses. Everything adds up in float64.
+    Responses without a valid token do not count as responses. Everything adds up in float64. The
+    gradient flows into `token_loss` alone.
 
     Args:
         token_loss: Unreduced losses; the gradient flows here.
         mask: True for valid response tokens.
-        weights: Token weights >= 0; all 1 if None.
+        weights: Token weights >= 0, which carry no gradient; all 1 if None.
         mode: One of the modes above.
         denominator: What a mean over tokens divides by; see `loss_denominator`. The two sums take
             no mean over tokens and accept `"all_tokens"` only.
@@ -339,7 +342,8 @@ def aggregate_loss(
         A scalar as in `weighted_token_mean`; 0, with zero gradients, if the batch is empty.
 
     Raises:
-        TokenWeightsError: If `mode` and the other arguments do not fit.
+        TokenWeightsError: If `mode` and the other arguments do not fit, or a valid weight or
+            `count` is negative or not finite.
 
     Example:
         >>> token_loss = torch.tensor([[1.0, 3.0], [5.0, 0.0]])
@@ -368,7 +372,7 @@ def aggregate_loss(
         hint = "It is a length in tokens."
         raise invalid("aggregate_loss", "max_length", "in [1, 2**53]", max_length, hint)
     if mode == "token-mean":
-        return weighted_token_mean(token_loss, mask, weights, denominator=denominator, count=count)
+        return _token_mean("aggregate_loss", token_loss, mask, weights, denominator, count)
     if weights is not None:
         require_weights("aggregate_loss", weights, mask)
     responses = mask.any(-1).sum() if count is None else count
@@ -378,6 +382,22 @@ def aggregate_loss(
     elif max_length is not None:
         divisors = divisors * max_length
     return _weighted_sum(token_loss, mask, weights, divisors)
+
+
+def _token_mean(
+    function: str,
+    token_loss: Tensor,
+    mask: Tensor,
+    weights: Tensor | None,
+    denominator: Denominator,
+    count: Tensor | float | None,
+) -> Tensor:
+    if weights is not None:
+        require_weights(function, weights, mask)
+    if count is None:
+        count = loss_denominator(mask, weights, denominator=denominator)
+    total = batch_total(function, "count", count, mask.device)
+    return _weighted_sum(token_loss, mask, weights, total.expand(len(mask), 1))
 
 
 def _response_denominators(
@@ -407,7 +427,7 @@ def _weighted_sum(
             part = part.sum(-1, keepdim=True, dtype=total.dtype)
             total = total + _quotient(part, divisors[rows]).sum()
         else:  # weights before losses: their ratio to a sum of weights is never too small
-            weight = torch.where(mask[rows], weights[rows], 0.0).to(total.dtype)
+            weight = torch.where(mask[rows], weights[rows].detach(), 0.0).to(total.dtype)
             total = total + (part * _quotient(weight, divisors[rows])).sum()
     return total.to(sum_dtype(token_loss.dtype))
 

@@ -29,7 +29,7 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 def batch_total(
     function: str, argument: str, value: Tensor | float, device: torch.device
 ) -> Tensor:
-    """A count or sum over a whole batch as a scalar of the widest float, whatever it was given as.
+    """A count or sum over a whole batch as a detached scalar of the widest float.
 
     Args:
         function: Name of the public function that takes it.
@@ -42,10 +42,10 @@ def batch_total(
     """
     if isinstance(value, int) and abs(value) > 2**1023:
         value = torch.inf if value > 0 else -torch.inf
-    total = torch.as_tensor(value, dtype=accumulator_dtype(device), device=device)
-    if not torch.compiler.is_compiling() and not 0 <= float(total.detach()) < torch.inf:
+    total = torch.as_tensor(value, dtype=accumulator_dtype(device), device=device).detach()
+    if not torch.compiler.is_compiling() and not 0 <= float(total) < torch.inf:
         hint = "Take it over the whole batch."
-        raise invalid(function, argument, "finite and >= 0", float(total.detach()), hint)
+        raise invalid(function, argument, "finite and >= 0", float(total), hint)
     return total
 
 
@@ -178,7 +178,8 @@ def masked_extrema(
         mask: True where a value counts.
 
     Returns:
-        Minimum and maximum; `(inf, -inf)`, the identity of a merge, for an empty mask.
+        Minimum and maximum, differentiable in `values`; `(inf, -inf)`, the identity of a merge,
+        for an empty mask.
 
     Example:
         >>> values = torch.tensor([[1.0, 2.0], [6.0, float("nan")]])
@@ -217,8 +218,12 @@ def masked_order(
         >>> masked_order(values, torch.tensor([[True, False, True, True]]))
         tensor([[2, 0, 3, 1]])
     """
+    return _masked_order("masked_order", values, mask)
+
+
+def _masked_order(function: str, values: Tensor, mask: Tensor) -> Tensor:
     if values.is_floating_point():
-        require_finite("masked_order", "values", values, mask)
+        require_finite(function, "values", values, mask)
         return torch.where(mask, values, torch.inf).argsort(dim=-1, stable=True)
     last = torch.iinfo(values.dtype).max
     order = torch.where(mask, values, last).argsort(dim=-1, stable=True)
@@ -256,6 +261,6 @@ def masked_ranks(
         >>> masked_ranks(values, torch.tensor([[True, False, True, True]]))
         tensor([[1, 3, 0, 2]])
     """
-    order = masked_order(values, mask)
+    order = _masked_order("masked_ranks", values, mask)
     positions = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, positions)

@@ -381,9 +381,14 @@ def exact_share(fraction: float) -> Fraction:
     return max(nearest, Fraction(1, MAX_DENOMINATOR)) if fraction > 0 else nearest
 
 
-def _ratio(function: str, fraction: float) -> Fraction:
+def require_share(function: str, fraction: float) -> None:
+    """Raise unless `fraction` is in [0, 1], in the name of the public function that takes it."""
     if not 0 <= fraction <= 1:
         raise invalid(function, "fraction", "in [0, 1]", fraction, "Pass a share, 0.2 for 20 %.")
+
+
+def _ratio(function: str, fraction: float) -> Fraction:
+    require_share(function, fraction)
     return exact_share(fraction)
 
 

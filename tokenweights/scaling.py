@@ -23,6 +23,11 @@ from tokenweights.scopes import Scope, Segments, Sign, candidates, segments
 
 Per = Literal["token", "response"]
 
+# Two means that differ by so many machine epsilons of the largest score are the same but for
+# rounding, that of the scores and that of the sum.
+TIED_EPSILONS = 8
+SHARE_BITS = 30
+
 
 @agreed
 @typed
@@ -53,7 +58,8 @@ def mean_one(
         sign: The mean is that of tokens whose advantage has this sign. Others are divided by the
             same mean.
         per: `"token"`: every token counts once. `"response"`: every response with a token of the
-            sign counts once, with the mean over those tokens, whatever its length.
+            sign counts once, with the mean over those tokens, whatever its length. These means do
+            not depend on the order of tokens or on padding.
         group: The ranks that share the batch.
 
     Returns:
@@ -98,8 +104,9 @@ def z_scores(
 
     $y_t = (x_t - \bar x) / \sqrt{\overline{(x - \bar x)^2}}$, within $\pm\sqrt{n - 1}$ for the $n$
     tokens that the moments are taken of. A set of equal scores, of one score or of none gives
-    exactly 0. Moments are taken in float64 of scores that are first rescaled to [0, 1], so neither
-    a large common offset nor the size of the scores costs digits.
+    exactly 0, and so does one of responses whose means tie, see `per`. Moments are taken in float64
+    of scores that are first rescaled to [0, 1], so neither a large common offset nor the size of
+    the scores costs digits.
 
     Args:
         scores: Any scores, finite under the mask.
@@ -110,7 +117,9 @@ def z_scores(
         sign: Moments are those of tokens whose advantage has this sign. Others are mapped by the
             same moments and may lie further out.
         per: `"token"`, or `"response"` for moments in which every response counts once, as in
-            `mean_one`: the scale for a score that is constant over each response.
+            `mean_one`: the scale for a score that is constant over each response. Means that all
+            lie within 8 machine epsilons of the set's largest absolute score, of the scores' dtype
+            but at least float32, tie: they differ by rounding only.
         group: The ranks that share the batch.
 
     Returns:
@@ -126,7 +135,7 @@ def z_scores(
         tensor([[-1., -1.,  1.,  1.]])
     """
     sample = _sample("z_scores", scores, mask, scope, prompt_ids, advantages, sign, per, group)
-    low, high = sample.extrema()
+    low, high = sample.distinct_extrema()
     mean, deviation = sample.moments(low, high)
 
     def scaled(wide: Tensor, rows: slice) -> Tensor:
@@ -163,7 +172,7 @@ def min_max(
         sign: Extrema are those of tokens whose advantage has this sign. Others are mapped by the
             same extrema and may leave [0, 1].
         per: `"token"`, or `"response"` for extrema of the responses' means, as in `mean_one`;
-            single tokens may then leave [0, 1].
+            single tokens may then leave [0, 1]. Means that tie, as in `z_scores`, are equal scores.
         group: The ranks that share the batch.
 
     Returns:
@@ -180,7 +189,7 @@ def min_max(
                 [0.5000, 0.5000, 0.5000]])
     """
     sample = _sample("min_max", scores, mask, scope, prompt_ids, advantages, sign, per, group)
-    low, high = sample.extrema()
+    low, high = sample.distinct_extrema()
 
     def scaled(wide: Tensor, rows: slice) -> Tensor:
         unit = _rescaled(wide, low[rows], high[rows])
@@ -264,9 +273,24 @@ class _Sample:
     scores: Tensor
     valid: Tensor
     sets: Segments
+    rounding: Tensor | None = None  # of means, `batch 1`: no further apart they tie
 
     def extrema(self) -> tuple[Tensor, Tensor]:
         """Smallest and largest score of each row's set, `batch 1`; `(inf, -inf)` without one."""
+        low, negated_high = self._least_of(self._negated_extrema())
+        return low, -negated_high
+
+    def distinct_extrema(self) -> tuple[Tensor, Tensor]:
+        """As `extrema`, but the same number twice where means tie."""
+        if self.rounding is None:
+            return self.extrema()
+        lines = [*self._negated_extrema(), -self.rounding[:, 0]]
+        low, negated_high, negated_rounding = self._least_of(torch.stack(lines))
+        high = -negated_high
+        return low, torch.where(high - low <= -negated_rounding, low.minimum(high), high)
+
+    def _negated_extrema(self) -> Tensor:
+        """Smallest and negated largest score of each row, `2 batch`."""
         dtype = accumulator_dtype(self.scores.device)
         negated = torch.full(
             (2, len(self.scores)), torch.inf, dtype=dtype, device=self.valid.device
@@ -276,10 +300,13 @@ class _Sample:
                 wide, valid = self.scores[rows].to(dtype), self.valid[rows]
                 negated[0, rows] = torch.where(valid, wide, torch.inf).amin(-1)
                 negated[1, rows] = torch.where(valid, -wide, torch.inf).amin(-1)
-        own = negated.new_full((2, self._count), torch.inf)
-        own.scatter_reduce_(1, self.sets.rows.expand(2, -1), negated, "amin")
-        low, negated_high = self._of_rows(_least(own, self.sets.group))
-        return low, -negated_high
+        return negated
+
+    def _least_of(self, lines: Tensor) -> Tensor:
+        """The least of each line, `lines batch`, over each row's set, `lines batch 1`."""
+        own = lines.new_full((len(lines), self._count), torch.inf)
+        own.scatter_reduce_(1, self.sets.rows.expand(len(lines), -1), lines, "amin")
+        return self._of_rows(_least(own, self.sets.group))
 
     def moments(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and population deviation of each row's set, rescaled by `low` and `high`, `batch 1`.
@@ -300,15 +327,25 @@ class _Sample:
         return mean, variance.clamp(min=0).sqrt()
 
     def response_means(self) -> "_Sample":
-        """A sample of one score for each response that has any: the mean of its scores."""
-        alone = torch.arange(len(self.valid), device=self.valid.device)
-        responses = _Sample(self.scores, self.valid, Segments(alone, len(alone), None))
-        low, high = responses.extrema()
-        share = responses.moments(low, high)[0]
+        """A sample of one score for each response that has any: the mean of its scores.
+
+        The same on any layout: the shares of a response's spread add up as integers.
+        """
+        low, negated_high = self._negated_extrema()[..., None]
+        high, share = -negated_high, torch.zeros_like(low)
+        for rows in row_chunks(self.scores.shape):
+            unit = _rescaled(self.scores[rows].to(low.dtype), low[rows], high[rows])
+            unit = torch.where(self.valid[rows], unit, 0.0) * 2**SHARE_BITS
+            digits = unit.floor(), ((unit - unit.floor()) * 2**SHARE_BITS).round()
+            first, second = (each.long().sum(-1).to(low.dtype) for each in digits)
+            total = (first + second / 2**SHARE_BITS) / 2**SHARE_BITS
+            share[rows, 0] = total / self.valid[rows].sum(-1).clamp(min=1)
+        valid = self.valid.any(-1, keepdim=True)
+        epsilon = torch.finfo(sum_dtype(self.scores.dtype)).eps
+        rounding = low.abs().maximum(high.abs()) * (TIED_EPSILONS * epsilon)
         # Exact where all scores of a response are equal: then the share is 0.
-        return _Sample(
-            low * (1 - share) + high * share, self.valid.any(-1, keepdim=True), self.sets
-        )
+        means = low * (1 - share) + high * share
+        return _Sample(means, valid, self.sets, torch.where(valid, rounding, 0.0))
 
     @property
     def _count(self) -> int:

@@ -37,15 +37,7 @@ class Endpoints:
     high: float
 
     def __post_init__(self) -> None:
-        for name, value in (("low", self.low), ("high", self.high)):
-            if not 0 <= value <= MAX_WEIGHT:
-                raise invalid(
-                    "Endpoints",
-                    name,
-                    "in [0, 1e30], since the sign of the advantage picks the clip side",
-                    value,
-                    "To drop tokens, give them weight 0.",
-                )
+        _require_weights("Endpoints", low=self.low, high=self.high)
 
 
 EndpointSchedule = Callable[[int], Endpoints]
@@ -100,8 +92,8 @@ def linear_schedule(init_value: float, end_value: float, transition_steps: int) 
         [1.0, 0.75, 0.0, 0.0]
     """
     _finite("linear_schedule", init_value=init_value, end_value=end_value)
-    progress = _progress("linear_schedule", transition_steps)
-    return lambda step: _between(init_value, end_value, progress(step))
+    _require_steps("linear_schedule", transition_steps=transition_steps)
+    return _line(init_value, end_value, transition_steps)
 
 
 @typed
@@ -127,7 +119,8 @@ def cosine_schedule(init_value: float, end_value: float, transition_steps: int) 
         [1.0, 0.854, 0.5, 0.0, 0.0]
     """
     _finite("cosine_schedule", init_value=init_value, end_value=end_value)
-    progress = _progress("cosine_schedule", transition_steps)
+    _require_steps("cosine_schedule", transition_steps=transition_steps)
+    progress = _progress(transition_steps)
     return lambda step: _between(
         init_value, end_value, (1 - math.cos(math.pi * progress(step))) / 2
     )
@@ -171,7 +164,8 @@ def piecewise_schedule(values: Sequence[float], boundaries: Sequence[int]) -> Sc
             list(boundaries),
             "Sort them and drop duplicates.",
         )
-    return lambda step: values[bisect.bisect_right(boundaries, _checked(step))]
+    steps, stairs = tuple(boundaries), tuple(values)  # what was checked, whatever becomes of it
+    return lambda step: stairs[bisect.bisect_right(steps, _checked(step))]
 
 
 @typed
@@ -203,13 +197,15 @@ def low_to_high(warmup_steps: int) -> EndpointSchedule:
     Returns:
         `step -> Endpoints`.
 
+    Raises:
+        TokenWeightsError: If `warmup_steps` or later a step is negative.
+
     Example:
         >>> low_to_high(100)(25)
         Endpoints(low=0.75, high=0.25)
     """
-    return endpoint_schedule(
-        linear_schedule(1.0, 0.0, warmup_steps), linear_schedule(0.0, 1.0, warmup_steps)
-    )
+    _require_steps("low_to_high", warmup_steps=warmup_steps)
+    return endpoint_schedule(_line(1.0, 0.0, warmup_steps), _line(0.0, 1.0, warmup_steps))
 
 
 @typed
@@ -222,13 +218,15 @@ def high_to_low(warmup_steps: int) -> EndpointSchedule:
     Returns:
         `step -> Endpoints`.
 
+    Raises:
+        TokenWeightsError: If `warmup_steps` or later a step is negative.
+
     Example:
         >>> high_to_low(100)(25)
         Endpoints(low=0.25, high=0.75)
     """
-    return endpoint_schedule(
-        linear_schedule(0.0, 1.0, warmup_steps), linear_schedule(1.0, 0.0, warmup_steps)
-    )
+    _require_steps("high_to_low", warmup_steps=warmup_steps)
+    return endpoint_schedule(_line(0.0, 1.0, warmup_steps), _line(1.0, 0.0, warmup_steps))
 
 
 @typed
@@ -236,16 +234,20 @@ def static_endpoints(low: float, high: float) -> EndpointSchedule:
     """The same endpoint weights at every step.
 
     Args:
-        low: Weight of the lowest-scored token.
-        high: Weight of the highest-scored token.
+        low: Weight of the lowest-scored token, >= 0.
+        high: Weight of the highest-scored token, >= 0.
 
     Returns:
         `step -> Endpoints`.
+
+    Raises:
+        TokenWeightsError: If a weight is no `Endpoints` has, or later a step negative.
 
     Example:
         >>> static_endpoints(1.0, 0.0)(12345)
         Endpoints(low=1.0, high=0.0)
     """
+    _require_weights("static_endpoints", low=low, high=high)
     return endpoint_schedule(constant_schedule(low), constant_schedule(high))
 
 
@@ -390,12 +392,30 @@ def _finite(function: str, **values: float) -> None:
             raise invalid(function, name, "finite", value, "Pass the value to run to.")
 
 
-def _progress(function: str, transition_steps: int) -> Schedule:
-    if transition_steps < 0:
-        raise invalid(
-            function, "transition_steps", ">= 0", transition_steps, "Pass 0 for the end value."
-        )
+def _require_weights(function: str, **weights: float) -> None:
+    for name, weight in weights.items():
+        if not 0 <= weight <= MAX_WEIGHT:
+            raise invalid(
+                function,
+                name,
+                "in [0, 1e30], since the sign of the advantage picks the clip side",
+                weight,
+                "To drop tokens, give them weight 0.",
+            )
 
+
+def _require_steps(function: str, **counts: int) -> None:
+    for name, count in counts.items():
+        if count < 0:
+            raise invalid(function, name, ">= 0", count, "Pass 0 for the end value.")
+
+
+def _line(start: float, end: float, steps: int) -> Schedule:
+    progress = _progress(steps)
+    return lambda step: _between(start, end, progress(step))
+
+
+def _progress(transition_steps: int) -> Schedule:
     def progress(step: int) -> float:
         step = _checked(step)
         return 1.0 if transition_steps == 0 else min(step / transition_steps, 1.0)

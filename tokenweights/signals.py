@@ -181,7 +181,8 @@ def align_to_decision(
             `scores`.
 
     Returns:
-        The score at the deciding position of each response token; 0 beyond the last column.
+        The score at the deciding position of each response token, differentiable in `scores`; 0
+        beyond the last column.
 
     Raises:
         TokenWeightsError: If there is no position before the first response token.
@@ -209,7 +210,8 @@ def align_to_own(
         prompt_length: As in `align_to_decision`.
 
     Returns:
-        The score at each response token's own position; 0 beyond the last column.
+        The score at each response token's own position, differentiable in `scores`; 0 beyond the
+        last column.
 
     Raises:
         TokenWeightsError: If `scores` has fewer columns than the response.

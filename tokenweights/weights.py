@@ -50,7 +50,7 @@ def score_extrema(
     """Extrema of the scores over all valid tokens of the rollout batch, in the scores' unit.
 
     Eq. 27 rescales over the whole rollout batch. Its extrema are all that a token's weight depends
-    on beyond its own score, so this one reduction of two numbers makes weights exact on any layout.
+    on beyond its own score, so this one reduction of both makes weights exact on any layout.
 
     Args:
         scores: This rank's scores, finite under the mask.
@@ -68,7 +68,13 @@ def score_extrema(
         >>> extrema.minimum.item(), extrema.maximum.item()
         (0.25, 0.75)
     """
-    require_finite("score_extrema", "scores", scores, mask)
+    return _score_extrema("score_extrema", scores, mask, group)
+
+
+def _score_extrema(
+    function: str, scores: Tensor, mask: Tensor, group: dist.ProcessGroup | None
+) -> ScoreExtrema:
+    require_finite(function, "scores", scores, mask)
     low, high = masked_extrema(scores.detach(), mask)
     # One dtype whatever the scores' own, so that a rank without rows cannot disagree on it.
     dtype = accumulator_dtype(scores.device)
@@ -174,12 +180,13 @@ def endpoint_weights(
         raise invalid("endpoint_weights", "eps", "positive and finite", eps, "Try 1e-8.")
     if form == "stable":
         partition = None
-    own = score_extrema(scores, mask, group=group if extrema is None else None)
+    own = _score_extrema("endpoint_weights", scores, mask, group if extrema is None else None)
     if extrema is None:
         extrema = own
     elif _enclose(extrema, own):
         dtype = own.minimum.dtype
-        extrema = ScoreExtrema(extrema.minimum.to(dtype), extrema.maximum.to(dtype))
+        ends = (end.detach().to(dtype) for end in (extrema.minimum, extrema.maximum))
+        extrema = ScoreExtrema(*ends)
     else:
         raise invalid(
             "endpoint_weights",
@@ -193,13 +200,15 @@ def endpoint_weights(
     elif partition is not None:
         partition = batch_total("endpoint_weights", "partition", partition, scores.device)
     weights = torch.zeros(scores.shape, dtype=torch.float32, device=scores.device)
+    bounds = sorted((endpoints.low, endpoints.high))
     for rows in row_chunks(scores.shape):
         wide = scores[rows].detach().to(extrema.minimum.dtype)
         # Extrema of a narrower dtype than the scores' may lie a rounding error inside.
         wide = wide.clamp(extrema.minimum, extrema.maximum)
         wide = torch.where(mask[rows], wide, extrema.minimum)
         alpha = _rescaled_softmax(wide, extrema, temperature, eps, partition)
-        part = endpoints.low + alpha * (endpoints.high - endpoints.low)
+        # As printed: a difference of endpoints would lose the smaller one beside the larger.
+        part = ((1 - alpha) * endpoints.low + alpha * endpoints.high).clamp(*bounds)
         weights[rows] = torch.where(mask[rows], part, 0.0).float()
     return weights
 
@@ -261,8 +270,9 @@ def match_mass(
         group: The ranks that share the batch.
 
     Returns:
-        Rescaled weights, 0 off the mask, of the dtype of `weights`, but float32 for half precision,
-        which a single weight among many tokens would overflow. If all weights are 0 they stay 0.
+        Rescaled weights, detached, 0 off the mask, of the dtype of `weights`, but float32 for half
+        precision, which a single weight among many tokens would overflow. If all weights are 0 they
+        stay 0.
 
     Raises:
         TokenWeightsError: If a valid weight, `target`, `count` or `mass` is negative or not finite.
@@ -287,7 +297,7 @@ def match_mass(
     matched = torch.zeros(weights.shape, dtype=sum_dtype(weights.dtype), device=weights.device)
     for rows in row_chunks(mask.shape):
         # The share of the mass first: it is at most 1 however small the weights are.
-        wide = torch.where(mask[rows], weights[rows], 0.0).to(mass.dtype)
+        wide = torch.where(mask[rows], weights[rows].detach(), 0.0).to(mass.dtype)
         share = wide / mass.where(mass > 0, 1)
         matched[rows] = (share * (mean * count)).to(matched.dtype)
     return matched

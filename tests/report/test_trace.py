@@ -124,7 +124,7 @@ def test_the_tooltip_has_every_value_of_every_token(record):
 
 def test_a_page_names_what_was_read(record):
     texts = Page(trace_page_html([record(layer=(3, 4), alignment="own", reward=-2.0)])).texts
-    assert {"Step 3", "3, 4", "own", "\u22122, no answer", "5"} <= set(texts)
+    assert {"Step 3", "3, 4", "own", "\u22122", "5"} <= set(texts)
     assert "Attention entropy, nats" in Page(trace_page_html([record(entropy_kind="raw")])).texts
 
 
@@ -411,11 +411,11 @@ def test_of_many_long_responses_the_first_is_shown(record):
 
 
 @pytest.mark.parametrize(
-    ("reward", "words"),
-    [(1.0, "1, right"), (-1.0, "\u22121, wrong"), (-2.0, "\u22122, no answer"), (0.5, "0.5<")],
+    ("reward", "number"), [(1.0, "1"), (-1.0, "\u22121"), (-2.0, "\u22122"), (0.5, "0.5")]
 )
-def test_a_trace_says_its_reward_and_what_it_means(record, reward, words):
-    assert words in trace_page_html([record(reward=reward)])
+def test_a_trace_says_its_reward_and_not_what_an_unknown_function_means(record, reward, number):
+    texts = Page(trace_page_html([record(reward=reward)])).texts
+    assert texts[texts.index("reward") + 1] == number
 
 
 def test_entropies_that_do_not_differ_are_said_and_not_coloured(record):

@@ -24,9 +24,7 @@ def check_request(function: str, request: Request, heads: Heads) -> None:
         value = getattr(request, name)
         if value < 1:
             raise invalid(function, name, "to be >= 1", value, "Pass a number of keys.")
-    bound = request.distance_bound
-    if bound is not None and bound < 1:
-        raise invalid(function, "distance_bound", "to be >= 1", bound, "Pass a number of tokens.")
+    check_distance_bound(function, "distance_bound", request.distance_bound)
     for kind in request.kinds:
         if heads == "mean_entropy" and kind not in ENTROPY_KINDS:
             condition = 'to hold entropies only with heads="mean_entropy"'
@@ -45,6 +43,20 @@ def check_request(function: str, request: Request, heads: Heads) -> None:
             raise invalid(
                 function, "support_mass", "to be in (0, 1]", mass, "Pass shares of the mass."
             )
+
+
+def check_distance_bound(function: str, argument: str, bound: int | None) -> None:
+    """Refuse a largest distance that tells no key from another."""
+    if bound is not None and bound < 1:
+        raise invalid(function, argument, "to be >= 1", bound, "Pass a number of tokens.")
+
+
+def check_exchange(function: str, *, ranks: dict[str, int], **sizes: int) -> None:
+    """Refuse numbers of ranks below 1 and sizes below 0."""
+    for least, numbers in ((1, ranks), (0, sizes)):
+        for name, number in numbers.items():
+            if number < least:
+                raise invalid(function, name, f"to be >= {least}", number, "Count what there is.")
 
 
 def check_logits(function: str, logits: Logits) -> None:

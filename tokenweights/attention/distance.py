@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokenweights._typing import typed
+from tokenweights.attention.checks import check_distance_bound
 from tokenweights.attention.dispatch import WORKSPACE_BYTES, Backend
 from tokenweights.attention.statistics import Request, layer_logits
 from tokenweights.attention.sweeps import SomeHeads, padded_statistics
@@ -64,6 +65,7 @@ def attention_distance(
         >>> attention_distance(query, key, bound=1)
         tensor([[0.0000, 0.5000, 0.6667]])
     """
+    check_distance_bound("attention_distance", "bound", bound)
     results = padded_statistics(
         "attention_distance",
         query,

@@ -11,8 +11,10 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tokenweights._errors import refused_by
 from tokenweights._typing import typed
 from tokenweights.attention.api import attention_statistics
+from tokenweights.attention.checks import check_distance_bound
 from tokenweights.attention.distance import attention_distance
 from tokenweights.attention.packed import packed_slice
 from tokenweights.attention.parallel import check_own, row_runs, whole_keys
@@ -70,10 +72,11 @@ def sequence_parallel_distance(
         tensor([[1.0000, 0.0000, 0.5000]])
     """
     function = "sequence_parallel_distance"
+    check_distance_bound(function, "bound", bound)
     check_own(function, query, key, _REQUEST, key_mask, scale, window, softcap, sinks)
-    keys, mask = whole_keys(key, positions, key_mask, group)
+    keys, mask = whole_keys(function, key, positions, key_mask, group)
     distance = torch.zeros(query.shape[0], query.shape[2], device=query.device).float()
-    with agreement(function, group):
+    with agreement(function, group), refused_by(function):
         for rows, seen in row_runs(positions):
             distance[:, rows] = attention_distance(
                 query[:, :, rows],
@@ -132,8 +135,9 @@ def tensor_parallel_distance(
         tensor([[0.0000, 0.5000, 0.6667]])
     """
     function = "tensor_parallel_distance"
+    check_distance_bound(function, "bound", bound)
     check_own(function, query, key, _REQUEST, key_mask, scale, window, softcap, sinks)
-    with agreement(function, group):
+    with agreement(function, group), refused_by(function):
         found = attention_statistics(
             query,
             key,
@@ -196,10 +200,11 @@ def packed_distance(
         tensor([0.0000, 0.0000, 0.5000, 1.0000])
     """
     function = "packed_distance"
+    check_distance_bound(function, "bound", bound)
     own = query.transpose(0, 1)[None], key.transpose(0, 1)[None]
     check_own(function, *own, _REQUEST, None, scale, window, softcap, sinks)
     held = packed_slice(key, position_ids, group)
-    with agreement(function, group):
+    with agreement(function, group), refused_by(function):
         bounds = held.bounds(function).tolist()
         parts = [query.new_zeros(0, dtype=torch.float32)]
         for start, stop in itertools.pairwise(bounds):

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokenweights._errors import invalid
+from tokenweights._errors import invalid, refused_by
 from tokenweights._typing import typed
 from tokenweights.attention.api import attention_entropy_varlen
 from tokenweights.attention.parallel import check_own
@@ -69,7 +69,7 @@ def packed_entropy(
     rows = query.transpose(0, 1)[None], key.transpose(0, 1)[None]
     check_own(function, rows[0], rows[1], request, None, scale, window, softcap, sinks)
     held = packed_slice(key, position_ids, group)
-    with agreement(function, group):
+    with agreement(function, group), refused_by(function):
         bounds = held.bounds(function)
         if not len(query):
             return query.new_zeros(0, dtype=torch.float32)

@@ -15,10 +15,12 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tokenweights._errors import refused_by
 from tokenweights._typing import typed
 from tokenweights.attention.api import attention_entropy
 from tokenweights.attention.checks import (
     check_batch_scores,
+    check_exchange,
     check_finite,
     check_logits,
     check_padded,
@@ -89,11 +91,11 @@ def sequence_parallel_entropy(
     request = Request((kind,), top_k, fixed_k)
     function = "sequence_parallel_entropy"
     check_own(function, query, key, request, key_mask, scale, window, softcap, sinks)
-    keys, mask = whole_keys(key, positions, key_mask, group)
+    keys, mask = whole_keys(function, key, positions, key_mask, group)
     shape = query.shape[0], query.shape[2]
     entropy = torch.zeros(shape, dtype=torch.float32, device=query.device)
     # Scores may still overflow, on the rank that has them.
-    with agreement(function, group):
+    with agreement(function, group), refused_by(function):
         for rows, seen in row_runs(positions):
             entropy[:, rows] = attention_entropy(
                 query[:, :, rows],
@@ -198,7 +200,7 @@ def tensor_parallel_entropy(
     entropies = [query.new_zeros(query.shape[0], 0, dtype=torch.float32)]
     owned = [torch.arange(0, device=query.device)]
     # Only now that all exchanges are done may a rank refuse: the others wait in each of them.
-    with agreement(function, group):
+    with agreement(function, group), refused_by(function):
         for rows, part in parts:
             seen = seen_keys(query, key, rows)
             mask = None if key_mask is None else key_mask[:, :seen]
@@ -284,6 +286,9 @@ def tensor_parallel_bytes(
         ... )
         ExchangeBytes(rows=44040192, distribution=499122176)
     """
+    sizes = {"batch": batch, "queries": queries, "keys": keys, "heads": heads, "dim": dim}
+    sizes |= {"kv_heads": kv_heads, "element_bytes": element_bytes}
+    check_exchange("tensor_parallel_bytes", ranks={"ranks": ranks}, **sizes)
     others = ranks - 1
     key_numbers = batch * keys * kv_heads * dim
     query_numbers = batch * queries * heads * dim // ranks
@@ -322,6 +327,9 @@ def sequence_parallel_bytes(
         ... )
         29360128
     """
+    sizes = {"batch": batch, "keys": keys, "kv_heads": kv_heads, "dim": dim}
+    sizes |= {"element_bytes": element_bytes}
+    check_exchange("sequence_parallel_bytes", ranks={"ranks": ranks}, **sizes)
     return batch * keys * kv_heads * dim * element_bytes * (ranks - 1) // ranks
 
 
@@ -346,13 +354,15 @@ def check_own(
 
 
 def whole_keys(
+    function: str,
     key: Float[Tensor, "batch kv_heads token dim"],
     positions: Int[Tensor, " token"],
     key_mask: Bool[Tensor, "batch token"] | None,
     group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Keys and mask of the whole sequence; every rank has to call."""
-    keys = gathered(key, positions, dim=2, group=group)
+    with refused_by(function):
+        keys = gathered(key, positions, dim=2, group=group)
     if key_mask is None:
         return keys, None
     return keys, gathered(key_mask.to(torch.uint8), positions, dim=1, group=group).bool()

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tokenweights._errors import refused_by
 from tokenweights._typing import typed
-from tokenweights.attention.checks import check_shape
+from tokenweights.attention.checks import check_exchange, check_shape
 from tokenweights.attention.columns import attention_received, attention_received_varlen
 from tokenweights.attention.layout import packed_batch, padded_batch
 from tokenweights.attention.packed import packed_slice
@@ -101,9 +102,9 @@ def sequence_parallel_received(
     check_own(function, query, key, _REQUEST, key_mask, scale, window, softcap, sinks)
     check_received(function, received)
     check_shape(function, "rows", rows, (query.shape[0], query.shape[2]))
-    keys, mask = whole_keys(key, positions, key_mask, group)
+    keys, mask = whole_keys(function, key, positions, key_mask, group)
     parts = _empty(query.shape[0], keys.shape[2], query.device)
-    with agreement(function, group):
+    with agreement(function, group), refused_by(function):
         for own, seen in row_runs(positions):
             part = _columns(
                 query[:, :, own],
@@ -177,7 +178,7 @@ def packed_received(
     check_shape(function, "rows", rows, (len(query),))
     held = packed_slice(key, position_ids, group)
     parts = _empty(1, len(held.key), query.device)
-    with agreement(function, group):
+    with agreement(function, group), refused_by(function):
         bounds = held.bounds(function)
         if len(query):
             edges = bounds.clamp(min=held.first) - held.first, bounds - bounds[0]
@@ -267,7 +268,7 @@ def tensor_parallel_received(
             (block, gathered_on(owner, query[:, :, block], dim=1, group=group))
             for owner, block in dealt_blocks(query.shape[2], ranks)
         ]
-        with agreement(function, group):
+        with agreement(function, group), refused_by(function):
             for block, part in owned:
                 if part is None:
                     continue
@@ -287,7 +288,7 @@ def tensor_parallel_received(
     first = rank * query.shape[1]
     mine = [head - first for head in chosen if first <= head < first + query.shape[1]]
     averaged = None if heads is None else mine
-    with agreement(function, group):
+    with agreement(function, group), refused_by(function):
         check_chosen(function, chosen, query.shape[1] * ranks)
         if mine:
             parts = _columns(
@@ -328,6 +329,7 @@ def received_bytes(*, batch: int, keys: int, ranks: int) -> int:
         >>> received_bytes(batch=1, keys=16384, ranks=8)
         458752
     """
+    check_exchange("received_bytes", ranks={"ranks": ranks}, batch=batch, keys=keys)
     return 2 * (ranks - 1) * batch * keys * 2 * 8 // ranks
 
 

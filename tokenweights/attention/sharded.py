@@ -14,9 +14,10 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokenweights._errors import invalid
+from tokenweights._errors import invalid, refused_by
 from tokenweights._typing import typed
 from tokenweights.attention.api import attention_entropy_varlen
+from tokenweights.attention.checks import check_exchange
 from tokenweights.attention.parallel import check_own, dealt_blocks
 from tokenweights.attention.statistics import EntropyKind, Request
 from tokenweights.distributed import _communicating, agreed, agreement, gathered, gathered_on
@@ -97,7 +98,9 @@ def sharded_entropy(
     shapes = f"{query.dtype} of {list(query.shape[1:])} and {list(key.shape[1:])}"
     given = f"sinks {sinks is not None}, mask {key_mask is not None}"
     _communicating(f"exchange {shapes}, {given}", head_group or token_group)
-    keys = gathered(_with_all_heads(key, 1, head_group), positions, dim=0, group=token_group)
+    key = _with_all_heads(key, 1, head_group)
+    with refused_by(FUNCTION):
+        keys = gathered(key, positions, dim=0, group=token_group)
     bounds, places, total = cu_seqlens.long().contiguous(), positions.long(), len(keys)
     real = torch.ones_like(places, dtype=torch.bool)
     if key_mask is not None:
@@ -111,7 +114,7 @@ def sharded_entropy(
     order = order[real[order]]
     own_rows, queries = _rows_of_this_rank(query[order], head_group)
     # Scores may still overflow, on the rank that has them.
-    with agreement(FUNCTION, head_group, token_group):
+    with agreement(FUNCTION, head_group, token_group), refused_by(FUNCTION):
         if int(cu_seqlens[-1]) != total:
             raise invalid(
                 FUNCTION,
@@ -179,6 +182,9 @@ def sharded_bytes(
         ... )
         41943040
     """
+    sizes = {"tokens": tokens, "heads": heads, "kv_heads": kv_heads, "dim": dim}
+    shared = {"token_ranks": token_ranks, "head_ranks": head_ranks}
+    check_exchange("sharded_bytes", ranks=shared, element_bytes=element_bytes, **sizes)
     ranks = token_ranks * head_ranks
     keys = tokens * kv_heads * (ranks - 1) / ranks
     queries = tokens * heads * (head_ranks - 1) / (head_ranks * ranks)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokenweights._errors import invalid
+from tokenweights._errors import invalid, refused_by
 from tokenweights._typing import typed
 from tokenweights.attention import (
     EntropyKind,
@@ -62,6 +62,7 @@ class CapturedAttention:
     precision: torch.dtype | None = None
     shards: Shards | None = None
 
+    @refused_by("CapturedAttention.entropy")
     @typed
     def entropy(
         self,
@@ -100,6 +101,7 @@ class CapturedAttention:
         )
 
     @agreed
+    @refused_by("CapturedAttention.packed_entropy")
     @typed
     def packed_entropy(
         self,
@@ -159,6 +161,7 @@ class CapturedAttention:
         return entropy.view(self.query.shape[0], -1)
 
     @agreed
+    @refused_by("CapturedAttention.distance")
     @typed
     def distance(
         self,
@@ -190,6 +193,7 @@ class CapturedAttention:
         return attention_distance(*self._rounded(), key_mask=self._keys(key_mask), **options)
 
     @agreed
+    @refused_by("CapturedAttention.received")
     @typed
     def received(
         self,

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokenweights._errors import invalid
+from tokenweights._errors import invalid, refused_by
 from tokenweights._typing import typed
 from tokenweights.diagnostics.correlation import scaled_ranks
 from tokenweights.diagnostics.moments import ScoreMoments, local_moments
@@ -102,14 +102,15 @@ def layer_agreement(
     Args:
         scores: Scores of each layer, finite under the mask.
         mask: True for valid response tokens.
-        fraction: Share of each response that makes up anchors, and explorers.
+        fraction: Share of each response that makes up anchors, and explorers, in [0, 1].
         group: The ranks that share the batch.
 
     Returns:
         Jaccard overlaps and rank correlations over the whole batch, the same on every rank.
 
     Raises:
-        TokenWeightsError: If there is no layer, or a valid score is not finite.
+        TokenWeightsError: If there is no layer, a valid score is not finite, or `fraction` is
+            outside [0, 1].
 
     Example:
         >>> scores = torch.tensor([[[0.1, 0.2, 0.3, 0.4]], [[0.1, 0.3, 0.2, 0.4]]])
@@ -123,7 +124,8 @@ def layer_agreement(
         raise invalid("layer_agreement", "scores", "of a layer", "none", "Pass at least one.")
     for layer in scores:
         require_finite("layer_agreement", "scores", layer, mask)
-    parts = [_local(scores[:, rows], mask[rows], fraction) for rows in row_chunks(mask.shape)]
+    with refused_by("layer_agreement"):
+        parts = [_local(scores[:, rows], mask[rows], fraction) for rows in row_chunks(mask.shape)]
     whole = parts[0]
     for part in parts[1:]:
         whole = whole.merged(part)

@@ -9,14 +9,14 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokenweights._errors import invalid
+from tokenweights._errors import invalid, refused_by
 from tokenweights._typing import typed
 from tokenweights.attention import AttentionStatistics, EntropyKind
 from tokenweights.attention.statistics import ENTROPY_KINDS
 from tokenweights.diagnostics.additive import Additive
 from tokenweights.diagnostics.dynamics import require_finite_heads, token_sum
 from tokenweights.distributed import agreed
-from tokenweights.masked import accumulator_dtype
+from tokenweights.masked import accumulator_dtype, require_finite
 from tokenweights.partition import bottom_fraction, top_fraction
 from tokenweights.signals import align_to_decision, align_to_own
 
@@ -148,14 +148,15 @@ def support_by_entropy(
         statistics: Statistics of the response tokens, from `response_statistics`, with at least
             one entropy and one statistic of support, and without a head axis.
         mask: True for valid response tokens.
-        fraction: Share of each response that makes up anchors, and explorers.
+        fraction: Share of each response that makes up anchors, and explorers, in [0, 1].
         group: The ranks that share the batch.
 
     Returns:
         For each entropy kind the groups all, anchors and explorers, in this order.
 
     Raises:
-        TokenWeightsError: If there is no entropy, or as in `support_concentration`.
+        TokenWeightsError: If there is no entropy, a valid one is not finite, or `fraction` is
+            outside [0, 1]; or as in `support_concentration`.
 
     Example:
         >>> from tokenweights import attention_statistics
@@ -170,8 +171,10 @@ def support_by_entropy(
         scores = getattr(statistics, kind)
         if scores is not None:
             _require_shape(kind, scores, mask, heads=False)
-            anchors = bottom_fraction(scores, mask, fraction=fraction)
-            explorers = top_fraction(scores, mask, fraction=fraction)
+            require_finite("support_by_entropy", f"statistics.{kind}", scores, mask)
+            with refused_by("support_by_entropy"):
+                anchors = bottom_fraction(scores, mask, fraction=fraction)
+                explorers = top_fraction(scores, mask, fraction=fraction)
             groups[kind] = [mask, anchors, explorers]
     if not groups:
         raise invalid(
@@ -179,10 +182,11 @@ def support_by_entropy(
             "Ask `attention_statistics` for one.",
         )  # fmt: skip
     # After all checks: ranks that have begun to merge wait for each other.
-    return {
-        kind: support_concentration(statistics, members, group=group)
-        for kind, members in groups.items()
-    }
+    with refused_by("support_by_entropy"):
+        return {
+            kind: support_concentration(statistics, members, group=group)
+            for kind, members in groups.items()
+        }
 
 
 @typed
@@ -225,7 +229,8 @@ def response_statistics(
     batch, width = len(values), values.shape[-2 if name == "support_size" else -1]
     align = align_to_decision if alignment == "deciding" else align_to_own
     places = torch.arange(width, device=values.device, dtype=torch.float32).expand(batch, width)
-    columns = align(places, response_length=response_length, prompt_length=prompt_length).long()
+    with refused_by("response_statistics"):
+        columns = align(places, response_length=response_length, prompt_length=prompt_length).long()
 
     def taken(name: str, values: Tensor) -> Tensor:
         dim = values.dim() - (2 if name == "support_size" else 1)

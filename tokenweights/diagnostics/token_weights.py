@@ -4,6 +4,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tokenweights._errors import refused_by
 from tokenweights._typing import typed
 from tokenweights.diagnostics.dynamics import local_dynamics
 from tokenweights.distributed import agreed
@@ -39,12 +40,16 @@ def token_weight_metrics(
             then only the first two keys are returned.
         weights: Weights >= 0.
         mask: True for valid response tokens.
-        fraction: Share of each response that makes up anchors, and explorers.
+        fraction: Share of each response that makes up anchors, and explorers, in [0, 1].
         group: The ranks that share the batch.
 
     Returns:
         Python floats, the same on every rank; empty if the batch has no valid token, so that an
         empty batch never enters an average as zeros.
+
+    Raises:
+        TokenWeightsError: If a valid weight is negative or not finite, a valid score is not finite,
+            or `fraction` is outside [0, 1].
 
     Example:
         >>> mask = torch.ones(1, 5, dtype=torch.bool)
@@ -57,10 +62,11 @@ def token_weight_metrics(
     names, groups = ("",), [mask]
     if scores is not None:
         names = ("", "anchor_", "explorer_")
-        groups += [
-            bottom_fraction(scores, mask, fraction=fraction),
-            top_fraction(scores, mask, fraction=fraction),
-        ]
+        with refused_by("token_weight_metrics"):
+            groups += [
+                bottom_fraction(scores, mask, fraction=fraction),
+                top_fraction(scores, mask, fraction=fraction),
+            ]
     weight = local_dynamics(weights, groups).over_ranks(group)
     # Entered by every rank, with or without tokens of its own.
     score = None if scores is None else local_dynamics(scores, groups).over_ranks(group)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tokenweights._errors import invalid, require_state_keys
+from tokenweights._errors import invalid, refused_by, require_state_keys
 from tokenweights._typing import typed
 from tokenweights.distributed import agreed
 from tokenweights.gradients.alignment import token_alignment
@@ -96,9 +96,9 @@ class GradientSeries:
             the full gradient is 0, `gradient/full_norm` alone.
 
         Raises:
-            TokenWeightsError: If the projection ratios do not sum to one, the model computes in
-                float16, whose gradients need a scale, or responses of several ranks have no
-                numbers.
+            TokenWeightsError: If a valid score is not finite, the projection ratios do not sum to
+                one, the model computes in float16, whose gradients need a scale, or responses of
+                several ranks have no numbers.
         """
         if sample_ids is None and probe.group is not None and probe.group.size() > 1:
             condition = "given where several ranks share the batch"
@@ -111,17 +111,18 @@ class GradientSeries:
         rounding = torch.finfo(precision).eps
         tolerance = max(1e-3, 4 * rounding) if tolerance is None else tolerance
         by_backward = probe.gradients is not None or rounding > torch.finfo(torch.float32).eps
-        deciles = quantile_bins(scores, mask, bins=10)
-        subsets = [
-            bottom_fraction(scores, mask),
-            top_fraction(scores, mask),
-            random_fraction(mask, fraction=0.2, seed=0, sample_ids=sample_ids),
-        ]
-        found = probe.geometry(token_loss, torch.stack(subsets), mask=mask, tolerance=tolerance)
-        if found.full_norm == 0:
-            return {"gradient/full_norm": 0.0}
-        measured = _backward_ratios if by_backward else _difference_ratios
-        ratios, sum_error = measured(probe, token_loss, deciles, mask, tolerance)
+        with refused_by("GradientSeries"):
+            deciles = quantile_bins(scores, mask, bins=10)
+            subsets = [
+                bottom_fraction(scores, mask),
+                top_fraction(scores, mask),
+                random_fraction(mask, fraction=0.2, seed=0, sample_ids=sample_ids),
+            ]
+            found = probe.geometry(token_loss, torch.stack(subsets), mask=mask, tolerance=tolerance)
+            if found.full_norm == 0:
+                return {"gradient/full_norm": 0.0}
+            measured = _backward_ratios if by_backward else _difference_ratios
+            ratios, sum_error = measured(probe, token_loss, deciles, mask, tolerance)
         shares = band_shares(ratios)
         metrics = {f"decile_{number}": float(ratio) for number, ratio in enumerate(ratios)}
         metrics |= {
@@ -210,7 +211,8 @@ def unclipped_losses(
     Without a clip, which a finite step may reach and beyond which it is flat.
 
     Args:
-        log_probs: Log-probabilities of a slice of rows under the model's present parameters.
+        log_probs: Log-probabilities of a slice of rows under the model's present parameters; the
+            gradient flows here alone.
         old_log_probs: Those at the probe, where the ratio is 1.
         advantages: One for each response or each token.
         mask: True for valid response tokens.

@@ -7,7 +7,7 @@ from tokenweights._errors import invalid
 from tokenweights._typing import typed
 from tokenweights.attention import ENTROPY_KINDS, EntropyKind
 from tokenweights.diagnostics import group_dynamics
-from tokenweights.partition import bottom_fraction, top_fraction
+from tokenweights.partition import bottom_fraction, require_share, top_fraction
 from tokenweights.report.figures.columns import distinct, entropy_of_kind, token_mask
 from tokenweights.report.records import TokenRecord
 
@@ -26,14 +26,14 @@ def entropy_metrics(
             a step taken twice by a resumed run the later one counts, within a step the last record
             of each `sample_id`, and of a response that occurs several times one.
         kind: The records' own kind, or another that they have as a column `<kind>_entropy`.
-        fraction: Share of each response that makes up anchors, and explorers.
+        fraction: Share of each response that makes up anchors, and explorers, in [0, 1].
 
     Returns:
         For each step, ascending, a dictionary with `step`, `entropy_mean`, `entropy_std` and the
         same with `anchor_` and `explorer_` before it.
 
     Raises:
-        TokenWeightsError: If a record has no such entropy.
+        TokenWeightsError: If a record has no such entropy, or `fraction` is outside [0, 1].
 
     Example:
         >>> record = TokenRecord(
@@ -51,6 +51,7 @@ def entropy_metrics(
         >>> metrics["step"], metrics["entropy_mean"], metrics["anchor_entropy_mean"]
         (4, 0.5, 0.25)
     """
+    require_share("entropy_metrics", fraction)
     lines: dict[int, dict[str, float]] = {}
     for step, grouped in groupby(records, key=lambda record: record.step):
         line = _step_metrics(step, [*grouped], kind, fraction)

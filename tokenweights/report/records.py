@@ -18,9 +18,10 @@ from typing import Any, Literal, get_args
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokenweights._errors import TokenWeightsError, invalid
+from tokenweights._errors import TokenWeightsError, invalid, refused_by
 from tokenweights._typing import typed
 from tokenweights.attention import EntropyKind
+from tokenweights.masked import require_finite
 from tokenweights.partition import bottom_fraction, top_fraction
 from tokenweights.recipes.attention import Alignment
 from tokenweights.report.lines import (
@@ -170,6 +171,10 @@ def token_records(
     Returns:
         One record for each response.
 
+    Raises:
+        TokenWeightsError: If there are not as many prompts and sample ids as responses, or a valid
+            number is none that `TokenRecord` takes.
+
     Example:
         >>> import torch
         >>> ones = torch.ones(1, 2)
@@ -195,6 +200,7 @@ def token_records(
             "token_records", "prompts", f"for each of the {len(mask)} responses", len(prompts),
             "Pass one prompt text for each row.",
         )  # fmt: skip
+    require_finite("token_records", "attention_entropy", attention_entropy, mask)
     anchors = bottom_fraction(attention_entropy, mask)
     labels = anchors.long() + 2 * (top_fraction(attention_entropy, mask) & ~anchors)
     names = ("middle", "anchor", "explorer")
@@ -205,8 +211,8 @@ def token_records(
     records = []
     for row, prompt in enumerate(prompts):
         ids = token_ids[row][mask[row]].tolist()
-        records.append(
-            TokenRecord(
+        with refused_by("token_records"):
+            record = TokenRecord(
                 step=step,
                 sample_id=int(sample_ids[row]),
                 prompt=prompt,
@@ -222,7 +228,7 @@ def token_records(
                 log_probs=values(log_probs, row),
                 group=tuple(names[label] for label in labels[row][mask[row]].tolist()),
             )
-        )
+        records.append(record)
     return records
 
 

@@ -28,7 +28,6 @@ from tokenweights.report.document import (
 from tokenweights.report.ranges import flat_words
 from tokenweights.report.records import EntropyKind, TokenGroup, TokenRecord
 from tokenweights.report.runs import outer_steps
-from tokenweights.rewards import NO_BOX, RIGHT, WRONG
 
 STYLES = ("trace.css",)
 SCRIPTS = ("trace.js", "trace_search.js", "trace_strip.js")
@@ -200,7 +199,7 @@ def _trace_of(record: TokenRecord, *, by_layer: bool) -> _Trace:
     layer = "layers" if len(layers) > 1 else "layer"
     indices = ", ".join(map(str, layers))
     facts = {
-        "reward": _reward_words(record.reward),
+        "reward": None if record.reward is None else f"{record.reward:g}".replace("-", "\u2212"),
         "tokens": len(record.tokens),
         layer: None if by_layer else indices,
         "row": record.alignment,
@@ -224,14 +223,6 @@ def _trace_of(record: TokenRecord, *, by_layer: bool) -> _Trace:
         token_ids=record.token_ids,
         reads_own_row=record.alignment == "own",
     )
-
-
-def _reward_words(reward: float | None) -> str | None:
-    """A reward; those of `boxed_match_reward` with what they mean."""
-    if reward is None:
-        return None
-    meaning = {RIGHT: ", right", WRONG: ", wrong", NO_BOX: ", no answer"}.get(reward, "")
-    return f"{reward:g}".replace("-", "\u2212") + meaning
 
 
 def _check(trace: _Trace) -> None:
