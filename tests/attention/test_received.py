@@ -358,7 +358,7 @@ def test_bad_input_is_refused(options, message):
 
 
 def test_a_bound_without_a_meaning_is_refused():
-    with pytest.raises(TokenWeightsError, match="distance_bound"):
+    with pytest.raises(TokenWeightsError, match="`attention_distance`: expected `bound`"):
         attention_distance(torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8), bound=0)
 
 
