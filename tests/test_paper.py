@@ -434,9 +434,20 @@ def test_the_table_of_both_engines_by_hand(tmp_path):
     assert f"| low2high | hard at the end | - | - | - | {missing} | - |" in lines
 
 
-def test_the_quick_form_says_that_it_is_one(tmp_path):
-    items = [records.Item("votes-0", "full", 0), records.Item("votes-0", "full", 0, probed=True)]
-    assert run(items, tmp_path) == 2
-    page = report.results(tmp_path, quick=True)
-    assert "Smoke only, no verdicts." in page
+def test_notes_figures_and_the_quick_form_are_of_tables_that_there_are():
+    assert {*report.NOTES, *report.FIGURES, *report.QUICK} <= set(report.TABLES)
+
+
+def test_the_quick_form_runs_and_says_that_it_is_one():
+    before = {path: path.read_bytes() for path in records.FOLDER.glob("*")}
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/paper", "run", "--quick"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    page = done.stdout
+    assert "Smoke only, no verdicts." in page and "15 of " in page and "0 of them failed" in page
     assert "holds here" not in page and "not resolved" not in page
+    assert {path: path.read_bytes() for path in records.FOLDER.glob("*")} == before
