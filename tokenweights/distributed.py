@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -131,7 +131,7 @@ def agreement(function: str, *groups: dist.ProcessGroup | None) -> Iterator[None
     Raises:
         TokenWeightsError: If another rank raised, or is about to communicate something else.
     """
-    several = [group for group in dict.fromkeys(groups) if group is not None and group.size() > 1]
+    several = [group for group in dict.fromkeys(groups) if is_shared(group)]
     if not several or torch.compiler.is_compiling():
         yield
         return
@@ -236,6 +236,11 @@ def _quoted(error: Exception | None) -> str | None:
     if error is None or isinstance(error, TokenWeightsError):
         return error and str(error).removesuffix(".")
     return f"{type(error).__name__}: {error}".removesuffix(".")
+
+
+def is_shared(group: dist.ProcessGroup | None) -> TypeGuard[dist.ProcessGroup]:
+    """Whether several ranks share a batch."""
+    return group is not None and group.size() > 1
 
 
 def _device(group: dist.ProcessGroup) -> torch.device:

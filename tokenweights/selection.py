@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
-from tokenweights.distributed import _communicating, _reduced, agreed
+from tokenweights.distributed import _communicating, _reduced, agreed, is_shared
 from tokenweights.masked import (
     CHUNK_TOKENS,
     accumulator_dtype,
@@ -522,7 +522,7 @@ def _own_ids(
 ) -> Tensor:
     if sample_ids is not None:
         return sample_ids.long()
-    if scope != "response" and group is not None and group.size() > 1:
+    if scope != "response" and is_shared(group):
         condition = f"given for the scope {scope!r} and a group"
         hint = "Row numbers are not the same on every layout: pass a number for each response."
         raise invalid(function, "sample_ids", condition, None, hint)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from paper.claims import CLAIMS, verdicts
 from paper.data import WARM_STARTS, Data, hard
-from paper.rules import BETTER, WORSE, judged
+from paper.rules import BETTER, WORSE, Judged, judged
 from paper.tables import head, number, row
 from paper.training import task_of
 
@@ -14,6 +14,7 @@ HOLDS, FAILS, OPEN = "holds here", "does not hold here", "not resolved"
 def summary(data: Data) -> list[str]:
     """A list of the claims by what became of them, of the rules, and a table that explains it."""
     columns = {name: verdicts(data, name) for name in WARM_STARTS}
+    rules = {name: judged(data, name) for name in WARM_STARTS}
     lists: dict[str, list[str]] = {
         "Hold on every warm start that tested them": [],
         "Hold on some, and are not resolved on the others": [],
@@ -38,8 +39,8 @@ def summary(data: Data) -> list[str]:
             nowhere.append(said)
     return [
         *(_line(title, claims) for title, claims in lists.items()),
-        _line("Rules better than uniform weights at equal mass", _rules(data, BETTER)),
-        _line("Rules worse than uniform weights", _rules(data, WORSE)),
+        _line("Rules better than uniform weights at equal mass", _with(BETTER, rules)),
+        _line("Rules worse than uniform weights", _with(WORSE, rules)),
         "",
         "Why: which fifth trains is decided by where the decisive tokens fall, and that differs "
         "from task to task.",
@@ -75,12 +76,11 @@ def _why(data: Data) -> list[str]:
     return lines
 
 
-def _rules(data: Data, words: str) -> list[str]:
+def _with(words: str, rules: dict[str, list[Judged]]) -> list[str]:
     """The rules with a verdict, by warm start, among all that were compared."""
     said = []
-    for name in WARM_STARTS:
-        every = judged(data, name)
-        rules = [f"`{each.rule}`" for each in every if each.words == words]
-        if rules:
-            said.append(f"{name}, {len(rules)} of {len(every)}: {', '.join(rules)}")
+    for name, every in rules.items():
+        chosen = [f"`{each.rule}`" for each in every if each.words == words]
+        if chosen:
+            said.append(f"{name}, {len(chosen)} of {len(every)}: {', '.join(chosen)}")
     return said

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokenweights._errors import invalid, refused_by, require_state_keys
 from tokenweights._typing import typed
-from tokenweights.distributed import agreed
+from tokenweights.distributed import agreed, is_shared
 from tokenweights.gradients.alignment import token_alignment
 from tokenweights.gradients.dispersion import OnlineDispersion
 from tokenweights.gradients.evaluation import TokenLoss
@@ -100,7 +100,7 @@ class GradientSeries:
                 one, the model computes in float16, whose gradients need a scale, or responses of
                 several ranks have no numbers.
         """
-        if sample_ids is None and probe.group is not None and probe.group.size() > 1:
+        if sample_ids is None and is_shared(probe.group):
             condition = "given where several ranks share the batch"
             hint = "Row numbers are alike on all of them: pass a number for each response."
             raise invalid("GradientSeries", "sample_ids", condition, None, hint)

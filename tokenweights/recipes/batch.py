@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokenweights._errors import invalid
 from tokenweights._typing import typed
+from tokenweights.distributed import is_shared
 
 # The columns that a batch has where a recipe asks for them, and what they hold, for messages.
 ON_DEMAND = {
@@ -133,11 +134,6 @@ class RolloutBatch:
         if self.sample_ids is None and not is_shared(self.group):
             taken["sample_ids"] = index
         return RolloutBatch(**taken, attention=attention or None)
-
-
-def is_shared(group: dist.ProcessGroup | None) -> bool:
-    """Whether several ranks share a batch."""
-    return group is not None and group.size() > 1
 
 
 # The shapes of the columns are checked, and what is plainly meant is taken, as in a function.

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenweights._errors import TokenWeightsError, invalid, nearest
-from tokenweights.recipes.batch import COLUMNS, RolloutBatch, is_shared
+from tokenweights.distributed import is_shared
+from tokenweights.recipes.batch import COLUMNS, RolloutBatch
 
 
 @runtime_checkable
