@@ -29,7 +29,7 @@ class Ranks:
 
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        context = mp.get_context("spawn")
+        context = _context()
         self._pipes, self._processes = [], []
         for rank in range(self.size):
             ours, theirs = context.Pipe()
@@ -100,6 +100,15 @@ def on_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> list[A
     """Results of `function(rank, size, *arguments)` on `size` fresh ranks, in rank order."""
     with Ranks(size) as ranks:
         return ranks(function, *arguments)
+
+
+def _context() -> Any:
+    """How ranks start: forked by a server that has made the imports once, where there is one."""
+    if "forkserver" not in mp.get_all_start_methods():
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tokenweights", "torch.distributed", "hypothesis", "pytest"])
+    return context
 
 
 def _serve(rank: int, size: int, folder: str, pipe: Connection) -> None:
