@@ -1,12 +1,17 @@
 """One Ray for the whole suite, on CPUs, and the actor groups that the tests share."""
 
+import sys
+from pathlib import Path
+
 import cpu_process
 import pytest
 
 cpu_process.prepare()
+sys.path.append(str(Path(__file__).parents[3] / "tests"))
 
 import cpu_run  # noqa: E402
 import tiny  # noqa: E402
+from forking import python_with  # noqa: E402
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
@@ -18,7 +23,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def ray_session():
-    with cpu_run.ray_on_cpus():
+    with cpu_run.ray_on_cpus(python_with(*cpu_run.IMPORTS)):
         yield
 
 

@@ -1,4 +1,7 @@
-"""The adapter's command in a process whose Ray workers are made to run on the CPU."""
+"""The adapter's command in a process whose Ray workers are made to run on the CPU.
+
+Usage: python cpu_run.py PYTHON [OPTION...], PYTHON being the interpreter of the workers.
+"""
 
 import os
 import sys
@@ -15,10 +18,20 @@ from openrlhf.utils import config as openrlhf_config  # noqa: E402
 
 from tokenweights_openrlhf.train import main as train  # noqa: E402
 
+# What Ray's workers import, but for Ray, which reads their environment when it is imported.
+IMPORTS = (
+    "torch.distributed.fsdp",
+    "deepspeed",
+    "transformers",
+    "peft",
+    "datasets",
+    "tokenweights",
+)
+
 
 @contextmanager
-def ray_on_cpus():
-    """A Ray of its own; it ends with the context and leaves no file behind."""
+def ray_on_cpus(python):
+    """A Ray of its own, whose workers run in `python`; it ends and leaves no file behind."""
     paths = os.pathsep.join(tiny.PYTHONPATH)
     with tempfile.TemporaryDirectory(prefix="tw-ray-", ignore_cleanup_errors=True) as folder:
         ray.init(
@@ -31,6 +44,7 @@ def ray_on_cpus():
             log_to_driver=False,
             _temp_dir=folder,
             runtime_env={
+                "py_executable": python,
                 "env_vars": cpu_process.ENVIRONMENT | {"PYTHONPATH": paths},
                 "worker_process_setup_hook": "cpu_process.prepare",
             },
@@ -41,7 +55,7 @@ def ray_on_cpus():
             ray.shutdown()
 
 
-def main(options):
+def main(python, *options):
     hierarchize = openrlhf_config.hierarchize
 
     def with_float32(arguments):
@@ -50,9 +64,9 @@ def main(options):
         return arguments
 
     openrlhf_config.hierarchize = with_float32
-    with ray_on_cpus():
-        train(options)
+    with ray_on_cpus(python):
+        train([*options])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

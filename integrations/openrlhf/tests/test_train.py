@@ -3,11 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 
 import cpu_process
 import pytest
 import tiny
+from cpu_run import IMPORTS
+from forking import python_with
 from tokenweights.report import run_from_directory
 from tokenweights.report.records import read_metrics, read_token_records
 from tokenweights_lab import policy_path, problems
@@ -37,8 +38,9 @@ def run(folder, options, *, expect=0):
     """Runs the command in a process with a Ray of its own; returns what was logged, by name."""
     environment = os.environ | cpu_process.ENVIRONMENT
     environment["PYTHONPATH"] = os.pathsep.join(tiny.PYTHONPATH)
+    python = python_with(*IMPORTS)
     result = subprocess.run(
-        [sys.executable, str(tiny.HERE / "cpu_run.py"), *options],
+        [python, str(tiny.HERE / "cpu_run.py"), python, *options],
         env=environment,
         timeout=400,
         capture_output=True,

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import tokenweights as tw
 import torch
 from cpu_platform import ENVIRONMENT
+from forking import python_with
 from tokenweights.report import run_from_directory
 from tokenweights.report.records import read_metrics, read_token_records
 from tokenweights_lab import load_policy, load_tokenizer
@@ -23,11 +23,20 @@ RECIPE = "token_weights.recipe={name: low2high, warmup_steps: 8}"
 STEPS, STOP = 10, 6
 
 
+# What VeRL imports, but for Ray, which reads the environment of its workers when it is imported.
+IMPORTS = (
+    *("torch._dynamo", "torch.distributed.fsdp", "transformers", "tensordict", "peft", "datasets"),
+    *("aiohttp", "fastapi", "hydra", "tokenweights.adapters", "tokenweights_lab"),
+)
+
+
 def run(folder, steps, ranks, *more, recipe=RECIPE, modules="cpu_platform", timeout=1500):
     """The logged metrics of each step of a run in a process group and a Ray of its own."""
     ray = tempfile.mkdtemp(prefix="ray")  # short: Ray puts sockets below it
+    python = python_with(*IMPORTS)
+    forked = f"+ray_kwargs.ray_init.runtime_env.py_executable={python}"
     process = subprocess.Popen(
-        [sys.executable, HERE / "trainer_run.py", folder, str(steps), str(ranks), recipe, *more],
+        [python, HERE / "trainer_run.py", folder, str(steps), str(ranks), recipe, forked, *more],
         env={
             **os.environ,
             **ENVIRONMENT,
