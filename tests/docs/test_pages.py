@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -96,6 +95,7 @@ def languages(page: Path) -> tuple[str, ...]:
 def brought(folder: Path) -> None:
     """What a reader of the pages has."""
     from tokenweights_lab import policy_path, problems
+    from tokenweights_lab.forking import python_with
 
     (folder / "integrations").symlink_to(ROOT / "integrations")
     for model in ("my/model", "Qwen/Qwen3-0.6B"):
@@ -108,10 +108,11 @@ def brought(folder: Path) -> None:
         "tokenweights": "-m tokenweights",
         "torchrun": "-m torch.distributed.run",
     }
+    python = python_with("trl.trainer.grpo_trainer", "peft", "datasets", "tokenweights.report")
     for program, module in programs.items():
         path = folder / ".bin" / program
         path.parent.mkdir(exist_ok=True)
-        path.write_text(f'#!/bin/sh\nexec "{sys.executable}" {module} "$@"\n')
+        path.write_text(f'#!/bin/sh\nexec "{python}" {module} "$@"\n')
         path.chmod(0o755)
 
 

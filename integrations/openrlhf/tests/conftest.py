@@ -1,24 +1,23 @@
 """One Ray for the whole suite, on CPUs, and the actor groups that the tests share."""
 
-import sys
-from pathlib import Path
-
 import cpu_process
 import pytest
 
 cpu_process.prepare()
-sys.path.append(str(Path(__file__).parents[3] / "tests"))
 
 import cpu_run  # noqa: E402
 import tiny  # noqa: E402
-from forking import python_with  # noqa: E402
+from tokenweights_lab.forking import python_with  # noqa: E402
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """One worker runs all: several Rays at once are too much for two cores."""
+    """One worker holds the shared Ray, and at most one other a Ray of a command."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray"))
+        if "ray_session" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("shared"))
+        elif item.path.name == "test_train.py":
+            item.add_marker(pytest.mark.xdist_group("commands"))
 
 
 @pytest.fixture(scope="session")

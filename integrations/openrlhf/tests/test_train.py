@@ -8,10 +8,10 @@ import cpu_process
 import pytest
 import tiny
 from cpu_run import IMPORTS
-from forking import python_with
 from tokenweights.report import run_from_directory
 from tokenweights.report.records import read_metrics, read_token_records
 from tokenweights_lab import policy_path, problems
+from tokenweights_lab.forking import python_with
 
 
 def command_line(folder, *options, steps, recipe="low2high", prompts=8, samples=8):

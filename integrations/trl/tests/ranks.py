@@ -3,26 +3,31 @@
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from tokenweights_lab.forking import python_with
 
 TESTS = Path(__file__).parent
+# What takes long to import in every process of a test.
+IMPORTS = ("trl.trainer.grpo_trainer", "peft", "datasets", "tokenweights.report")
 
 
 def outcome(script: str, ranks: int, path: Path, asked: Any, **environment: str) -> Any:
     """What the script writes to a JSON file, given the file and JSON of what is asked for."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    python = python_with(*IMPORTS)
     paths = [str(TESTS.parent / "src"), str(TESTS), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [
-            *(sys.executable, *(torchrun if ranks > 1 else [])),
+            *(python, *(torchrun if ranks > 1 else [])),
             *(str(TESTS / script), str(path), json.dumps(asked)),
         ],
-        env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(paths)},
+        env=os.environ
+        | environment
+        | {"PYTHONPATH": os.pathsep.join(paths), "PYTHON_EXEC": python},
         capture_output=True,
         text=True,
         timeout=1800,

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.append(str(Path(__file__).parents[3] / "tests"))
 from cpu_platform import ENVIRONMENT
 
 os.environ |= {key: value for key, value in ENVIRONMENT.items() if key != "PYTHONPATH"}

@@ -13,10 +13,10 @@ import pytest
 import tokenweights as tw
 import torch
 from cpu_platform import ENVIRONMENT
-from forking import python_with
 from tokenweights.report import run_from_directory
 from tokenweights.report.records import read_metrics, read_token_records
 from tokenweights_lab import load_policy, load_tokenizer
+from tokenweights_lab.forking import python_with
 
 HERE = Path(__file__).parent
 RECIPE = "token_weights.recipe={name: low2high, warmup_steps: 8}"

@@ -7,7 +7,8 @@ import sys
 import time
 
 import pytest
-from forking import python_with
+
+from tokenweights_lab.forking import python_with
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forking.py reads /proc")
 
@@ -45,6 +46,18 @@ def test_a_program_has_its_arguments_environment_folder_and_streams(python, tmp_
     assert (done.returncode, done.stderr) == (7, "wrong\n")
 
 
+def test_a_module_and_a_line_run_too(python, tmp_path):
+    def printed(*arguments, **more):
+        command = [python, *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, **more).stdout
+
+    (tmp_path / "beside.py").write_text("import sys\nprint(__name__, *sys.argv[1:])\n")
+    assert printed("-m", "beside", "a", "-m") == "__main__ a -m\n"
+    assert printed("-u", "beside.py", "-u") == "__main__ -u\n"
+    assert printed("-c", "print(6 * 7)") == "42\n"
+    assert printed("-", input="print(6 * 7)") == printed(input="print(6 * 7)") == "42\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_program_ends_with_the_one_that_waits_for_it(python, tmp_path, number):
     (tmp_path / "script.py").write_text(SLEEPS)
@@ -53,7 +66,7 @@ def test_a_program_ends_with_the_one_that_waits_for_it(python, tmp_path, number)
         program = int(waits.stdout.readline())
         assert program != waits.pid
         waits.send_signal(number)
-        assert waits.wait() == (128 + number if number == signal.SIGTERM else -number)
+        assert waits.wait() == -number
         waits.stdout.read()  # until nobody can write any more
     for _ in range(100):
         if not os.path.exists(f"/proc/{program}"):
