@@ -23,6 +23,11 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# What VeRL imports, but for Ray, which reads the environment of its workers when it is imported.
+IMPORTS = (
+    *("torch._dynamo", "torch.distributed.fsdp", "transformers", "tensordict", "peft", "datasets"),
+    *("aiohttp", "fastapi", "hydra", "tokenweights.adapters", "tokenweights_lab"),
+)
 
 from verl.plugin.platform import PlatformBase, PlatformRegistry  # noqa: E402
 

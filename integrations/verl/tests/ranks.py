@@ -2,13 +2,13 @@
 
 import os
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from cpu_platform import ENVIRONMENT
+from cpu_platform import ENVIRONMENT, IMPORTS
+from tokenweights_lab.forking import python_with
 
 HERE = Path(__file__).parent
 
@@ -20,9 +20,10 @@ def placed(rank, ranks):
 
 
 def saved_by_ranks(script, ranks, folder, *arguments, timeout=900):
+    python = python_with(*IMPORTS)
     processes = [
         subprocess.Popen(
-            [sys.executable, str(HERE / script), str(rank), str(ranks), str(folder), *arguments],
+            [python, str(HERE / script), str(rank), str(ranks), str(folder), *arguments],
             env={**os.environ, **ENVIRONMENT, **placed(rank, ranks)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

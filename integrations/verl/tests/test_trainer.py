@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tokenweights as tw
 import torch
-from cpu_platform import ENVIRONMENT
+from cpu_platform import ENVIRONMENT, IMPORTS
 from tokenweights.report import run_from_directory
 from tokenweights.report.records import read_metrics, read_token_records
 from tokenweights_lab import load_policy, load_tokenizer
@@ -21,13 +21,6 @@ from tokenweights_lab.forking import python_with
 HERE = Path(__file__).parent
 RECIPE = "token_weights.recipe={name: low2high, warmup_steps: 8}"
 STEPS, STOP = 10, 6
-
-
-# What VeRL imports, but for Ray, which reads the environment of its workers when it is imported.
-IMPORTS = (
-    *("torch._dynamo", "torch.distributed.fsdp", "transformers", "tensordict", "peft", "datasets"),
-    *("aiohttp", "fastapi", "hydra", "tokenweights.adapters", "tokenweights_lab"),
-)
 
 
 def run(folder, steps, ranks, *more, recipe=RECIPE, modules="cpu_platform", timeout=1500):
