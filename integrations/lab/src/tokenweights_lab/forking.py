@@ -35,14 +35,15 @@ def python_with(*modules: str) -> str:
     folder = tempfile.TemporaryDirectory(prefix="python")  # short: it holds a socket
     address, executable = f"{folder.name}/socket", Path(folder.name, "python")
     server = subprocess.Popen(
-        [sys.executable, __file__, "serve", address, *modules],
+        [sys.executable, "-u", __file__, "serve", address, *modules],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
     atexit.register(folder.cleanup)
     atexit.register(server.communicate)  # closes its standard input, on which it ends
-    assert "ready\n" in iter(server.stdout.readline, ""), f"no server with {modules}"
+    printed = server.stdout or ()
+    assert "ready\n" in printed, f"no server with {modules}"
     executable.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{__file__}" run {address} "$@"')
     executable.chmod(0o755)
     return str(executable)
@@ -61,6 +62,7 @@ def serve(address: str, *modules: str) -> None:
         listening.listen(64)
         print("ready", flush=True)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the keepers
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with those who ask
         while sys.stdin not in select.select([listening, sys.stdin], [], [])[0]:
             client, _ = listening.accept()
             if os.fork() == 0:
@@ -70,19 +72,20 @@ def serve(address: str, *modules: str) -> None:
         else:
             return
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with client:
         _, streams, _, _ = socket.recv_fds(client, 1, len(STREAMS))
         with client.makefile() as request:
             wish = json.loads(request.readline())
         if program := os.fork():
             keep(program, client)
+    os.setsid()  # what the terminal signals, the client hands on
     for own, stream in zip(streams, STREAMS, strict=True):
         os.dup2(own, stream)
         os.close(own)
     os.environ.clear()
     os.environ.update(wish["environment"])
     os.chdir(wish["folder"])
-    sys.stdout.reconfigure(line_buffering=True)  # it was made for the server's own
     begin(*wish["arguments"])
 
 
@@ -113,7 +116,7 @@ def keep(program: int, client: socket.socket) -> None:
 def run(address: str, *arguments: str) -> int:
     """The exit code of a program that the server forks."""
     first, *others = arguments or ("-",)
-    if first == "-u":  # forked programs flush each line
+    if first == "-u":  # as the server is
         first, *others = others
     if first.startswith("-") and first != "-m":
         os.execv(sys.executable, [sys.executable, *arguments])
