@@ -100,7 +100,8 @@ def test_the_first_steps(runs):
     for step, values in metrics.items():
         assert values["token_weights/endpoint_high"] == pytest.approx((step - 1) / 8)
         assert 0 < values["token_weights/weight_mean"] < 1
-        assert values["actor/grad_norm"] > 0
+        # Once every response is right there is nothing to learn.
+        assert (values["actor/grad_norm"] > 0) == (values["critic/advantages/max"] > 0)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
