@@ -32,7 +32,7 @@ def python():
 def test_a_program_has_its_arguments_environment_folder_and_streams(python, tmp_path):
     script, paths = tmp_path / "script.py", tmp_path / "paths"
     script.write_text(SCRIPT)
-    (tmp_path / "paths").mkdir()
+    paths.mkdir()
     (paths / "beside.py").touch()
     done = subprocess.run(
         [python, script, "7", "two words"],

@@ -12,12 +12,10 @@ from tokenweights_lab.forking import python_with  # noqa: E402
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """One worker holds the shared Ray, and at most one other a Ray of a command."""
+    """One worker holds the shared Ray; at most one other holds that of a command, in test_train."""
     for item in items:
         if "ray_session" in item.fixturenames:
             item.add_marker(pytest.mark.xdist_group("shared"))
-        elif item.path.name == "test_train.py":
-            item.add_marker(pytest.mark.xdist_group("commands"))
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,9 @@ from tokenweights.report.records import read_metrics, read_token_records
 from tokenweights_lab import policy_path, problems
 from tokenweights_lab.forking import python_with
 
+# Each command has a Ray of its own: several at once are too much for two cores.
+pytestmark = pytest.mark.xdist_group("commands")
+
 
 def command_line(folder, *options, steps, recipe="low2high", prompts=8, samples=8):
     rows = [{"input": p.prompt, "label": p.answer} for p in problems("train", prompts * steps)]

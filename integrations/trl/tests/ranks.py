@@ -15,19 +15,20 @@ TESTS = Path(__file__).parent
 IMPORTS = ("trl.trainer.grpo_trainer", "peft", "datasets", "tokenweights.report")
 
 
+def launcher(ranks: int) -> tuple[list[str], dict[str, str]]:
+    """How a command on the ranks of torchrun, or alone, begins, and its environment."""
+    python = python_with(*IMPORTS)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [python, *(torchrun if ranks > 1 else [])], os.environ | {"PYTHON_EXEC": python}
+
+
 def outcome(script: str, ranks: int, path: Path, asked: Any, **environment: str) -> Any:
     """What the script writes to a JSON file, given the file and JSON of what is asked for."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    python = python_with(*IMPORTS)
+    command, inherited = launcher(ranks)
     paths = [str(TESTS.parent / "src"), str(TESTS), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [
-            *(python, *(torchrun if ranks > 1 else [])),
-            *(str(TESTS / script), str(path), json.dumps(asked)),
-        ],
-        env=os.environ
-        | environment
-        | {"PYTHONPATH": os.pathsep.join(paths), "PYTHON_EXEC": python},
+        [*command, str(TESTS / script), str(path), json.dumps(asked)],
+        env=inherited | environment | {"PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         timeout=1800,

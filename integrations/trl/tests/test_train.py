@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import tiny
 from datasets import Dataset, DatasetDict, IterableDataset
-from ranks import IMPORTS
+from ranks import launcher
 from tokenweights import TokenWeightsError
 from tokenweights.report import run_from_directory
-from tokenweights_lab.forking import python_with
 
 from tokenweights_trl.arguments import TrainArguments
 from tokenweights_trl.config import TokenWeightsGRPOConfig
@@ -32,15 +31,11 @@ def jsonl(folder, rows=ROWS):
 
 
 def started(*arguments, ranks=1):
-    inherited = os.environ.get("PYTHONPATH", "")
-    python = python_with(*IMPORTS)
-    paths = os.pathsep.join([str(SOURCE), inherited])
-    environment = os.environ | {"PYTHONPATH": paths, "PYTHON_EXEC": python}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    launcher = [python, *(torchrun if ranks > 1 else [])]
-    command = [*launcher, "-m", "tokenweights_trl.train", *map(str, arguments)]
+    command, environment = launcher(ranks)
+    paths = os.pathsep.join([str(SOURCE), environment.get("PYTHONPATH", "")])
+    command += ["-m", "tokenweights_trl.train", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=environment, text=True, **pipes)
+    return subprocess.Popen(command, env=environment | {"PYTHONPATH": paths}, text=True, **pipes)
 
 
 def cli(*arguments, ranks=1):

@@ -42,8 +42,7 @@ def python_with(*modules: str) -> str:
     )
     atexit.register(folder.cleanup)
     atexit.register(server.communicate)  # closes its standard input, on which it ends
-    printed = server.stdout or ()
-    assert "ready\n" in printed, f"no server with {modules}"
+    assert server.stdout and "ready\n" in server.stdout, f"no server with {modules}"
     executable.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{__file__}" run {address} "$@"')
     executable.chmod(0o755)
     return str(executable)
@@ -60,7 +59,7 @@ def serve(address: str, *modules: str) -> None:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(address)
         listening.listen(64)
-        print("ready", flush=True)
+        print("ready")
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the keepers
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with those who ask
         while sys.stdin not in select.select([listening, sys.stdin], [], [])[0]:
@@ -93,9 +92,8 @@ def begin(*arguments: str) -> None:
     """What `python ARGUMENT...` does with a script or a module."""
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     if arguments[0] == "-m":
-        _, module, *_ = arguments
         sys.path[:0], sys.argv = [os.getcwd(), *paths], [*arguments[1:]]
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:
         sys.path[:0], sys.argv = [str(Path(arguments[0]).parent), *paths], [*arguments]
         runpy.run_path(arguments[0], run_name="__main__")
@@ -115,16 +113,11 @@ def keep(program: int, client: socket.socket) -> None:
 
 def run(address: str, *arguments: str) -> int:
     """The exit code of a program that the server forks."""
-    first, *others = arguments or ("-",)
-    if first == "-u":  # as the server is
-        first, *others = others
-    if first.startswith("-") and first != "-m":
-        os.execv(sys.executable, [sys.executable, *arguments])
-    wish = {
-        "arguments": [first, *others],
-        "environment": dict(os.environ),
-        "folder": os.getcwd(),
-    }
+    if arguments[:1] == ("-u",):  # as the server is
+        arguments = arguments[1:]
+    if not arguments or (arguments[0].startswith("-") and arguments[0] != "-m"):
+        os.execv(sys.executable, [sys.executable, "-u", *arguments])
+    wish = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(address)
         socket.send_fds(server, [b" "], STREAMS)
